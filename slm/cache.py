@@ -1,0 +1,83 @@
+"""Folders that are expensive to make (converted weights, exports), made once and kept outside the repository.
+
+A folder is built under a temporary name and renamed, beside a manifest of its files' SHA-256; a file that is missing or
+was changed since makes it be built again. Two processes that want the same folder build it once. Nothing is ever
+evicted: the README says how to empty the cache.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    sha256: str
+    size: int  # bytes
+
+
+def root() -> Path:
+    """$PHI3_MLFLOW_CACHE, else phi3-mlflow in the user's cache folder."""
+    given = os.environ.get("PHI3_MLFLOW_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(given).expanduser() if given else base / "phi3-mlflow"
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_of(folder: Path) -> dict[str, FileRecord]:
+    """SHA-256 and size of every file in a folder, by its path in it, sorted."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): FileRecord(file_sha256(path), path.stat().st_size) for path in files
+    }
+
+
+def manifest_sha256(manifest: dict[str, FileRecord]) -> str:
+    """One hash for a whole folder: over the paths and hashes of its files."""
+    lines = "".join(f"{record.sha256}  {path}\n" for path, record in sorted(manifest.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def folder(name: str, recipe: dict[str, str], build: Callable[[Path], None]) -> tuple[Path, dict[str, FileRecord]]:
+    """The folder made by `build` from what `recipe` says, and its manifest; built where it is missing or damaged.
+
+    `recipe` names everything the content depends on; `build` gets an empty folder to fill.
+    """
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    target = root() / f"{name}-{key}"
+    record = target.with_suffix(".json")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_suffix(".lock")):
+        manifest = _intact(target, record)
+        if manifest is None:
+            building = target.with_suffix(".building")
+            for leftover in (building, target):
+                shutil.rmtree(leftover, ignore_errors=True)
+            building.mkdir()
+            build(building)
+            for path in building.rglob("*"):
+                path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes 0600, which a store would keep
+            manifest = manifest_of(building)
+            content = {"recipe": recipe, "files": {path: vars(entry) for path, entry in manifest.items()}}
+            record.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            building.rename(target)
+    return target, manifest
+
+
+def _intact(target: Path, record: Path) -> dict[str, FileRecord] | None:
+    try:
+        files = json.loads(record.read_text(encoding="utf-8"))["files"]
+        expected = {path: FileRecord(**entry) for path, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return expected if target.is_dir() and manifest_of(target) == expected else None

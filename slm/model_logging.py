@@ -1,0 +1,182 @@
+"""Logs the two wrappers. MLflow calls in this module: those that write a model, and nothing else.
+
+Both are `chat_model.py` as models from code, over a folder that is linked, not copied, into what is uploaded: one
+write of the weights in all. The pipeline model carries MLflow's transformers flavor beside it, over the same files, so
+that `mlflow.transformers.load_model` gives the pipeline, while pyfunc keeps a contract that MLflow 3.17's own
+`llm/v1/chat` does not (parameters per row, stop strings, seeds, counts, batches). The flavor's entries are written
+here, since `mlflow.transformers.save_model` would load the model, write its weights once more, in fp32, and ask the
+hub for a model card.
+"""
+
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+
+import mlflow
+from mlflow.models import Model, ModelSignature
+from mlflow.models.model import ModelInfo
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
+
+from slm import cache, chat_model
+from slm.checkpoints import REPOSITORY, Checkpoint
+
+PACKAGES = {
+    "pipeline": ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "jinja2", "numpy"),
+    "onnx": ("mlflow", "onnxruntime-genai", "onnxruntime", "tokenizers", "jinja2", "numpy"),
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+
+
+def log_pipeline(checkpoint: Checkpoint, generation: dict, save_weights: bool = True, **log) -> ModelInfo:
+    """Logs a checkpoint as a transformers chat model (task llm/v1/chat) named "pipeline".
+
+    `generation` holds the defaults of max_tokens, temperature, top_p, seed and stop, and batch_size, dtype, device.
+    """
+    return _log("pipeline", checkpoint, "chat", generation, save_weights=save_weights, **log)
+
+
+def log_onnx(export: Checkpoint, schema: str, generation: dict, precision: str, **log) -> ModelInfo:
+    """Logs an ONNX GenAI folder as a pyfunc model named "onnx", with the `prompt` or the `chat` schema."""
+    return _log("onnx", export, schema, generation, metadata={"precision": precision}, **log)
+
+
+def _log(name, checkpoint, schema, generation, *, metadata=None, save_weights=True, registered_model_name=""):
+    template, special_tokens = chat_model.read_chat_template(checkpoint.folder)
+    facts = {
+        "source": checkpoint.source,
+        "revision": checkpoint.revision,
+        "model.sha256": checkpoint.sha256,
+        "chat_template": template,
+        "special_tokens": special_tokens,
+        "schema": schema,
+    } | ({"task": "llm/v1/chat"} if schema == "chat" else {})
+    return Model.log(
+        artifact_path=None,
+        name=name,
+        flavor=sys.modules[__name__],
+        flavor_name="transformers" if name == "pipeline" else "pyfunc",
+        registered_model_name=registered_model_name or None,
+        metadata=facts | (metadata or {}),
+        validate_serving_input=False,  # it is loaded back and scored right after
+        checkpoint=checkpoint,
+        wrapper=name,
+        schema=schema,
+        generation=generation,
+        save_weights=save_weights,
+    )
+
+
+def save_model(path, mlflow_model, checkpoint, wrapper, schema, generation, save_weights=True, **_):
+    """Writes an MLflow model folder whose weights are links to the checkpoint's (`Model.log` calls this)."""
+    path = Path(path)
+    settings = {name: generation[name] for name in ("batch_size", "dtype", "device") if generation.get(name)}
+    settings |= {"schema": schema, "model_name": checkpoint.name}
+    if not save_weights:
+        settings |= {"hub_id": checkpoint.hub_id, "revision": checkpoint.revision}
+    question = "What is the capital of France?"
+    example = {"prompt": question} if schema == "prompt" else {"messages": [{"role": "user", "content": question}]}
+    mlflow.pyfunc.save_model(
+        path=path,
+        python_model=chat_model.__file__,
+        mlflow_model=mlflow_model,
+        signature=signature(schema, generation),
+        input_example=example,
+        model_config=settings,
+        pip_requirements=requirements(wrapper),
+    )
+    artifact, place = ("onnx", "artifacts/onnx") if wrapper == "onnx" else ("checkpoint", "model")
+    pyfunc = mlflow_model.flavors["python_function"]
+    if save_weights:
+        _link(checkpoint.folder, path / place, checkpoint.manifest)
+        pyfunc["artifacts"] = {artifact: {"path": place, "uri": place}}
+        files = {name: vars(record) for name, record in checkpoint.manifest.items()}
+        (path / "manifest.json").write_text(json.dumps({"folder": place, "files": files}, indent=1), encoding="utf-8")
+        mlflow_model.model_size_bytes = checkpoint.bytes
+    if wrapper == "pipeline":
+        mlflow_model.flavors["transformers"] = _transformers_flavor(checkpoint, save_weights)
+        if save_weights:
+            names = [name for name in TOKENIZER_FILES if name in checkpoint.manifest]
+            _link(checkpoint.folder, path / "components" / "tokenizer", names)
+    mlflow_model.save(str(path / "MLmodel"))
+
+
+def signature(schema: str, generation: dict) -> ModelSignature:
+    """`prompt`: {"prompt": string} -> string. `chat`: MLflow's chat schema, and a seed per row."""
+    params = ParamSchema(
+        [
+            ParamSpec("max_tokens", DataType.long, int(generation["max_tokens"])),
+            ParamSpec("temperature", DataType.double, float(generation["temperature"])),
+            ParamSpec("top_p", DataType.double, float(generation["top_p"])),
+            ParamSpec("seed", DataType.long, int(generation["seed"])),
+            ParamSpec("stop", DataType.string, list(generation["stop"]), (-1,)),
+        ]
+    )
+    if schema == "prompt":
+        return ModelSignature(
+            Schema([ColSpec(DataType.string, "prompt", required=True)]), Schema([ColSpec(DataType.string)]), params
+        )
+    columns = [*CHAT_MODEL_INPUT_SCHEMA.inputs, ColSpec(DataType.long, "seed", required=False)]
+    return ModelSignature(Schema(columns), CHAT_MODEL_OUTPUT_SCHEMA, params)
+
+
+def requirements(wrapper: str) -> list[str]:
+    """What serving needs, at the versions that are installed here, held by the project's constraints."""
+    versions = {name: importlib.metadata.version(name).split("+")[0] for name in PACKAGES[wrapper]}
+    return [*(f"{name}=={version}" for name, version in versions.items()), f"-c {REPOSITORY / 'constraints.txt'}"]
+
+
+def _transformers_flavor(checkpoint: Checkpoint, save_weights: bool) -> dict:
+    """The MLmodel entries from which mlflow.transformers.load_model builds the pipeline."""
+    config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    tokenizer = json.loads((checkpoint.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    flavor = {
+        "transformers_version": importlib.metadata.version("transformers"),
+        "code": None,
+        "task": "text-generation",
+        "inference_task": "llm/v1/chat",
+        "instance_type": "TextGenerationPipeline",
+        "framework": "pt",
+        "pipeline_model_type": config["architectures"][0],
+        "source_model_name": checkpoint.hub_id or str(checkpoint.name),
+        "tokenizer_type": tokenizer.get("tokenizer_class") or "PreTrainedTokenizerFast",
+        "components": ["tokenizer"],
+    }
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype:
+        flavor["torch_dtype"] = f"torch.{dtype}"
+    if save_weights:
+        return flavor | {"model_binary": "model"}
+    return flavor | {
+        "source_model_revision": checkpoint.revision,
+        "tokenizer_name": checkpoint.hub_id,
+        "tokenizer_revision": checkpoint.revision,
+    }
+
+
+def _link(source: Path, target: Path, names) -> None:
+    for name in names:
+        link = target / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to((source / name).resolve())
+
+
+def check_manifest(folder: Path) -> str:
+    """The SHA-256 of a logged model's weights, after each file was compared with the manifest logged with it.
+
+    A model that carries no manifest (not logged here) gets the hash of what is there.
+
+    Raises:
+        ValueError: a file is missing or was changed.
+    """
+    record = folder / "manifest.json"
+    if not record.exists():
+        return cache.manifest_sha256(cache.manifest_of(folder))
+    content = json.loads(record.read_text(encoding="utf-8"))
+    expected = {name: cache.FileRecord(**entry) for name, entry in content["files"].items()}
+    for name, entry in expected.items():
+        path = folder / content["folder"] / name
+        if not path.is_file() or path.stat().st_size != entry.size or cache.file_sha256(path) != entry.sha256:
+            raise ValueError(f"{content['folder']}/{name} is missing or was changed since the model was logged")
+    return cache.manifest_sha256(expected)

@@ -1,0 +1,65 @@
+"""A checkpoint as an ONNX GenAI folder, by onnxruntime-genai's own model builder, kept in the cache.
+
+The options behind each precision were chosen by measurement: benchmarks/precision.py prints the table.
+"""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from slm import cache
+from slm.checkpoints import Checkpoint
+from slm.errors import BadInput
+
+# prune_lm_head: only the last place's logits are needed, so no head is computed over whole prompts
+OPTIONS = {
+    "int4": {"prune_lm_head": "true"},
+    "int8": {"prune_lm_head": "true"},
+    "fp32": {"prune_lm_head": "true"},
+    "fp16": {"prune_lm_head": "true"},
+    "bf16": {"prune_lm_head": "true"},
+}
+PRECISIONS = {"cpu": ("int4", "int8", "fp32"), "cuda": ("int4", "int8", "fp16", "bf16", "fp32")}
+
+
+def check(precision: str, execution_provider: str) -> None:
+    """Raises BadInput where the builder can't make this precision for this execution provider."""
+    if execution_provider not in PRECISIONS:
+        raise BadInput(f"execution_provider: {execution_provider!r} is none of {', '.join(PRECISIONS)}")
+    if precision not in PRECISIONS[execution_provider]:
+        allowed = ", ".join(PRECISIONS[execution_provider])
+        raise BadInput(f"precision: {precision!r} can't be exported for {execution_provider}; one of {allowed}")
+
+
+def export(checkpoint: Checkpoint, precision: str, execution_provider: str, options: dict | None = None) -> Checkpoint:
+    """The checkpoint exported once: a folder with genai_config.json, model.onnx and the tokenizer.
+
+    Raises:
+        BadInput: the builder doesn't know this architecture, or not in this precision.
+    """
+    check(precision, execution_provider)
+    options = OPTIONS[precision] if options is None else options
+    recipe = {
+        "checkpoint": checkpoint.sha256,
+        "precision": precision,
+        "execution_provider": execution_provider,
+        "options": " ".join(f"{name}={value}" for name, value in sorted(options.items())),
+        "onnxruntime-genai": importlib.metadata.version("onnxruntime-genai"),
+    }
+
+    def build(target: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint.folder)]
+            command += ["-o", str(target), "-p", precision, "-e", execution_provider, "-c", scratch]
+            command += ["--extra_options", *(f"{name}={value}" for name, value in options.items())]
+            environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise BadInput(f"model: {checkpoint.name} can't be exported in {precision}: {last}")
+
+    folder, manifest = cache.folder(f"{checkpoint.name}-{precision}-{execution_provider}", recipe, build)
+    return Checkpoint(checkpoint.name, folder, checkpoint.source, checkpoint.revision, manifest)

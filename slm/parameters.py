@@ -1,0 +1,132 @@
+"""The entry points' parameters: one table from which argparse, the checks and the logged values come.
+
+MLproject repeats names and defaults, since `mlflow run` reads them there; a test holds the two together. MLflow checks
+no types and passes undeclared parameters on, so everything is checked here, before anything is imported or opened.
+"""
+
+import argparse
+import difflib
+import json
+import math
+from dataclasses import dataclass
+
+from slm.errors import BadInput
+
+ALL = ("pipeline", "onnx", "evaluate")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+    default: str | int | float | bool
+    entry_points: tuple[str, ...]
+    help: str
+    choices: tuple[str, ...] = ()
+    low: float = -math.inf
+    high: float = math.inf
+
+
+PARAMETERS = (
+    Parameter("model", "smollm2-135m-instruct", ALL, "embedded name, local folder, .gguf file or hub id org/name"),
+    Parameter("revision", "", ALL, "commit, branch or tag of the hub repository"),
+    Parameter("subfolder", "", ALL, "folder in the hub repository, or in a local folder"),
+    Parameter("prompts", "prompts/smoke.jsonl", ALL, "prompt set: path, or URI that MLflow can download"),
+    Parameter("max_tokens", 64, ALL, "tokens generated at most per answer", low=1, high=2**20),
+    Parameter("temperature", 0.0, ALL, "0 is greedy", low=0.0, high=2.0),
+    Parameter("top_p", 1.0, ALL, "nucleus sampling", low=1e-6, high=1.0),
+    Parameter("seed", 0, ALL, "of the sampling", low=0, high=2**63 - 1),
+    Parameter("stop", "", ALL, "text that ends an answer, or a JSON list of such texts"),
+    Parameter("batch_size", 0, ALL, "rows generated together; 0: the wrapper chooses", low=0, high=4096),
+    Parameter("dtype", "auto", ("pipeline", "evaluate"), "of the weights", ("auto", "fp32", "bf16", "fp16")),
+    Parameter("device", "auto", ("pipeline", "evaluate"), "auto, cpu, cuda or cuda:N"),
+    Parameter("precision", "int4", ("onnx", "evaluate"), "of the export", ("int4", "int8", "fp16", "bf16", "fp32")),
+    Parameter("execution_provider", "cpu", ("onnx", "evaluate"), "of onnxruntime-genai", ("cpu", "cuda")),
+    Parameter("schema", "prompt", ("onnx",), "of the logged model", ("prompt", "chat")),
+    Parameter("registered_model_name", "", ALL, "registers the logged model under this name"),
+    Parameter("save_weights", True, ("pipeline",), "false logs hub id and revision instead of the weights"),
+    Parameter("model_uris", "", ("evaluate",), "comma-separated models to score; empty: log both wrappers of `model`"),
+    Parameter("baseline", "", ("evaluate",), "model URI to compare with"),
+    Parameter("thresholds", "", ("evaluate",), "YAML gate"),
+    Parameter("alias", "", ("evaluate",), "registry alias that a passing model is given"),
+    Parameter("scorers", "", ("evaluate",), "built-in scorers for every row, comma-separated; empty: each row's own"),
+    Parameter("judge", "", ("evaluate",), "model URI for judge scorers"),
+    Parameter("repeats", 1, ("evaluate",), "answers per prompt", low=1, high=1000),
+    Parameter("engine", "local", ("evaluate",), "where prompts are answered", ("local", "spark")),
+    Parameter("resume", True, ("evaluate",), "reuse answers that an interrupted run left"),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that reports a mistake as BadInput, with the nearest name."""
+
+    def error(self, message):
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            name = unknown.split()[0].split("=")[0].lstrip("-")
+            near = difflib.get_close_matches(name, [parameter.name for parameter in PARAMETERS], 1)
+            message = f"{name}: there is no such parameter" + (f"; did you mean {near[0]}?" if near else "")
+        raise BadInput(message)
+
+
+def parse(entry_point: str, description: str, argv: list[str] | None) -> argparse.Namespace:
+    """The entry point's parameters from its command line, each with the type and in the range the table gives.
+
+    Raises:
+        BadInput: an unknown name, or a value that is none.
+    """
+    parser = _Parser(
+        prog=f"python -m entrypoints.{entry_point}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    table = [parameter for parameter in PARAMETERS if entry_point in parameter.entry_points]
+    for parameter in table:
+        shown = json.dumps(parameter.default)
+        parser.add_argument(
+            f"--{parameter.name}", default=parameter.default, metavar="…", help=f"{parameter.help} (default: {shown})"
+        )
+    args = parser.parse_args(argv)
+    for parameter in table:
+        setattr(args, parameter.name, _value(parameter, getattr(args, parameter.name)))
+    return args
+
+
+def _value(parameter: Parameter, given):
+    kind = type(parameter.default)
+    if kind is bool:
+        words = {"true": True, "false": False}
+        if str(given).lower() not in words:
+            raise BadInput(f"{parameter.name}: {given!r} is neither true nor false")
+        return words[str(given).lower()]
+    if kind is str:
+        if parameter.choices and given not in parameter.choices:
+            near = difflib.get_close_matches(given, parameter.choices, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise BadInput(f"{parameter.name}: {given!r} is none of {', '.join(parameter.choices)}{hint}")
+        return given
+    try:
+        value = kind(given)
+    except ValueError:
+        words = "a whole number" if kind is int else "a number"
+        raise BadInput(f"{parameter.name}: {given!r} is not {words}") from None
+    if not parameter.low <= value <= parameter.high:  # NaN fails too
+        raise BadInput(f"{parameter.name}: {given} is out of range; {parameter.low:g} to {parameter.high:g}")
+    return value
+
+
+def stop_strings(stop: str) -> list[str]:
+    """The `stop` parameter as a list: a JSON list of texts, or one text as it stands.
+
+    Raises:
+        BadInput: a JSON list of something else.
+    """
+    if not stop.startswith("["):
+        return [stop] if stop else []
+    try:
+        texts = json.loads(stop)
+    except ValueError:
+        return [stop]
+    if not all(isinstance(text, str) and text for text in texts):
+        raise BadInput(f"stop: {stop} must be a list of non-empty texts")
+    return texts

@@ -1,0 +1,284 @@
+"""The gate's verdicts, and the one line that each mistake in a thresholds file gets."""
+
+import math
+
+import pytest
+
+from slm.errors import BadInput
+from slm.gate import Check, Threshold, Verdict, decide, read_thresholds
+from slm.statistics import Difference, Estimate, mean_estimate, paired_difference
+
+NAN = math.nan
+
+
+def estimate(low: float, high: float, n: int = 100) -> Estimate:
+    return Estimate((low + high) / 2, (high - low) / 3.92, low, high, n)
+
+
+def difference(low: float, high: float, n: int = 100) -> Difference:
+    return Difference((low + high) / 2, (high - low) / 3.92, low, high, 0.5, n, (high - low) / 3.92 * 2.801585)
+
+
+def only(verdict: Verdict) -> Check:
+    (check,) = verdict.checks
+    assert verdict.state == check.state
+    return check
+
+
+DESIGN = """
+exact_match/mean: {min: 0.60}
+rows_failed: {max: 0}
+output_tokens_per_second: {min: 5}
+contains/mean: {max_drop: 0.02}     # non-inferiority against the baseline at 95 %
+"""
+
+
+def test_the_designs_own_example_is_read():
+    assert read_thresholds(DESIGN, "gate.yaml") == (
+        Threshold("exact_match/mean", min=0.6),
+        Threshold("rows_failed", max=0.0),
+        Threshold("output_tokens_per_second", min=5.0),
+        Threshold("contains/mean", max_drop=0.02),
+    )
+
+
+def test_the_designs_own_example_passes_regresses_or_waits():
+    thresholds = read_thresholds(DESIGN, "gate.yaml")
+    metrics = {
+        "exact_match": estimate(0.62, 0.70),
+        "contains": estimate(0.7, 0.8),
+        "rows_failed": 0,
+        "output_tokens_per_second": 84.2,
+    }
+    good = decide(thresholds, metrics, {"contains": difference(-0.01, 0.03)})
+    assert (good.state, [check.state for check in good.checks]) == ("pass", ["pass"] * 4)
+    unsure = decide(thresholds, metrics, {"contains": difference(-0.05, 0.03)})
+    assert (unsure.state, unsure.checks[3].state) == ("inconclusive", "inconclusive")
+    bad = decide(thresholds, metrics | {"rows_failed": 1}, {"contains": difference(-0.05, 0.03)})
+    assert (bad.state, bad.checks[1].state, bad.checks[3].state) == ("regress", "regress", "inconclusive")
+
+
+def test_several_rules_for_one_metric_are_several_checks():
+    thresholds = read_thresholds("a/mean: {max_drop: 0.1, max: 0.9, min: 0.1}", "gate.yaml")
+    verdict = decide(thresholds, {"a": estimate(0.4, 0.5)}, {"a": difference(-0.01, 0.01)})
+    assert [(check.rule, check.state) for check in verdict.checks] == [
+        ("min 0.1", "pass"),
+        ("max 0.9", "pass"),
+        ("max_drop 0.1", "pass"),
+    ]
+
+
+def test_only_a_run_without_thresholds_has_no_verdict():
+    assert decide((), {"a": estimate(0.4, 0.5)}, {}) == Verdict("none", ())
+
+
+@pytest.mark.parametrize(
+    ("rule", "low", "high", "state"),
+    [
+        ({"min": 0.6}, 0.60, 0.70, "pass"),
+        ({"min": 0.6}, 0.61, 0.70, "pass"),
+        ({"min": 0.6}, 0.59, 0.70, "inconclusive"),
+        ({"min": 0.6}, 0.50, 0.60, "inconclusive"),
+        ({"min": 0.6}, 0.50, 0.59, "regress"),
+        ({"max": 0.1}, 0.02, 0.10, "pass"),
+        ({"max": 0.1}, 0.02, 0.11, "inconclusive"),
+        ({"max": 0.1}, 0.10, 0.20, "inconclusive"),
+        ({"max": 0.1}, 0.11, 0.20, "regress"),
+        ({"min": 0.0}, 0.00, 0.00, "pass"),
+        ({"min": 0.6}, -math.inf, math.inf, "inconclusive"),
+    ],
+)
+def test_a_score_is_judged_on_its_interval_and_not_on_its_mean(rule, low, high, state):
+    assert only(decide((Threshold("a/mean", **rule),), {"a": estimate(low, high)}, {})).state == state
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "state"),
+    [
+        (-0.019, 0.05, "pass"),
+        (0.01, 0.05, "pass"),
+        (-0.02, 0.05, "inconclusive"),
+        (-0.05, -0.02, "inconclusive"),
+        (-0.05, -0.021, "regress"),
+        (-math.inf, math.inf, "inconclusive"),
+    ],
+)
+def test_a_drop_is_judged_on_the_interval_of_the_paired_difference(low, high, state):
+    gate = (Threshold("a/mean", max_drop=0.02),)
+    assert only(decide(gate, {"a": estimate(0.1, 0.2)}, {"a": difference(low, high)})).state == state
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "state"),
+    [
+        ({"max": 0.0}, 0, "pass"),
+        ({"max": 0.0}, 1, "regress"),
+        ({"min": 5.0}, 5.0, "pass"),
+        ({"min": 5.0}, 4.99, "regress"),
+        ({"min": 5.0}, NAN, "inconclusive"),
+        ({"min": 5.0}, math.inf, "inconclusive"),
+        ({"min": 5.0}, None, "inconclusive"),
+    ],
+)
+def test_a_plain_figure_is_judged_on_its_value(rule, value, state):
+    assert only(decide((Threshold("latency_seconds/p95", **rule),), {"latency_seconds/p95": value}, {})).state == state
+
+
+KNOWN = {"exact_match": estimate(0.6, 0.7), "rows_failed": 0}
+EMPTY_DIFFERENCE = Difference(NAN, NAN, NAN, NAN, NAN, 0, NAN)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "metrics", "differences", "reason"),
+    [
+        (
+            Threshold("exat_match/mean", min=0.1),
+            KNOWN,
+            {},
+            "no such metric (did you mean 'exact_match/mean'?); there are exact_match/mean, rows_failed",
+        ),
+        (
+            Threshold("exact_match", min=0.1),
+            KNOWN,
+            {},
+            "no such metric (did you mean 'exact_match/mean'?); there are exact_match/mean, rows_failed",
+        ),
+        (Threshold("zzz", max_drop=0.1), {}, {}, "no such metric; there are none"),
+        (Threshold("a/mean", min=0.0), {"a": mean_estimate([])}, {}, "no answer was scored"),
+        (Threshold("a/mean", min=0.0), {"a": Estimate(0.5, NAN, NAN, NAN, 1)}, {}, "no answer was scored"),
+        (Threshold("rows_failed", max=0.0), {"rows_failed": 0, "rows": 0}, {}, "the prompt set is empty"),
+        (Threshold("exact_match/mean", max_drop=0.1), KNOWN, {}, "there is no baseline; name one"),
+        (
+            Threshold("exact_match/mean", max_drop=0.1),
+            KNOWN,
+            {"contains": difference(0, 0.1)},
+            "the baseline has no such score",
+        ),
+        (
+            Threshold("exact_match/mean", max_drop=0.1),
+            KNOWN,
+            {"exact_match": EMPTY_DIFFERENCE},
+            "no row was scored for both candidate and baseline",
+        ),
+        (
+            Threshold("rows_failed", max_drop=0.1),
+            KNOWN,
+            {"exact_match": difference(0, 0.1)},
+            "max_drop compares scores row by row, and this is a single figure",
+        ),
+        (Threshold("rows_failed", max=0.0), {"rows_failed": NAN}, {}, "the value is nan"),
+    ],
+)
+def test_what_is_missing_never_passes_and_never_counts_as_a_regression(threshold, metrics, differences, reason):
+    check = only(decide((threshold,), metrics, differences))
+    assert (check.state, check.reason, check.prompts_needed) == ("inconclusive", reason, None)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "value", "check"),
+    [
+        (
+            Threshold("a/mean", min=0.55),
+            mean_estimate([1.0] * 62 + [0.0] * 38),
+            Check(
+                "a/mean",
+                "min 0.55",
+                "inconclusive",
+                "0.620, 95 % interval 0.522 to 0.709 from 100 prompts, holds 0.55; it takes about 382 prompts",
+                382,
+            ),
+        ),
+        (
+            Threshold("a/mean", min=0.8),
+            mean_estimate([1.0] * 62 + [0.0] * 38),
+            Check(
+                "a/mean",
+                "min 0.8",
+                "regress",
+                "0.620, 95 % interval 0.522 to 0.709 from 100 prompts, is below 0.8",
+            ),
+        ),
+        (
+            Threshold("a/mean", max=0.62),
+            mean_estimate([1.0] * 62 + [0.0] * 38),
+            Check(
+                "a/mean",
+                "max 0.62",
+                "inconclusive",
+                "0.620, 95 % interval 0.522 to 0.709 from 100 prompts, holds 0.62; no number of prompts would tell",
+            ),
+        ),
+        (Threshold("a", min=5.0), 4.2, Check("a", "min 5", "regress", "4.2 is below 5")),
+        (Threshold("a", max=0.0), 3, Check("a", "max 0", "regress", "3 is above 0")),
+        (Threshold("a", max=0.0), 0, Check("a", "max 0", "pass", "0")),
+    ],
+)
+def test_a_check_says_what_was_seen_and_how_many_prompts_it_takes(threshold, value, check):
+    assert only(decide((threshold,), {"a": value}, {})) == check
+
+
+def test_a_drop_says_what_was_seen_and_how_many_prompts_it_takes():
+    same = paired_difference([1.0] * 100, [1.0] * 100)
+    gate = (Threshold("a/mean", max_drop=0.02),)
+    assert only(decide(gate, {"a": mean_estimate([1.0] * 100)}, {"a": same})) == Check(
+        "a/mean",
+        "max_drop 0.02",
+        "inconclusive",
+        "+0.000, 95 % interval -0.037 to +0.037 from 100 pairs, holds -0.02; it takes about 700 prompts",
+        700,
+    )
+
+
+def test_two_equal_models_pass_once_enough_prompts_were_asked():
+    def state(n):
+        scores = [1.0] * n
+        gate = (Threshold("a/mean", max_drop=0.02),)
+        return decide(gate, {"a": mean_estimate(scores)}, {"a": paired_difference(scores, scores)}).state
+
+    assert [state(n) for n in (1, 20, 100, 700)] == ["inconclusive", "inconclusive", "inconclusive", "pass"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "gate.yaml: no thresholds; write at least one, such as exact_match/mean: {min: 0.6}"),
+        ("# nothing\n", "gate.yaml: no thresholds;"),
+        ("{}", "gate.yaml: no thresholds;"),
+        ("- a", "gate.yaml: is ['a']; write lines such as exact_match/mean: {min: 0.6}"),
+        ("a: {min: 1", "gate.yaml: not YAML: line 1: expected ',' or '}', but got '<stream end>'"),
+        ("a: {min: 1}\na: {min: 2}", "gate.yaml: not YAML: line 2: the key 'a' is given twice"),
+        ("a: {min: 1, min: 2}", "gate.yaml: not YAML: line 1: the key 'min' is given twice"),
+        ("a: &x {min: 1}\nb: *x", "gate.yaml: not YAML: line 2: the alias *x is not accepted: write the value out"),
+        ("a: 0.6", "gate.yaml: 'a' is 0.6; write {min: ...}, {max: ...} or {max_drop: ...}"),
+        ("a: {}", "gate.yaml: 'a' is {}; write {min: ...}"),
+        ("a:", "gate.yaml: 'a' is null; write {min: ...}"),
+        ("3: {min: 1}", "gate.yaml: a metric is called 3; write a name such as exact_match/mean"),
+        (
+            "a: {maxdrop: 1}",
+            "gate.yaml: 'a': unknown keyword 'maxdrop' (did you mean 'max_drop'?); there are min, max, max_drop",
+        ),
+        ("a: {1: 1}", "gate.yaml: 'a': unknown keyword 1; there are min, max, max_drop"),
+        ("a: {min: 1e-1}", "gate.yaml: 'a': `min` is '1e-1', not a number; write 0.1"),
+        ("a: {min: 2E-7}", "gate.yaml: 'a': `min` is '2E-7', not a number; write 0.0000002"),
+        ("a: {min: '0.6'}", "gate.yaml: 'a': `min` is '0.6', not a number; write 0.6"),
+        ("a: {min: 60%}", "gate.yaml: 'a': `min` is '60%', not a number; write one such as 0.6"),
+        ("a: {min: 1e999999999}", "gate.yaml: 'a': `min` is '1e999999999', not a number; write one such as 0.6"),
+        ("a: {min: nan}", "gate.yaml: 'a': `min` is 'nan', not a number; write one such as 0.6"),
+        ("a: {min: .nan}", "gate.yaml: 'a': `min` is nan; write a finite number"),
+        ("a: {max: -.inf}", "gate.yaml: 'a': `max` is -inf; write a finite number"),
+        ("a: {max: 1" + "0" * 400 + "}", "gate.yaml: 'a': `max` is 1000000000"),
+        ("a: {max: 0x1" + "0" * 9000 + "}", "gate.yaml: 'a': `max` is a number of thousands of digits; write a finite"),
+        ("a: {min: true}", "gate.yaml: 'a': `min` is true, not a number; write one such as 0.6"),
+        ("a: {min: null}", "gate.yaml: 'a': `min` is null, not a number"),
+        ("a: {max_drop: -0.1}", "gate.yaml: 'a': `max_drop` is -0.1, below zero; write how much may be lost, such as"),
+        ("a: {max_drop: 2}", "gate.yaml: 'a': `max_drop` is 2, more than a score can fall; write 0.02 for two points"),
+        ("a: {min: 2, max: 1}", "gate.yaml: 'a': `min` 2 is above `max` 1; swap them"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_a_bad_thresholds_file_gets_one_line_with_the_value_and_the_remedy(text, message):
+    with pytest.raises(BadInput) as caught:
+        read_thresholds(text, "gate.yaml")
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300

@@ -1,0 +1,386 @@
+"""Means, differences and intervals against published figures, scipy and statsmodels."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import optimize, special, stats
+from statsmodels.api import OLS
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+from slm.statistics import (
+    Difference,
+    Estimate,
+    holm,
+    mean_estimate,
+    paired_difference,
+    percentile,
+    prompts_needed,
+    prompts_to_settle,
+)
+
+
+def yes_no(yes: int, n: int) -> list[float]:
+    return [1.0] * yes + [0.0] * (n - yes)
+
+
+def pairs(only_new: int, only_old: int, n: int, both: int = 0) -> tuple[list[float], list[float]]:
+    """Candidate and baseline with so many discordant pairs each way."""
+    neither = n - only_new - only_old - both
+    new = [1.0] * only_new + [0.0] * only_old + [1.0] * both + [0.0] * neither
+    old = [0.0] * only_new + [1.0] * only_old + [1.0] * both + [0.0] * neither
+    return new, old
+
+
+def interval(result: Estimate | Difference) -> tuple[float, float]:
+    return result.ci95_low, result.ci95_high
+
+
+# Means
+
+
+@pytest.mark.parametrize(
+    ("yes", "n", "low", "high"),
+    [
+        # Newcombe 1998, Statistics in Medicine 17:857, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+    ],
+)
+def test_yes_no_scores_get_wilsons_interval_as_published(yes, n, low, high):
+    estimate = mean_estimate(yes_no(yes, n))
+    assert interval(estimate) == pytest.approx((low, high), abs=5e-5)
+    assert (estimate.mean, estimate.n) == (pytest.approx(yes / n), n)
+
+
+@pytest.mark.parametrize(("yes", "n"), [(0, 1), (1, 1), (0, 20), (5, 5), (1, 29), (50, 120), (999, 1000)])
+def test_yes_no_scores_get_wilsons_interval_as_statsmodels_has_it(yes, n):
+    assert interval(mean_estimate(yes_no(yes, n))) == pytest.approx(
+        proportion_confint(yes, n, method="wilson"), abs=1e-12
+    )
+
+
+def test_scores_between_0_and_1_get_students_interval_as_scipy_has_it():
+    scores = [0.2, 0.5, 0.9, 0.4, 0.35, 0.71]
+    estimate = mean_estimate(scores)
+    assert estimate.stderr == pytest.approx(stats.sem(scores))
+    assert interval(estimate) == pytest.approx(stats.t.interval(0.95, 5, np.mean(scores), stats.sem(scores)))
+
+
+@pytest.mark.parametrize(
+    ("scores", "low", "high"),
+    [
+        ([0.9, 1.0, 0.2], 0.0, 1.0),  # t alone would give -0.38 to 1.78
+        ([9.0, 10.0, 2.0], -3.8281, 17.8281),  # not on a 0 to 1 scale: left as it is
+    ],
+)
+def test_an_interval_is_cut_to_the_scale_only_where_all_scores_lie_on_it(scores, low, high):
+    assert interval(mean_estimate(scores)) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_a_single_score_says_next_to_nothing():
+    assert interval(mean_estimate([1.0])) == pytest.approx((0.2065, 1.0), abs=1e-4)
+    assert interval(mean_estimate([0.5])) == pytest.approx((0.0546, 0.9454), abs=1e-4)
+    assert interval(mean_estimate([7.0])) == (-math.inf, math.inf)
+    assert math.isnan(mean_estimate([0.5]).stderr)
+
+
+def test_equal_scores_are_not_certainty():
+    assert interval(mean_estimate([0.5] * 10)) == pytest.approx(proportion_confint(5, 10, method="wilson"))
+    assert mean_estimate([0.1 + 0.2] * 10).stderr == 0.0
+    assert interval(mean_estimate([7.0] * 10)) == (-math.inf, math.inf)
+
+
+def test_no_scores_give_nan_and_not_zero():
+    estimate = mean_estimate([])
+    assert estimate.n == 0
+    assert all(map(math.isnan, (estimate.mean, estimate.stderr, *interval(estimate))))
+
+
+@pytest.mark.parametrize("bad", [[1.0, math.nan], [math.inf], [[1.0, 0.0]], [None, 1.0]])
+def test_what_is_not_a_finite_score_is_refused(bad):
+    with pytest.raises(ValueError, match="drop and count unscored answers"):
+        mean_estimate(bad)
+
+
+def test_a_cluster_for_each_score_is_a_score_for_each_cluster():
+    with pytest.raises(ValueError, match="3 scores and 2 clusters"):
+        mean_estimate([0.0, 1.0, 1.0], ["a", "b"])
+
+
+# Clusters
+
+
+@pytest.fixture
+def clustered():
+    random = np.random.default_rng(7)
+    clusters = random.integers(0, 12, 80)
+    chance = random.beta(2, 2, 12)[clusters]
+    return (random.random(80) < chance).astype(float), chance, [f"c{number}" for number in clusters]
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_clustered_standard_error_is_the_cluster_robust_one_of_statsmodels(clustered, kind):
+    scores, clusters = clustered[kind], clustered[2]
+    groups = np.unique(clusters, return_inverse=True)[1]
+    fit = OLS(scores, np.ones(80)).fit(cov_type="cluster", cov_kwds={"groups": groups, "use_correction": True})
+    assert mean_estimate(scores, clusters).stderr == pytest.approx(fit.bse[0], rel=1e-12)
+
+
+def test_a_clustered_standard_error_worked_by_hand():
+    # residuals 0.25 0.25 | -0.75 0.25: cluster sums 0.5 and -0.5, sqrt(2/1 * 0.5) / 4
+    assert mean_estimate([1, 1, 0, 1], ["a", "a", "b", "b"]).stderr == pytest.approx(0.25)
+
+
+def test_a_clustered_interval_uses_the_clusters_degrees_of_freedom(clustered):
+    _, scores, clusters = clustered
+    estimate = mean_estimate(scores, clusters)
+    half = stats.t.ppf(0.975, len(set(clusters)) - 1) * estimate.stderr
+    assert interval(estimate) == pytest.approx((estimate.mean - half, estimate.mean + half))
+
+
+@pytest.mark.parametrize("clusters", [list(range(7)), [None] * 7, ["a", None, "b", None, None, "c", None]])
+def test_clusters_of_one_change_nothing(clusters):
+    for scores in (yes_no(3, 7), [0.1, 0.4, 0.2, 0.9, 0.8, 0.3, 0.3]):
+        assert mean_estimate(scores, clusters) == mean_estimate(scores)
+        assert paired_difference(scores, scores[::-1], clusters) == paired_difference(scores, scores[::-1])
+
+
+def test_copies_of_a_row_in_its_cluster_add_no_certainty():
+    scores, clusters = yes_no(30, 50), list(range(50))
+    alone, fivefold = mean_estimate(scores), mean_estimate(np.repeat(scores, 5), list(np.repeat(clusters, 5)))
+    assert fivefold.stderr == pytest.approx(alone.stderr)
+    assert interval(fivefold) == pytest.approx(interval(alone), abs=0.005)
+
+
+@pytest.mark.parametrize("right", [0.0, 1.0])
+def test_without_any_spread_a_cluster_counts_as_one_row(right):
+    assert interval(mean_estimate([right] * 40, [i // 8 for i in range(40)])) == interval(mean_estimate([right] * 5))
+
+
+def test_a_single_cluster_counts_as_one_row():
+    estimate = mean_estimate([1, 0, 1, 1], ["a"] * 4)
+    assert math.isnan(estimate.stderr)
+    assert interval(estimate) == pytest.approx(proportion_confint(0.75, 1, method="wilson"))
+    assert interval(mean_estimate([0.2, 0.4], ["a", "a"])) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("p", "clusters", "likeness"), [(0.6, 10, 0.3), (0.6, 40, 0.3), (0.9, 10, 0.1), (0.6, 4, 0.3)])
+def test_the_clustered_interval_holds_the_truth_about_95_times_in_100(p, clusters, likeness):
+    random = np.random.default_rng(3)
+    codes = list(np.repeat(np.arange(clusters), 5))
+    size = 1 / likeness - 1
+    estimates = [
+        mean_estimate(np.less(random.random(len(codes)), random.beta(p * size, (1 - p) * size, clusters)[codes]), codes)
+        for _ in range(400)
+    ]
+    assert np.mean([e.ci95_low <= p <= e.ci95_high for e in estimates]) > 0.925
+
+
+# Paired differences
+
+
+@pytest.mark.parametrize(
+    ("only_new", "only_old", "n", "p_value"),
+    [
+        (6, 16, 161, 0.052479),  # Cavo et al. 2012, as published with the R package contingencytables 3.0
+        (1, 7, 21, 9 / 2**7),  # Bentur et al. 2009: 2 * (1 + 8) / 2^8
+        (59, 121, 1000, None),
+        (0, 6, 30, 0.03125),  # 2 / 2^6
+        (0, 0, 30, 1.0),
+    ],
+)
+def test_yes_no_pairs_get_the_exact_mcnemar_test(only_new, only_old, n, p_value):
+    found = paired_difference(*pairs(only_new, only_old, n)).p_value
+    assert found == pytest.approx(mcnemar([[0, only_new], [only_old, 0]], exact=True).pvalue)
+    if p_value is not None:
+        assert found == pytest.approx(p_value, abs=5e-7)
+
+
+@pytest.mark.parametrize(
+    ("only_new", "only_old", "n", "low", "high"),
+    [
+        (6, 16, 161, -0.1240, -0.0054),  # Cavo et al. 2012, with the R package contingencytables 3.0
+        (1, 7, 21, -0.517, -0.026),  # Bentur et al. 2009, in Fagerland et al. 2014, Statistics in Medicine 33:2850
+    ],
+)
+def test_yes_no_pairs_get_tangos_interval_as_published(only_new, only_old, n, low, high):
+    difference = paired_difference(*pairs(only_new, only_old, n))
+    assert interval(difference) == pytest.approx((low, high), abs=3e-4)
+    assert difference.mean == pytest.approx((only_new - only_old) / n)
+
+
+@pytest.mark.parametrize(
+    ("only_new", "only_old", "n"), [(40, 20, 160), (20, 40, 160), (3, 0, 44), (0, 1, 44), (2, 2, 9), (1, 0, 500)]
+)
+def test_tangos_limits_are_where_the_score_statistic_is_critical(only_new, only_old, n):
+    def statistic(gap):
+        """(b - c - n gap) / sd, with the likelihood under the gap maximised by search and not by formula."""
+
+        def unlikely(worse):
+            cells = np.array([worse + gap, worse, 1 - 2 * worse - gap])
+            return -np.sum(special.xlogy([only_new, only_old, n - only_new - only_old], cells))
+
+        bounds = max(0.0, -gap) + 1e-13, (1 - gap) / 2 - 1e-13
+        worse = optimize.minimize_scalar(unlikely, bounds=bounds, method="bounded", options={"xatol": 1e-13}).x
+        return (only_new - only_old - n * gap) / math.sqrt(n * (2 * worse + gap - gap**2))
+
+    low, high = interval(paired_difference(*pairs(only_new, only_old, n)))
+    assert (statistic(low), statistic(high)) == pytest.approx((1.959964, -1.959964), abs=1e-3)
+
+
+def test_tangos_interval_ends_at_the_end_of_the_scale():
+    assert paired_difference(*pairs(5, 0, 5)).ci95_high == 1.0
+    assert paired_difference(*pairs(0, 5, 5)).ci95_low == -1.0
+
+
+def test_the_standard_error_is_that_of_the_differences_and_not_of_two_means():
+    new, old = pairs(8, 6, 120, both=60)
+    difference = paired_difference(new, old)
+    assert difference.stderr == pytest.approx(stats.sem(np.subtract(new, old)))
+    assert difference.stderr < math.hypot(stats.sem(new), stats.sem(old)) / 1.9
+
+
+@pytest.mark.parametrize("scores", [[1.0] * 50, [0.0] * 50, [0.5] * 50, [0.25, 0.75] * 25])
+def test_pairs_that_never_differ_do_not_prove_that_they_never_will(scores):
+    difference = paired_difference(scores, scores)
+    bound = proportion_confint(0, 50, method="wilson")[1]  # 0.0713: Wilson's upper bound on the rate of differing pairs
+    assert (difference.mean, difference.stderr, difference.p_value) == (0.0, 0.0, 1.0)
+    assert interval(difference) == pytest.approx((-bound, bound))
+    assert difference.detectable == pytest.approx(bound / 1.959964 * 2.801585, rel=1e-6)
+
+
+def test_identical_figures_on_an_unknown_scale_bound_nothing():
+    assert interval(paired_difference([7.0, 8.0], [7.0, 8.0])) == (-math.inf, math.inf)
+
+
+def test_one_differing_pair_proves_no_more_than_none():
+    none, one = paired_difference([0.5] * 50, [0.5] * 50), paired_difference([0.8] + [0.5] * 49, [0.5] * 50)
+    assert one.mean == pytest.approx(0.006)
+    assert one.ci95_low < -0.05  # Student's t alone: -0.006
+    assert one.detectable > none.detectable
+
+
+def test_scores_between_0_and_1_get_students_interval_on_their_differences():
+    random = np.random.default_rng(5)
+    new, old = random.random(40), random.random(40)
+    difference = paired_difference(new, old)
+    gaps = new - old
+    assert interval(difference) == pytest.approx(stats.t.interval(0.95, 39, gaps.mean(), stats.sem(gaps)))
+    assert difference.detectable == pytest.approx((1.959964 + 0.841621) * stats.sem(gaps), rel=1e-6)
+    assert difference.p_value == pytest.approx(stats.wilcoxon(gaps, zero_method="pratt").pvalue)
+
+
+def test_equal_pairs_among_many_graded_ones_are_ranked_as_pratt_ranks_them():
+    new = np.concatenate([np.random.default_rng(2).random(30), np.full(20, 0.5)])
+    gaps = new - 0.45 - np.where(np.arange(50) < 30, 0, 0.05)
+    old = np.where(np.arange(50) < 30, 0.45, 0.5)
+    expected = stats.wilcoxon(np.round(gaps, 12), zero_method="pratt").pvalue
+    assert paired_difference(new, old).p_value == pytest.approx(expected)
+    assert expected != pytest.approx(stats.wilcoxon(np.round(gaps, 12), zero_method="wilcox").pvalue)
+
+
+def test_a_few_graded_pairs_get_the_exact_signed_rank_test_of_scipy():
+    gaps = np.array([0.1, -0.2, 0.3, 0.45, 0.5, -0.05, 0.61, 0.7])
+    found = paired_difference(0.1 + np.maximum(gaps, 0), 0.1 + np.maximum(-gaps, 0)).p_value
+    assert found == pytest.approx(stats.wilcoxon(gaps, method="exact").pvalue)
+
+
+@pytest.mark.parametrize("equal", [0, 5, 500])
+def test_pairs_that_are_equal_do_not_make_three_changed_ones_significant(equal):
+    new, old = [0.9, 0.8, 0.7] + [0.5] * equal, [0.1, 0.2, 0.3] + [0.5] * equal
+    assert paired_difference(new, old).p_value == pytest.approx(2 / 2**3)
+
+
+def test_under_clusters_the_test_runs_on_the_clusters_sums():
+    new, old = pairs(10, 0, 40)
+    clusters = [i // 10 for i in range(40)]  # all ten gains are in one cluster
+    assert paired_difference(new, old).p_value == pytest.approx(2 / 2**10)
+    assert paired_difference(new, old, clusters).p_value == 1.0
+    assert paired_difference(new, old, clusters).ci95_low < 0 < paired_difference(new, old).ci95_low
+
+
+def test_unpaired_scores_are_refused_and_none_at_all_give_nan():
+    with pytest.raises(ValueError, match="2 candidate and 1 baseline scores"):
+        paired_difference([0.0, 1.0], [1.0])
+    empty = paired_difference([], [])
+    assert empty.n == 0
+    assert all(map(math.isnan, (empty.mean, empty.stderr, *interval(empty), empty.p_value, empty.detectable)))
+
+
+@pytest.mark.parametrize(("n", "better", "worse"), [(60, 0.05, 0.10), (100, 0.0, 0.03), (200, 0.03, 0.08)])
+def test_a_true_drop_of_the_whole_margin_passes_at_most_1_time_in_25(n, better, worse):
+    random = np.random.default_rng(11)
+    passes = 0
+    for _ in range(400):
+        only_new, only_old, _ = random.multinomial(n, [better, worse, 1 - better - worse])
+        passes += paired_difference(*pairs(only_new, only_old, n)).ci95_low > better - worse
+    assert passes / 400 <= 0.04  # nominally 0.025
+
+
+# How many prompts
+
+
+def test_a_change_of_3_points_takes_about_880_prompts():
+    # one try with 120 yes/no items and 12 % flips had a standard error of 0.029
+    tried = Difference(0.0, 0.029, -0.057, 0.057, 1.0, 120, (1.959964 + 0.841621) * 0.029)
+    assert prompts_needed(tried, 0.03) == 881
+
+
+def test_where_enough_were_asked_the_difference_seen_says_how_many_more():
+    tried = Difference(-0.02, 0.009, -0.0376, -0.0024, 0.03, 1000, (1.959964 + 0.841621) * 0.009)
+    assert prompts_needed(tried, 0.03) == math.ceil(1000 * (2.801585 * 0.009 / 0.01) ** 2)
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        paired_difference([], []),
+        paired_difference([3.0], [2.0]),
+        Difference(-0.02, 0.001, -0.022, -0.018, 0.0, 1000, 0.0028),  # exactly the margin
+    ],
+)
+def test_where_no_number_of_prompts_would_tell_there_is_none(difference):
+    assert prompts_needed(difference, 0.02) is None
+
+
+def test_a_margin_of_zero_is_only_shown_by_a_candidate_that_is_better():
+    assert prompts_needed(paired_difference([0.0] * 50, [0.0] * 50), 0.0) is None
+    assert prompts_needed(paired_difference(*pairs(5, 2, 50)), 0.0) > 50
+
+
+def test_a_mean_is_told_from_a_bound_by_so_many_prompts_that_are_then_enough():
+    seen = mean_estimate(yes_no(62, 100))
+    needed = prompts_to_settle(seen, 0.55)
+    assert needed == pytest.approx(0.62 * 0.38 * (2.801585 / 0.07) ** 2, rel=0.02)
+    assert mean_estimate(yes_no(round(0.62 * needed), needed)).ci95_low > 0.55
+    assert prompts_to_settle(seen, 0.62) is None
+    assert prompts_to_settle(mean_estimate([]), 0.5) is None
+
+
+def test_more_prompts_are_always_asked_for_than_were_asked():
+    assert prompts_to_settle(mean_estimate([1.0] * 5), 0.6) == 6
+
+
+# Many comparisons, percentiles
+
+
+@pytest.mark.parametrize("p_values", [[0.01, 0.04, 0.03, 0.005], [0.5], [1.0, 1.0], [0.2, 0.2, 0.01], []])
+def test_holms_correction_is_that_of_statsmodels(p_values):
+    adjusted = multipletests(p_values, method="holm")[1] if p_values else []
+    assert holm(p_values) == pytest.approx(adjusted)
+
+
+@pytest.mark.parametrize("bad", [[math.nan], [-0.1], [1.1]])
+def test_what_is_not_a_p_value_is_refused(bad):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        holm(bad)
+
+
+def test_percentiles_are_numpys_and_missing_ones_are_nan():
+    assert percentile([4.0, 1.0, 3.0, 2.0], 50) == 2.5
+    assert percentile([1.0, 2.0, 3.0, 4.0], 95) == pytest.approx(np.percentile([1, 2, 3, 4], 95))
+    assert percentile([2.0], 95) == 2.0
+    assert math.isnan(percentile([], 50))
