@@ -37,9 +37,7 @@ def file_sha256(path: Path) -> str:
 def manifest_of(folder: Path) -> dict[str, FileRecord]:
     """SHA-256 and size of every file in a folder, by its path in it, sorted."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): FileRecord(file_sha256(path), path.stat().st_size) for path in files
-    }
+    return {path.relative_to(folder).as_posix(): FileRecord(file_sha256(path), path.stat().st_size) for path in files}
 
 
 def manifest_sha256(manifest: dict[str, FileRecord]) -> str:

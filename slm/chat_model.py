@@ -57,6 +57,7 @@ class Answer:
     finish_reason: str  # stop | length | error
     prompt_tokens: int = 0
     output_tokens: int = 0
+    seconds: float = 0.0  # from the start of its batch to its last token
     error: str = ""
 
 
@@ -72,6 +73,7 @@ class Row:
     output: list[int] = field(default_factory=list)
     finish_reason: str = ""
     text: str = ""  # decoded so far; kept up only for stop strings and streams
+    seconds: float = 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,7 +256,9 @@ class OnnxRuntime:
             generator.generate_next_token()
         while not generator.is_done():
             drawn = {
-                place: row.sampling for place, row in enumerate(rows) if row.sampling.temperature and not row.finish_reason
+                place: row.sampling
+                for place, row in enumerate(rows)
+                if row.sampling.temperature and not row.finish_reason
             }
             if drawn:
                 logits = generator.get_logits().reshape(len(rows), -1)
@@ -384,6 +388,8 @@ class SmallLanguageModel(PythonModel):
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = {id for id, token in added.items() if token.special}
         self.template, self.special_tokens = read_chat_template(folder)
         onnx = (folder / "genai_config.json").exists()
         self._runtime = OnnxRuntime(folder, config) if onnx else TransformersRuntime(folder, config)
@@ -458,7 +464,7 @@ class SmallLanguageModel(PythonModel):
                 finished = list(self._run(batch))
             for row in finished:
                 index, choice = row.index
-                done[index][choice] = Answer(row.text, row.finish_reason, len(row.prompt), len(row.output))
+                done[index][choice] = Answer(row.text, row.finish_reason, len(row.prompt), len(row.output), row.seconds)
                 if len(done[index]) == left[index]:
                     answers = [done[index][choice] for choice in sorted(done[index])]
                     yield index, answers * (row.sampling.n // len(answers))
@@ -491,8 +497,9 @@ class SmallLanguageModel(PythonModel):
             prompt = row.get("prompt")
             if not isinstance(prompt, str) or not prompt:
                 raise Refused(f"prompt must be a non-empty text, got {prompt!r}")
-            begin = self.special_tokens.get("bos_token")
-            ids = self._tokenizer.encode(prompt, add_special_tokens=not (begin and prompt.startswith(begin))).ids
+            ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+            if not ids or ids[0] not in self._special_ids:  # else it came through a template, which adds its own
+                ids = self._tokenizer.encode(prompt, add_special_tokens=True).ids
         else:
             ids = self._tokenizer.encode(self.render(messages_of(row.get("messages"))), add_special_tokens=False).ids
         room = self._runtime.context_length - len(ids)
@@ -524,6 +531,7 @@ class SmallLanguageModel(PythonModel):
         """Generates a batch; yields each row as it finishes, and a streamed one at every token."""
         from tokenizers.decoders import DecodeStream
 
+        start = time.perf_counter()
         streams = {id(row): DecodeStream(skip_special_tokens=True) for row in batch if streamed or row.sampling.stop}
         for tokens in self._runtime.steps(batch):
             for row, token in zip(batch, tokens, strict=True):
@@ -537,11 +545,13 @@ class SmallLanguageModel(PythonModel):
                     cut = min((at for at in map(row.text.find, row.sampling.stop) if at >= 0), default=-1)
                     if cut >= 0:
                         row.text, row.finish_reason = row.text[:cut], "stop"
+                        row.seconds = time.perf_counter() - start
                         yield row
                         continue
                 if not row.finish_reason and len(row.output) >= row.room:
                     row.finish_reason = "length"
                 if row.finish_reason:
+                    row.seconds = time.perf_counter() - start
                     ended = row.output[-1] in self._runtime.end_tokens
                     row.text = self._tokenizer.decode(row.output[: len(row.output) - ended], skip_special_tokens=True)
                 if row.finish_reason or streamed:
@@ -582,7 +592,9 @@ class SmallLanguageModel(PythonModel):
                 "total_tokens": first.prompt_tokens + sum(answer.output_tokens for answer in choices),
             },
         }
-        return completion | ({"error": {"type": "invalid_request_error", "message": first.error}} if first.error else {})
+        return completion | (
+            {"error": {"type": "invalid_request_error", "message": first.error}} if first.error else {}
+        )
 
 
 def _overlap(text: str, stop: str) -> int:

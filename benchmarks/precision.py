@@ -1,0 +1,106 @@
+"""What each ONNX export costs and keeps: speed, agreement with fp32, and score, on one prompt set.
+
+    python -m benchmarks.precision [prompts/general.jsonl]
+
+Every export answers the same prompts through the logged wrapper's own code, greedily, 48 tokens at most. Speed is the
+ratio to fp32's in the same run; the exports take turns, several rounds, and the median of the rounds' ratios counts.
+Agreement is the share of answers that equal fp32's, and of its text before the first difference.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from slm import checkpoints, onnx_export, prompts, scorers
+from slm.chat_model import SmallLanguageModel
+
+EXPORTS = {
+    "fp32": ("fp32", {}),
+    "int8, block 32": ("int8", {}),
+    "int8, block 128": ("int8", {"block_size": "128"}),
+    "int4 RTN, block 32": ("int4", {}),
+    "int4 RTN, block 16": ("int4", {"block_size": "16"}),
+    "int4 RTN, head int8": ("int4", {"algo_config": "rtn_last"}),
+    "int4 RTN, fp32 activations": ("int4", {"accuracy_level": "1"}),
+    "int4 k-quant": ("int4", {"algo_config": "k_quant"}),
+    "int4 k-quant, mixed with int8": ("int4", {"algo_config": "k_quant_mixed"}),
+}
+ROUNDS, CHUNK = 3, 40
+
+
+class Context:
+    def __init__(self, folder):
+        self.artifacts, self.model_config = {"onnx": str(folder)}, {}
+
+
+def main() -> None:
+    path = Path(sys.argv[1] if len(sys.argv) > 1 else "prompts/general.jsonl")
+    prompt_set = prompts.read_prompt_set(path, str(path)).prompts
+    rows = [
+        {"messages": list(prompt.messages or [{"role": "user", "content": prompt.prompt}]), "max_tokens": 48}
+        for prompt in prompt_set
+    ]
+    checkpoint = checkpoints.find("smollm2-135m-instruct").fetch()
+    models, sizes = {}, {}
+    for name, (precision, options) in EXPORTS.items():
+        export = onnx_export.export(checkpoint, precision, "cpu", {"prune_lm_head": "true"} | options)
+        sizes[name] = export.bytes
+        models[name] = SmallLanguageModel()
+        models[name].load_context(Context(export.folder))
+
+    answers = {}
+    for name, model in models.items():  # the whole set once, for agreement and score
+        collected = dict(model.answers(rows))
+        answers[name] = [collected[place][0] for place in range(len(rows))]
+
+    ratios: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(ROUNDS):
+        speeds = {}
+        for name, model in models.items():
+            start = time.perf_counter()
+            tokens = sum(answer.output_tokens for _, [answer] in model.answers(rows[turn * CHUNK : (turn + 1) * CHUNK]))
+            speeds[name] = tokens / (time.perf_counter() - start)
+        for name, speed in speeds.items():
+            ratios[name].append(speed / speeds["fp32"])
+
+    table = Table(title=f"{checkpoint.name}, {len(rows)} prompts of {path.name}, batches of 8, CPU")
+    for column in ("export", "size", "speed / fp32", "equal answers", "equal text", "score", "score / fp32"):
+        table.add_column(column, justify="left" if column == "export" else "right")
+    reference = answers["fp32"]
+    base = score(prompt_set, reference)
+    for name in models:
+        same = [answer.text == other.text for answer, other in zip(answers[name], reference, strict=True)]
+        prefix = sum(common(answer.text, other.text) for answer, other in zip(answers[name], reference, strict=True))
+        value = score(prompt_set, answers[name])
+        table.add_row(
+            name,
+            f"{sizes[name] / 1e6:.0f} MB",
+            f"{statistics.median(ratios[name]):.2f}",
+            f"{sum(same) / len(same):.0%}",
+            f"{prefix / sum(len(other.text) for other in reference):.0%}",
+            f"{value:.3f}",
+            f"{value / base:.2f}",
+        )
+    Console(width=120).print(table)
+
+
+def common(text: str, other: str) -> int:
+    """Characters before the first difference."""
+    return next((at for at, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+
+
+def score(prompt_set, answers) -> float:
+    values = []
+    for prompt, answer in zip(prompt_set, answers, strict=True):
+        results = [scorers.score(call.name, answer.text, prompt.expected, call.options) for call in prompt.scorers]
+        scored = [result.value for result in results if result.value is not None]
+        values += [sum(scored) / len(scored)] if scored else []
+    return statistics.fmean(values)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Scores a prompt set against logged models, compares them, and gates.
+
+    mlflow run .
+    mlflow run . -P prompts=prompts/general.jsonl -P model_uris=models:/phi3/7 -P baseline=models:/phi3@champion \
+        -P thresholds=gate.yaml -P alias=champion
+
+With no `model_uris`, both wrappers of `model` are logged, and the ONNX one is compared with the pipeline. Each scored
+model gets a child run; the run itself gets the comparison and the verdict.
+"""
+
+import argparse
+import sys
+
+from slm import checkpoints, onnx_export, parameters, tracking
+from slm.errors import BadInput
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    return parameters.parse("evaluate", __doc__, argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return tracking.exit_code(lambda: evaluate(parse_args(argv)))
+
+
+def evaluate(args: argparse.Namespace) -> str:
+    """The story of the run; returns the gate's state."""
+    from slm import evaluation
+
+    # What was asked for, checked before anything is opened or fetched
+    prompt_set = evaluation.read_prompts(args)
+    thresholds = evaluation.read_gate(args)
+    evaluation.generation(args)
+    if args.engine != "local" or args.judge:
+        raise BadInput("engine=spark and judge are not built yet; leave engine local and judge empty")
+    uris = [uri.strip() for uri in args.model_uris.split(",") if uri.strip()]
+    if args.baseline and not uris:
+        raise BadInput("baseline: needs model_uris to compare with it; with none, the pipeline is the baseline")
+    if args.alias and not (thresholds and len(uris) == 1 and evaluation.registered_version(uris[0])):
+        raise BadInput("alias: needs thresholds, and one registered version in model_uris, models:/name/version")
+    source = None
+    if not uris:
+        onnx_export.check(args.precision, args.execution_provider)
+        source = checkpoints.find(args.model, args.revision, args.subfolder)
+
+    with tracking.run("evaluate", args):
+        # The models: those named, or both wrappers of `model`, the pipeline being the baseline
+        if source is None:
+            named = [(uri, tracking.resolve(uri)) for uri in uris]
+            if args.baseline:
+                named.append((args.baseline, tracking.resolve(args.baseline)))
+            subject, baseline = prompt_set.name, len(uris) if args.baseline else None
+        else:
+            named = log_both(source, args)
+            subject, baseline = f"{source.name} on {prompt_set.name}", 1
+
+        # Each scored as logged, compared, gated
+        results = [evaluation.score_model(label, uri, prompt_set, args) for label, uri in named]
+        verdict = evaluation.conclude(subject, results, thresholds, prompt_set, baseline)
+        if args.alias and verdict.state == "pass":
+            evaluation.promote(named[0][1], args.alias)
+        return verdict.state
+
+
+def log_both(source: checkpoints.Source, args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Logs both wrappers of one checkpoint, with the same chat schema; their labels and URIs, ONNX first."""
+    from slm import console, evaluation, model_logging
+
+    options = evaluation.generation(args)
+    with console.step(f"Fetching {source.name}"):
+        checkpoint = source.fetch()
+        checkpoint.require_chat()
+    if checkpoint.is_onnx:
+        raise BadInput(f"model: {args.model} is an ONNX GenAI folder; run -e onnx, or give evaluate its model_uris")
+    with console.step(f"Exporting to ONNX, {args.precision}"):
+        export = onnx_export.export(checkpoint, args.precision, args.execution_provider)
+    with console.step("Logging both wrappers"):
+        name = args.registered_model_name
+        pipeline = model_logging.log_pipeline(checkpoint, options, registered_model_name=name)
+        onnx = model_logging.log_onnx(export, "chat", options, args.precision, registered_model_name=name)
+    return [(f"onnx {args.precision}", onnx.model_uri), ("pipeline", pipeline.model_uri)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Logs a model as a pyfunc over onnxruntime-genai, and scores it as logged.
+
+    mlflow run . -e onnx -P model=microsoft/Phi-3-mini-4k-instruct
+    mlflow run . -e onnx -P model=microsoft/Phi-3-mini-4k-instruct-onnx \
+        -P subfolder=cpu_and_mobile/cpu-int4-rtn-block-32-acc-level-4
+
+A ready ONNX GenAI folder is logged as it is; any other checkpoint is exported first. The run gets the logged model
+"onnx", and a child run with its scores on the prompt set.
+"""
+
+import argparse
+import sys
+
+from slm import checkpoints, onnx_export, parameters, tracking
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    return parameters.parse("onnx", __doc__, argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return tracking.exit_code(lambda: log_and_score(parse_args(argv)))
+
+
+def log_and_score(args: argparse.Namespace) -> str:
+    """The story of the run; returns the gate's state, which is "none" here."""
+    from slm import console, evaluation
+
+    # What was asked for, checked before anything is opened or fetched
+    prompt_set = evaluation.read_prompts(args)
+    options = evaluation.generation(args)
+    onnx_export.check(args.precision, args.execution_provider)
+    source = checkpoints.find(args.model, args.revision, args.subfolder)
+
+    with tracking.run("onnx", args):
+        # The ONNX GenAI folder, and the model logged from it
+        with console.step(f"Fetching {source.name}"):
+            checkpoint = source.fetch(onnx=True)
+        precision = "as given"
+        if not checkpoint.is_onnx:
+            precision = args.precision
+            with console.step(f"Exporting to ONNX, {precision}"):
+                checkpoint = onnx_export.export(checkpoint, precision, args.execution_provider)
+        if args.schema == "chat":
+            checkpoint.require_chat()
+        from slm import model_logging
+
+        with console.step("Logging the ONNX wrapper"):
+            logged = model_logging.log_onnx(
+                checkpoint, args.schema, options, precision, registered_model_name=args.registered_model_name
+            )
+
+        # The model as logged, scored
+        scored = evaluation.score_model("onnx", logged.model_uri, prompt_set, args)
+        return evaluation.conclude(f"{source.name} on {prompt_set.name}", [scored], (), prompt_set).state
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Logs a Hugging Face model as an MLflow transformers chat model (llm/v1/chat), and scores it as logged.
+
+    mlflow run . -e pipeline -P model=microsoft/Phi-3-mini-4k-instruct
+
+The run gets the logged model "pipeline", and a child run with its scores on the prompt set.
+"""
+
+import argparse
+import sys
+
+from slm import checkpoints, parameters, tracking
+from slm.errors import BadInput
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    return parameters.parse("pipeline", __doc__, argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return tracking.exit_code(lambda: log_and_score(parse_args(argv)))
+
+
+def log_and_score(args: argparse.Namespace) -> str:
+    """The story of the run; returns the gate's state, which is "none" here."""
+    from slm import console, evaluation
+
+    # What was asked for, checked before anything is opened or fetched
+    prompt_set = evaluation.read_prompts(args)
+    options = evaluation.generation(args)
+    source = checkpoints.find(args.model, args.revision, args.subfolder)
+    if not args.save_weights and source.kind != "hub":
+        raise BadInput(f"save_weights: false needs a hub id to refer to, and {args.model} is none")
+
+    with tracking.run("pipeline", args):
+        # The checkpoint, and the model logged from it
+        with console.step(f"Fetching {source.name}"):
+            checkpoint = source.fetch()
+            checkpoint.require_chat()
+        from slm import model_logging
+
+        with console.step("Logging the pipeline"):
+            logged = model_logging.log_pipeline(
+                checkpoint, options, args.save_weights, registered_model_name=args.registered_model_name
+            )
+
+        # The model as logged, scored
+        scored = evaluation.score_model("pipeline", logged.model_uri, prompt_set, args)
+        return evaluation.conclude(f"{source.name} on {prompt_set.name}", [scored], (), prompt_set).state
+
+
+if __name__ == "__main__":
+    sys.exit(main())
