@@ -3,7 +3,7 @@
     python -m benchmarks.precision [prompts/general.jsonl]
 
 Every export answers the same prompts through the logged wrapper's own code, greedily, 48 tokens at most. Speed is the
-ratio to fp32's in the same run; the exports take turns, several rounds, and the median of the rounds' ratios counts.
+ratio to fp32's in the same run: the exports take turns over thirds of the set, and the median of three ratios counts.
 Agreement is the share of answers that equal fp32's, and of its text before the first difference.
 """
 
@@ -20,16 +20,16 @@ from slm.chat_model import SmallLanguageModel
 
 EXPORTS = {
     "fp32": ("fp32", {}),
-    "int8, block 32": ("int8", {}),
+    "int8": ("int8", {}),
     "int8, block 128": ("int8", {"block_size": "128"}),
-    "int4 RTN, block 32": ("int4", {}),
-    "int4 RTN, block 16": ("int4", {"block_size": "16"}),
-    "int4 RTN, head int8": ("int4", {"algo_config": "rtn_last"}),
-    "int4 RTN, fp32 activations": ("int4", {"accuracy_level": "1"}),
+    "int8, shared embeddings": ("int8", {"shared_embeddings": "true"}),
+    "int4 RTN": ("int4", {}),
+    "int4 RTN, mixed with int8": ("int4", {"matmul_mixed_precision": "last_matmul:int8,mixed_layers:int8"}),
     "int4 k-quant": ("int4", {"algo_config": "k_quant"}),
     "int4 k-quant, mixed with int8": ("int4", {"algo_config": "k_quant_mixed"}),
+    "int4 k-quant, mixed, block 16": ("int4", {"algo_config": "k_quant_mixed", "block_size": "16"}),
 }
-ROUNDS, CHUNK = 3, 40
+ROUNDS = 3
 
 
 class Context:
@@ -52,17 +52,17 @@ def main() -> None:
         models[name] = SmallLanguageModel()
         models[name].load_context(Context(export.folder))
 
-    answers = {}
-    for name, model in models.items():  # the whole set once, for agreement and score
-        collected = dict(model.answers(rows))
-        answers[name] = [collected[place][0] for place in range(len(rows))]
-
+    # the exports take turns over parts of the set; one pass serves speed, agreement and score
+    answers: dict[str, list] = {name: [None] * len(rows) for name in models}
     ratios: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(ROUNDS):
+    part = -(-len(rows) // ROUNDS)
+    for first in range(0, len(rows), part):
         speeds = {}
         for name, model in models.items():
             start = time.perf_counter()
-            tokens = sum(answer.output_tokens for _, [answer] in model.answers(rows[turn * CHUNK : (turn + 1) * CHUNK]))
+            for place, [answer] in model.answers(rows[first : first + part]):
+                answers[name][first + place] = answer
+            tokens = sum(answer.output_tokens for answer in answers[name][first : first + part])
             speeds[name] = tokens / (time.perf_counter() - start)
         for name, speed in speeds.items():
             ratios[name].append(speed / speeds["fp32"])

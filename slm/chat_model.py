@@ -370,6 +370,8 @@ class SmallLanguageModel(PythonModel):
     `model_config` may hold at load: batch_size, threads, execution_provider (ONNX), device and dtype (transformers).
     """
 
+    _skip_type_hint_validation = True  # the signature is logged; MLflow would ask for type hints at every load
+
     def load_context(self, context):
         from tokenizers import Tokenizer
 

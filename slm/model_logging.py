@@ -11,6 +11,7 @@ hub for a model card.
 import importlib.metadata
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import mlflow
@@ -18,9 +19,11 @@ from mlflow.models import Model, ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from slm import cache, chat_model
-from slm.checkpoints import REPOSITORY, Checkpoint
+from slm.checkpoints import Checkpoint
 
 PACKAGES = {
     "pipeline": ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "jinja2", "numpy"),
@@ -77,15 +80,16 @@ def save_model(path, mlflow_model, checkpoint, wrapper, schema, generation, save
         settings |= {"hub_id": checkpoint.hub_id, "revision": checkpoint.revision}
     question = "What is the capital of France?"
     example = {"prompt": question} if schema == "prompt" else {"messages": [{"role": "user", "content": question}]}
-    mlflow.pyfunc.save_model(
-        path=path,
-        python_model=chat_model.__file__,
-        mlflow_model=mlflow_model,
-        signature=signature(schema, generation),
-        input_example=example,
-        model_config=settings,
-        pip_requirements=requirements(wrapper),
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        mlflow.pyfunc.save_model(
+            path=path,
+            python_model=chat_model.__file__,
+            mlflow_model=mlflow_model,
+            signature=signature(schema, generation),
+            input_example=example,
+            model_config=settings,
+            pip_requirements=requirements(wrapper, Path(scratch)),
+        )
     artifact, place = ("onnx", "artifacts/onnx") if wrapper == "onnx" else ("checkpoint", "model")
     pyfunc = mlflow_model.flavors["python_function"]
     if save_weights:
@@ -121,10 +125,36 @@ def signature(schema: str, generation: dict) -> ModelSignature:
     return ModelSignature(Schema(columns), CHAT_MODEL_OUTPUT_SCHEMA, params)
 
 
-def requirements(wrapper: str) -> list[str]:
-    """What serving needs, at the versions that are installed here, held by the project's constraints."""
-    versions = {name: importlib.metadata.version(name).split("+")[0] for name in PACKAGES[wrapper]}
-    return [*(f"{name}=={version}" for name, version in versions.items()), f"-c {REPOSITORY / 'constraints.txt'}"]
+def requirements(wrapper: str, scratch: Path) -> list[str]:
+    """What serving needs, at the versions installed here; what these bring along is held by a constraints file."""
+    versions = {name: _version(name) for name in PACKAGES[wrapper]}
+    constraints = scratch / "constraints.txt"
+    lines = [f"{name}=={_version(name)}\n" for name in sorted(_closure(versions))]
+    constraints.write_text("".join(lines), encoding="utf-8")
+    return [*(f"{name}=={version}" for name, version in versions.items()), f"-c {constraints}"]
+
+
+def _version(name: str) -> str:
+    return importlib.metadata.version(name).split("+")[0]  # torch's CPU and CUDA builds differ behind the plus
+
+
+def _closure(names) -> set[str]:
+    """The installed packages that `names` need, themselves included, without extras."""
+    found, waiting = set(), [canonicalize_name(name) for name in names]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        try:
+            needed = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for another platform, or one build of torch alone
+        found.add(name)
+        parsed = [Requirement(line) for line in needed]
+        waiting += [
+            canonicalize_name(need.name) for need in parsed if not need.marker or need.marker.evaluate({"extra": ""})
+        ]
+    return found
 
 
 def _transformers_flavor(checkpoint: Checkpoint, save_weights: bool) -> dict:

@@ -16,7 +16,7 @@ from slm.errors import BadInput
 
 # prune_lm_head: only the last place's logits are needed, so no head is computed over whole prompts
 OPTIONS = {
-    "int4": {"prune_lm_head": "true"},
+    "int4": {"prune_lm_head": "true", "algo_config": "k_quant_mixed"},
     "int8": {"prune_lm_head": "true"},
     "fp32": {"prune_lm_head": "true"},
     "fp16": {"prune_lm_head": "true"},

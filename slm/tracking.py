@@ -81,7 +81,7 @@ def quiet_mlflow():
     """mlflow, without the lines that say nothing to this project's users."""
     import mlflow
 
-    warnings.filterwarnings("ignore", message="(?s).*(type hint|interpreted in multiple ways)")
+    warnings.filterwarnings("ignore", message="(?s).*interpreted in multiple ways")
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
