@@ -22,9 +22,7 @@ EXPORTS = {
     "fp32": ("fp32", {}),
     "int8": ("int8", {}),
     "int8, block 128": ("int8", {"block_size": "128"}),
-    "int8, shared embeddings": ("int8", {"shared_embeddings": "true"}),
     "int4 RTN": ("int4", {}),
-    "int4 RTN, mixed with int8": ("int4", {"matmul_mixed_precision": "last_matmul:int8,mixed_layers:int8"}),
     "int4 k-quant": ("int4", {"algo_config": "k_quant"}),
     "int4 k-quant, mixed with int8": ("int4", {"algo_config": "k_quant_mixed"}),
     "int4 k-quant, mixed, block 16": ("int4", {"algo_config": "k_quant_mixed", "block_size": "16"}),
@@ -67,7 +65,7 @@ def main() -> None:
         for name, speed in speeds.items():
             ratios[name].append(speed / speeds["fp32"])
 
-    table = Table(title=f"{checkpoint.name}, {len(rows)} prompts of {path.name}, batches of 8, CPU")
+    table = Table(title=f"{checkpoint.name}, {len(rows)} prompts of {path.name}, batches of 16, CPU")
     for column in ("export", "size", "speed / fp32", "equal answers", "equal text", "score", "score / fp32"):
         table.add_column(column, justify="left" if column == "export" else "right")
     reference = answers["fp32"]

@@ -247,6 +247,7 @@ def convert_gguf(file: Path, target: Path) -> None:
 
 def _downloaded(source: Source, onnx: bool) -> tuple[Path, str]:
     """A hub repository's files at one commit, only those that are needed, and that commit."""
+    import httpx2
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -265,7 +266,9 @@ def _downloaded(source: Source, onnx: bool) -> tuple[Path, str]:
         try:
             if not COMMIT.fullmatch(revision):
                 revision = HfApi().model_info(hub_id, revision=revision or None, timeout=10).sha
-            folder = snapshot_download(hub_id, revision=revision, allow_patterns=patterns, max_workers=4)
+            folder = snapshot_download(
+                hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=[f"{inside}*/*"], max_workers=4
+            )
         except OfflineModeIsEnabled as error:
             raise LocalEntryNotFoundError(str(error)) from None
     except GatedRepoError:
@@ -274,9 +277,7 @@ def _downloaded(source: Source, onnx: bool) -> tuple[Path, str]:
         raise BadInput(f"revision: {revision!r} is no commit, branch or tag of {hub_id}") from None
     except RepositoryNotFoundError:
         raise BadInput(f"model: the hub has no {hub_id} (or it is private: set HF_TOKEN)") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        if COMMIT.fullmatch(revision) and isinstance(error, OSError) and error.errno == 28:
-            raise Unavailable(f"model: no space left to download {hub_id}") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise Unavailable(
             f"model: the hub can't be reached for {hub_id} ({type(error).__name__}); "
             f"{', '.join(EMBEDDED)} needs no hub, and a local folder works too"

@@ -66,10 +66,9 @@ def score_model(label: str, uri: str, prompt_set: prompts.PromptSet, args: argpa
     """Loads what `uri` names and scores it in a child run named `label`; the scored model, without its memory."""
     from slm import scoring
 
-    mlflow = tracking.quiet_mlflow()
     options = generation(args)
     repeats = getattr(args, "repeats", 1)
-    with mlflow.start_run(run_name=label, nested=True):
+    with tracking.child_run(label) as child:
         with console.step(f"Loading {label}"), _local(uri) as folder:
             model = scoring.load(label, uri, folder, {name: options.get(name) for name in ("dtype", "device")})
         with console.progress(f"Scoring {label}", len(prompt_set.prompts) * repeats) as advance:
@@ -83,8 +82,7 @@ def score_model(label: str, uri: str, prompt_set: prompts.PromptSet, args: argpa
             "fingerprint": fingerprint(prompt_set, model.sha256, options, repeats),
         }
         tracking.log_scored(scored, tracking.log_dataset(prompt_set), tags)
-        child = mlflow.active_run().info.run_id
-    return scoring.release(scored), child
+    return scoring.release(scored), child.info.run_id
 
 
 def fingerprint(prompt_set: prompts.PromptSet, model_sha256: str, options: dict, repeats: int) -> str:

@@ -54,14 +54,28 @@ def run(name: str, args: argparse.Namespace) -> Iterator["object"]:
     """The MLflow run of this process: the one `mlflow run` made, or a new one. Ended on the way out."""
     mlflow = quiet_mlflow()
     made_by_mlflow = "MLFLOW_RUN_ID" in os.environ
-    active = mlflow.start_run(run_name=None if made_by_mlflow else name)
-    status, reason = "FINISHED", ""
-    try:
-        client = mlflow.MlflowClient()
-        known = client.get_run(active.info.run_id).data.params
+    with _ending(mlflow.start_run(run_name=None if made_by_mlflow else name)) as active:
+        known = mlflow.MlflowClient().get_run(active.info.run_id).data.params
         plain = {name: str(value) for name, value in vars(args).items()}
         mlflow.log_params({name: value for name, value in plain.items() if name not in known})
         mlflow.log_params({f"cfg.{name}": value for name, value in plain.items()})
+        yield active
+
+
+@contextmanager
+def child_run(name: str) -> Iterator["object"]:
+    """A run below the active one, for one scored model."""
+    with _ending(quiet_mlflow().start_run(run_name=name, nested=True)) as active:
+        yield active
+
+
+@contextmanager
+def _ending(active) -> Iterator["object"]:
+    """Ends a run in the state that what happened in it asks for (MLflow's own context knows no KILLED)."""
+    import mlflow
+
+    status, reason = "FINISHED", ""
+    try:
         yield active
     except Stopped as stopped:
         status, reason = "KILLED", f"stopped by {stopped}"

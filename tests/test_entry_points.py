@@ -1,0 +1,259 @@
+"""The main job as its users start it: `mlflow run GIT-URL -v COMMIT`, a tracking server over HTTP, another folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from xml.etree import ElementTree
+
+import pytest
+from conftest import REPOSITORY, call, entry_point
+
+pytestmark = pytest.mark.slow
+
+SCORES = ("mean", "stderr", "ci95_low", "ci95_high")
+COSTS = (
+    "rows",
+    "rows_failed",
+    "rows_unscored",
+    "output_tokens_per_second",
+    "latency_seconds/p50",
+    "latency_seconds/p95",
+    "model_load_seconds",
+    "peak_memory_bytes",
+    "model_bytes",
+)
+SAMPLE_FIELDS = [
+    "id",
+    "repeat",
+    "model",
+    "messages",
+    "expected",
+    "output",
+    "finish_reason",
+    "prompt_tokens",
+    "output_tokens",
+    "latency_seconds",
+    "scores",
+    "reasons",
+    "error",
+]
+
+
+@pytest.fixture
+def server(tracking_server):
+    """A client of the tracking server."""
+    import mlflow
+
+    mlflow.set_tracking_uri(tracking_server)
+    yield mlflow.MlflowClient()
+    mlflow.set_tracking_uri(None)
+
+
+def run_from_git(git_server, tracking_uri, folder, name, *parameters):
+    """`mlflow run` in an empty folder; the finished command and the id of its run."""
+    options = [word for parameter in parameters for word in ("-P", parameter)]
+    experiment = f"{folder.name}-{name}"
+    done = call(
+        "mlflow",
+        "run",
+        git_server.url,
+        "-v",
+        git_server.commit,
+        "-e",
+        name,
+        "--env-manager",
+        "local",
+        "--experiment-name",
+        experiment,
+        *options,
+        cwd=folder,
+        MLFLOW_TRACKING_URI=tracking_uri,
+    )
+    return done, experiment
+
+
+def parent_and_children(client, experiment):
+    found = client.get_experiment_by_name(experiment)
+    runs = client.search_runs([found.experiment_id])
+    [parent] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    return parent, {run.info.run_name: run for run in runs if run is not parent}
+
+
+def check_child(client, child, prompts=24):
+    """Metrics, tags, dataset, samples, and their links to the logged model."""
+    import mlflow
+
+    metrics, tags = child.data.metrics, child.data.tags
+    assert metrics["rows"] == prompts
+    assert metrics["rows_failed"] == metrics["rows_unscored"] == 0
+    assert {name for name in COSTS if name not in metrics} == set()
+    assert {f"contains/{field}" for field in SCORES} <= metrics.keys()
+    assert 0 < metrics["score/mean"] < 1  # the embedded model gets some right and some wrong
+    assert tags["gate"] == "none"
+    assert len(tags["fingerprint"]) == len(tags["prompts.sha256"]) == len(tags["model.sha256"]) == 64
+    [dataset] = child.inputs.dataset_inputs
+    assert dataset.dataset.name == "smoke"
+    logged = mlflow.get_logged_model(tags["model.uri"].removeprefix("models:/"))
+    linked = {metric.key: metric for metric in logged.metrics}
+    assert linked["score/mean"].value == metrics["score/mean"]
+    assert linked["score/mean"].dataset_digest == dataset.dataset.digest
+    folder = mlflow.artifacts.download_artifacts(run_id=child.info.run_id, artifact_path="evaluation")
+    names = {artifact.path for artifact in client.list_artifacts(child.info.run_id, "evaluation")}
+    assert names == {
+        f"evaluation/{name}" for name in ("samples.jsonl", "report.html", "report.md", "junit.xml", "environment.json")
+    }
+    with open(f"{folder}/samples.jsonl", encoding="utf-8") as file:  # noqa: PTH123
+        samples = [json.loads(line) for line in file]
+    assert [list(sample) for sample in samples] == [SAMPLE_FIELDS] * prompts
+    ElementTree.parse(f"{folder}/junit.xml")
+    return logged, samples
+
+
+def test_pipeline_from_a_git_url(git_server, tracking_server, server, tmp_path):
+    import mlflow
+
+    done, experiment = run_from_git(git_server, tracking_server, tmp_path, "pipeline", "registered_model_name=from-git")
+    assert done.code == 0, done.err
+    assert "score, over all (24)" in done.out
+    parent, children = parent_and_children(server, experiment)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["mlflow.source.git.commit"] == git_server.commit
+    assert parent.data.params["model"] == parent.data.params["cfg.model"] == "smollm2-135m-instruct"
+    assert parent.data.params["cfg.stop"] == ""
+    logged, _ = check_child(server, children["pipeline"])
+    assert (logged.name, logged.source_run_id) == ("pipeline", parent.info.run_id)
+    assert logged.status == "READY"
+    version = server.get_model_version("from-git", "1")
+    assert version.model_id == logged.model_id
+    answer = mlflow.pyfunc.load_model("models:/from-git/1").predict(
+        {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    )
+    assert "Paris" in answer[0]["choices"][0]["message"]["content"]
+
+
+def test_onnx_from_a_git_url(git_server, tracking_server, server, tmp_path):
+    done, experiment = run_from_git(git_server, tracking_server, tmp_path, "onnx", 'stop=it\'s a "$(test)"')
+    assert done.code == 0, done.err
+    parent, children = parent_and_children(server, experiment)
+    assert parent.data.params["cfg.stop"] == 'it\'s a "$(test)"'
+    logged, samples = check_child(server, children["onnx"])
+    assert (logged.name, logged.source_run_id) == ("onnx", parent.info.run_id)
+    assert {sample["finish_reason"] for sample in samples} <= {"stop", "length"}
+    assert all(sample["output_tokens"] > 0 for sample in samples)
+
+
+def test_evaluate_from_a_git_url_scores_both_wrappers_side_by_side(git_server, tracking_server, server, tmp_path):
+    done, experiment = run_from_git(git_server, tracking_server, tmp_path, "evaluate", "max_tokens=16")
+    assert done.code == 0, done.err
+    assert "onnx int4" in done.out and "pipeline" in done.out and "output tokens per second" in done.out
+    assert "Scoring" not in done.out  # the bar is for a terminal
+    _, children = parent_and_children(server, experiment)
+    assert set(children) == {"onnx int4", "pipeline"}
+    for child in children.values():
+        check_child(server, child)
+    difference = children["onnx int4"].data.metrics
+    assert {f"difference/score/{field}" for field in ("mean", "ci95_low", "ci95_high", "p_value", "detectable")} <= (
+        difference.keys()
+    )
+    expected = difference["score/mean"] - children["pipeline"].data.metrics["score/mean"]
+    assert difference["difference/score/mean"] == pytest.approx(expected)
+
+    # the models that this run logged, by URI, gated on themselves
+    uris = [children[name].data.tags["model.uri"] for name in ("onnx int4", "pipeline")]
+    gate = tmp_path / "gate.yaml"
+    gate.write_text("rows_failed: {max: 0}\nscore/mean: {max_drop: 0.9}\n")
+    done = entry_point(
+        "evaluate",
+        f"--model_uris={uris[0]}",
+        f"--baseline={uris[1]}",
+        f"--thresholds={gate}",
+        "--max_tokens=8",
+        MLFLOW_TRACKING_URI=tracking_server,
+    )
+    assert done.code == 0, done.err
+    assert "gate: pass" in done.out
+    gate.write_text("score/mean: {min: 0.99}\n")
+    done = entry_point(
+        "evaluate", f"--model_uris={uris[0]}", f"--thresholds={gate}", MLFLOW_TRACKING_URI=tracking_server
+    )
+    assert done.code == 3 and "gate: regress" in done.out
+
+
+@pytest.mark.parametrize(
+    ("parameter", "line"),
+    [
+        ("prompts=nowhere.jsonl", "prompts: 'nowhere.jsonl' does not exist, from the repository's root or from here"),
+        ("promts=x", "promts: there is no such parameter; did you mean prompts?"),
+    ],
+)
+def test_bad_input_under_mlflow_run_ends_the_run_failed_with_the_line_in_a_tag(
+    git_server, tracking_server, server, tmp_path, parameter, line
+):
+    done, experiment = run_from_git(git_server, tracking_server, tmp_path, "evaluate", parameter)
+    assert done.code == 1  # mlflow run makes every failure 1
+    assert f"error: {line}" in done.err
+    parent, children = parent_and_children(server, experiment)
+    assert (parent.info.status, parent.data.tags["error"], children) == ("FAILED", line, {})
+
+
+def scoring_process(tracking_uri, experiment):
+    """An `evaluate` that has begun to answer with the ONNX wrapper."""
+    command = [sys.executable, "-u", "-m", "entrypoints.evaluate", "--max_tokens=100"]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_EXPERIMENT_NAME": experiment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes)
+    for line in process.stdout:
+        if line.startswith("Loading onnx"):
+            break
+    time.sleep(4)  # a batch takes about two seconds, all of them about ten
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_ends_the_run_killed(tracking_server, server, number, code):
+    experiment = f"signal-{code}"
+    process = scoring_process(tracking_server, experiment)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert f"stopped by {number.name}; the run is ended" in err
+    parent, children = parent_and_children(server, experiment)
+    assert {run.info.status for run in (parent, *children.values())} == {"KILLED"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_answers_of_an_interrupted_run_are_reused(tracking_server, server, number, tmp_path, monkeypatch):
+    from slm import cache
+
+    experiment = f"interrupted-{number.name}"
+    process = scoring_process(tracking_server, experiment)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert list((cache.root() / "answers").glob("*.jsonl"))
+    [found] = [
+        model
+        for model in server.search_logged_models([server.get_experiment_by_name(experiment).experiment_id])
+        if model.name == "onnx"
+    ]
+    options = (f"--model_uris={found.model_uri}", "--max_tokens=100")
+    done = entry_point("evaluate", *options, MLFLOW_TRACKING_URI=tracking_server)
+    assert done.code == 0, done.err
+    reused = int(done.out.split(" answers were left by an interrupted run and are reused")[0].split()[-1])
+    assert 0 < reused < 24
+    resumed = samples_of(server, done)
+    again = samples_of(server, entry_point("evaluate", *options, MLFLOW_TRACKING_URI=tracking_server))
+    assert resumed == again
+
+
+def samples_of(client, done) -> list[dict]:
+    """The samples of an evaluate's one scored model, without their seconds."""
+    import mlflow
+
+    parent = client.get_run(done.out.split("run: ")[1].split()[0])
+    query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    [child] = client.search_runs([parent.info.experiment_id], query)
+    lines = mlflow.artifacts.load_text(f"{child.info.artifact_uri}/evaluation/samples.jsonl").splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name != "latency_seconds"} for line in lines]
