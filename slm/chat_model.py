@@ -126,15 +126,16 @@ def sampling_of(row: dict, params: dict) -> Sampling:
 def sample(logits: np.ndarray, sampling: Sampling, seed: int, step: int) -> int:
     """Draws one token id from `logits` (vocabulary,), by temperature and nucleus (arXiv:1904.09751).
 
-    The random number depends on seed and step alone, so a row's text doesn't depend on its batch.
+    Each token's noise depends on seed, step and token alone (the Gumbel-max trick, arXiv:1611.01144), so that rounding
+    that differs from batch to batch changes a draw only where two tokens were all but tied.
     """
     scaled = logits.astype(np.float64) / sampling.temperature
-    chances = np.exp(scaled - scaled.max())
-    order = np.argsort(-chances, kind="stable")
-    cumulative = np.cumsum(chances[order])
-    kept = np.searchsorted(cumulative, sampling.top_p * cumulative[-1]) + 1
-    point = np.random.default_rng((seed, step)).random() * cumulative[min(kept, len(order)) - 1]
-    return int(order[np.searchsorted(cumulative, point, side="right").clip(max=len(order) - 1)])
+    if sampling.top_p < 1:
+        order = np.argsort(-scaled, kind="stable")
+        cumulative = np.cumsum(np.exp(scaled[order] - scaled[order[0]]))
+        kept = np.searchsorted(cumulative, sampling.top_p * cumulative[-1]) + 1
+        scaled[order[kept:]] = -np.inf
+    return int(np.argmax(scaled + np.random.default_rng((seed, step)).gumbel(size=len(scaled))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
