@@ -418,7 +418,7 @@ class SmallLanguageModel(PythonModel):
         self.template, self.special_tokens = read_chat_template(folder)
         onnx = (folder / "genai_config.json").exists()
         self._runtime = OnnxRuntime(folder, config) if onnx else TransformersRuntime(folder, config)
-        self._lock = threading.Lock()  # neither runtime may be entered by two threads at once
+        self._lock = threading.RLock()  # neither runtime may be entered by two threads at once
 
     def predict(self, context, model_input, params=None):
         """Chat: a list of chat completions. Prompt: a list of strings. One per row, in order.
@@ -486,13 +486,14 @@ class SmallLanguageModel(PythonModel):
             left[index], done[index] = len(prepared), {}
         for batch in self._batches(waiting, batch_size or self.batch_size):
             with self._lock:
-                finished = list(self._run(batch))
-            for row in finished:
-                index, choice = row.index
-                done[index][choice] = Answer(row.text, row.finish_reason, len(row.prompt), len(row.output), row.seconds)
-                if len(done[index]) == left[index]:
-                    answers = [done[index][choice] for choice in sorted(done[index])]
-                    yield index, answers * (row.sampling.n // len(answers))
+                for row in self._run(batch):
+                    index, choice = row.index
+                    done[index][choice] = Answer(
+                        row.text, row.finish_reason, len(row.prompt), len(row.output), row.seconds
+                    )
+                    if len(done[index]) == left[index]:
+                        answers = [done[index][choice] for choice in sorted(done[index])]
+                        yield index, answers * (row.sampling.n // len(answers))
 
     def render(self, messages: list[dict]) -> str:
         """A conversation as this model's prompt text."""

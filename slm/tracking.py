@@ -92,7 +92,8 @@ def _ending(active) -> Iterator["object"]:
 
 
 def quiet_mlflow():
-    """mlflow, without the lines that say nothing to this project's users."""
+    """mlflow, without the lines that say nothing to this project's users, and bars on a terminal alone."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", str(sys.stderr.isatty()))
     import mlflow
 
     warnings.filterwarnings("ignore", message="(?s).*interpreted in multiple ways")

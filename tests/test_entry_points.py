@@ -127,7 +127,7 @@ def test_pipeline_from_a_git_url(git_server, tracking_server, server, tmp_path):
     assert (logged.name, logged.source_run_id) == ("pipeline", parent.info.run_id)
     assert logged.status == "READY"
     version = server.get_model_version("from-git", "1")
-    assert version.model_id == logged.model_id
+    assert version.source == logged.model_uri
     answer = mlflow.pyfunc.load_model("models:/from-git/1").predict(
         {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
     )
