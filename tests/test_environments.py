@@ -7,6 +7,7 @@ import sys
 import pytest
 import yaml
 from conftest import REPOSITORY, call
+from packaging.requirements import Requirement
 
 ASK = """
 import sys, mlflow
@@ -19,8 +20,14 @@ LINKS = {"UV_FIND_LINKS": os.environ["PIP_FIND_LINKS"]} if os.environ.get("PIP_F
 
 
 def pins(name: str) -> dict[str, str]:
+    """Package -> version, of the lines that hold for this Python and platform."""
     lines = (REPOSITORY / name).read_text(encoding="utf-8").splitlines()
-    return dict(line.split(" ;")[0].split("==") for line in lines if line and not line.startswith("#"))
+    parsed = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {
+        need.name: str(need.specifier).removeprefix("==")
+        for need in parsed
+        if not need.marker or need.marker.evaluate()
+    }
 
 
 def test_conda_yaml_is_python_pip_and_the_two_requirement_files():
