@@ -128,6 +128,7 @@ def conclude(
         "environment.json": json.dumps(environment.describe(), indent=1) + "\n",
     }
     parent = mlflow.active_run().info.run_id
+    mlflow.set_tag("mlflow.note.content", artifacts["report.md"])  # the run page's description
     for run_id in (parent, *(run_id for _, run_id in results)):
         for name, text in artifacts.items():
             client.log_text(run_id, text, f"evaluation/{name}")

@@ -150,8 +150,9 @@ def test_evaluate_from_a_git_url_scores_both_wrappers_side_by_side(git_server, t
     assert done.code == 0, done.err
     assert "onnx int4" in done.out and "pipeline" in done.out and "output tokens per second" in done.out
     assert "Scoring" not in done.out  # the bar is for a terminal
-    _, children = parent_and_children(server, experiment)
+    parent, children = parent_and_children(server, experiment)
     assert set(children) == {"onnx int4", "pipeline"}
+    assert "| score, over all (24) |" in parent.data.tags["mlflow.note.content"]
     for child in children.values():
         check_child(server, child)
     difference = children["onnx int4"].data.metrics
