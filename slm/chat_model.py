@@ -235,11 +235,16 @@ class OnnxRuntime:
             settings.clear_providers()
             if provider != "cpu":
                 settings.append_provider(provider)
-        # its own default was one thread on two cores, at 0.6 of the speed
-        options = {"intra_op_num_threads": int(config.get("threads") or physical_cores())}
-        settings.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        self._model = og.Model(settings)
         facts = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        # its own default was one thread on two cores, at 0.6 of the speed
+        ours = {"session_options": {"intra_op_num_threads": int(config.get("threads") or physical_cores())}}
+        window = facts["decoder"].get("sliding_window") or {}
+        if window.get("layers") == []:
+            # the builder (0.18) writes this for Phi-3: caches of two windows, for a graph whose layers have none
+            ours["sliding_window"] = window | {"window_size": facts["context_length"] // 2}
+        settings.overlay(json.dumps({"model": {"decoder": ours}}))
+        self._model = og.Model(settings)
+        self._windowed = bool(window.get("layers"))
         end = facts["eos_token_id"]
         self.end_tokens = frozenset(end if isinstance(end, list) else [end])
         self.context_length = int(facts["context_length"])
@@ -290,8 +295,8 @@ class OnnxRuntime:
             yield generator.get_next_tokens()
 
     def alone_in_batch(self, prompt: list[int]) -> bool:
-        """Whether a prompt's last token can't be forced: an end token would end its row."""
-        return len(prompt) == 1 or prompt[-1] in self.end_tokens
+        """Whether a prompt's last token can't be forced (an end token would end its row), or caches take no padding."""
+        return self._windowed or len(prompt) == 1 or prompt[-1] in self.end_tokens
 
     def _choose(self, generator, chosen: dict[int, int], rows: int) -> None:
         logits = np.full((rows, 1, self._vocabulary), -1e9, dtype=np.float32)
@@ -404,7 +409,10 @@ class SmallLanguageModel(PythonModel):
             from huggingface_hub import snapshot_download
 
             folder = snapshot_download(
-                config["hub_id"], revision=config["revision"], ignore_patterns=["*.bin", "*.pth", "*.gguf", "onnx/*"]
+                config["hub_id"],
+                revision=config["revision"],
+                allow_patterns=["*.json", "*.jinja", "*.safetensors", "tokenizer.model"],
+                ignore_patterns=["*/*"],
             )
         folder = Path(folder)
         self.schema = config.get("schema", "chat")
@@ -434,7 +442,10 @@ class SmallLanguageModel(PythonModel):
             raise MlflowException(answers[0][0].error, error_code=INVALID_PARAMETER_VALUE)
         if self.schema == "prompt":
             return [None if choices[0].error else choices[0].text for choices in answers]
-        return [self._completion(choices) for choices in answers]
+        completions = [self.completion(choices) for choices in answers]
+        # `mlflow models serve` sends a bare conversation as a table of one row, and its client expects one object
+        served = os.environ.get("_MLFLOW_IS_IN_SERVING_ENVIRONMENT") == "true"
+        return completions[0] if served and len(completions) == 1 else completions
 
     def predict_stream(self, context, model_input, params=None):
         """Yields what is generated as it comes: OpenAI chunks (chat) or pieces of text (prompt). One row, n = 1."""
@@ -443,19 +454,14 @@ class SmallLanguageModel(PythonModel):
             raise MlflowException(f"a stream answers one row, got {len(rows)}", error_code=INVALID_PARAMETER_VALUE)
         try:
             row = {name: value for name, value in rows[0].items() if name != "stream"}
-            [prepared] = self._prepare(0, row, params or {})[:1]
+            [prepared] = self.prepare(row, params)[:1]
         except Refused as refusal:
             raise MlflowException(str(refusal), error_code=INVALID_PARAMETER_VALUE) from None
-        pieces = self._pieces(prepared)
+        pieces = (text for step in self.stream([prepared]) for _, text in step if text)
         if self.schema == "prompt":
             yield from pieces
             return
-        head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": self.name,
-        }
+        head = self.head("chat.completion.chunk")
 
         def chunk(delta, finish_reason=None):
             return head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
@@ -475,10 +481,10 @@ class SmallLanguageModel(PythonModel):
         """
         waiting: list[Row] = []
         left: dict[int, int] = {}
-        done: dict[int, dict[int, Answer]] = {}
+        done: dict[int, dict[int, Row]] = {}
         for index, row in enumerate(rows):
             try:
-                prepared = self._prepare(index, row, params or {})
+                prepared = self.prepare(row, params, index)
             except Refused as refusal:
                 yield index, [Answer("", "error", error=str(refusal))]
                 continue
@@ -486,14 +492,11 @@ class SmallLanguageModel(PythonModel):
             left[index], done[index] = len(prepared), {}
         for batch in self._batches(waiting, batch_size or self.batch_size):
             with self._lock:
-                for row in self._run(batch):
+                for row in (row for step in self._run(batch) for row in step):
                     index, choice = row.index
-                    done[index][choice] = Answer(
-                        row.text, row.finish_reason, len(row.prompt), len(row.output), row.seconds
-                    )
+                    done[index][choice] = row
                     if len(done[index]) == left[index]:
-                        answers = [done[index][choice] for choice in sorted(done[index])]
-                        yield index, answers * (row.sampling.n // len(answers))
+                        yield index, self.choices([done[index][choice] for choice in sorted(done[index])])
 
     def render(self, messages: list[dict]) -> str:
         """A conversation as this model's prompt text."""
@@ -501,24 +504,15 @@ class SmallLanguageModel(PythonModel):
             raise Refused("the model has no chat template; use the prompt schema")
         return render(self.template, self.special_tokens, messages)
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- for a caller that puts batches together itself, as a server does ----------------------------------------------
 
-    def _rows(self, model_input) -> list[dict]:
-        """The input as one dict per row."""
-        key = "prompt" if self.schema == "prompt" else "messages"
-        if hasattr(model_input, "to_dict"):  # a DataFrame
-            return model_input.to_dict(orient="records")
-        if isinstance(model_input, dict):
-            value = model_input.get(key)
-            if key == "prompt" and not isinstance(value, str) and isinstance(value, list | tuple | np.ndarray):
-                return [{key: text} for text in value]  # a column
-            return [model_input]
-        rows = [model_input] if isinstance(model_input, str) else list(model_input)
-        return [row if isinstance(row, dict) else {key: row} for row in rows]
+    def prepare(self, row: dict, params: dict | None = None, index: int = 0) -> list[Row]:
+        """A row's texts on their way: n of them, or one where all n would be equal.
 
-    def _prepare(self, index: int, row: dict, params: dict) -> list[Row]:
-        """A row's texts on their way: n of them, or one where all n would be equal."""
-        sampling = sampling_of(row, params)
+        Raises:
+            Refused: it can't be answered.
+        """
+        sampling = sampling_of(row, params or {})
         if self.schema == "prompt" and "messages" not in row:
             prompt = row.get("prompt")
             if not isinstance(prompt, str) or not prompt:
@@ -537,73 +531,53 @@ class SmallLanguageModel(PythonModel):
             for choice in range(choices)
         ]
 
-    def _batches(self, rows: list[Row], batch_size: int) -> Iterator[list[Row]]:
-        batch: list[Row] = []
-        for row in sorted(rows, key=lambda row: -len(row.prompt)):
-            if self._runtime.alone_in_batch(row.prompt):
-                yield [row]
-                continue
-            longer = [*batch, row]
-            span = len(longer[0].prompt) + max(member.room for member in longer)  # what each row's cache must hold
-            full = len(batch) == batch_size or span * len(longer) * self._runtime.bytes_per_token > CACHE_BYTES
-            if batch and (full or span > self._runtime.context_length):
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch
+    def fits(self, batch: list[Row], row: Row, batch_size: int = 0) -> bool:
+        """Whether a row may join a batch: its size, its cache's bytes and the context length hold."""
+        longer = [*batch, row]
+        if batch and any(self._runtime.alone_in_batch(member.prompt) for member in longer):
+            return False
+        span = max(len(member.prompt) for member in longer) + max(member.room for member in longer)  # of each cache
+        size, bytes = len(longer), span * len(longer) * self._runtime.bytes_per_token
+        return not batch or (
+            size <= (batch_size or self.batch_size) and bytes <= CACHE_BYTES and span <= self._runtime.context_length
+        )
 
-    def _run(self, batch: list[Row], streamed: bool = False) -> Iterator[Row]:
-        """Generates a batch; yields each row as it finishes, and a streamed one at every token."""
-        from tokenizers.decoders import DecodeStream
+    def stream(self, batch: list[Row]) -> Iterator[list[tuple[Row, str]]]:
+        """Generates rows that fit together; yields after each step every row that took part, and its new text.
 
-        start = time.perf_counter()
-        streams = {id(row): DecodeStream(skip_special_tokens=True) for row in batch if streamed or row.sampling.stop}
-        for tokens in self._runtime.steps(batch):
-            for row, token in zip(batch, tokens, strict=True):
-                if row.finish_reason:
-                    continue
-                row.output.append(int(token))
-                if token in self._runtime.end_tokens:
-                    row.finish_reason = "stop"
-                elif id(row) in streams:
-                    row.text += streams[id(row)].step(self._tokenizer, int(token)) or ""
-                    cut = min((at for at in map(row.text.find, row.sampling.stop) if at >= 0), default=-1)
-                    if cut >= 0:
-                        row.text, row.finish_reason = row.text[:cut], "stop"
-                        row.seconds = time.perf_counter() - start
-                        yield row
-                        continue
-                if not row.finish_reason and len(row.output) >= row.room:
-                    row.finish_reason = "length"
-                if row.finish_reason:
-                    row.seconds = time.perf_counter() - start
-                    ended = row.output[-1] in self._runtime.end_tokens
-                    row.text = self._tokenizer.decode(row.output[: len(row.output) - ended], skip_special_tokens=True)
-                if row.finish_reason or streamed:
-                    yield row
-            if all(row.finish_reason for row in batch):
-                return
-
-    def _pieces(self, row: Row) -> Iterator[str]:
-        """A row's text in pieces; what may still become a stop string, or half a character, is held back."""
-        sent = 0
+        What may still become a stop string, or is half a character, is held back. A row's last text comes with its
+        finish_reason. The caller drops a row by setting its finish_reason between two steps.
+        """
+        sent = {id(row): 0 for row in batch}
         with self._lock:
-            for state in self._run([row], streamed=True):
-                ready = len(state.text)
-                if not state.finish_reason:
-                    ready -= max((_overlap(state.text, stop) for stop in row.sampling.stop), default=0)
-                if ready > sent:
-                    yield state.text[sent:ready]
-                    sent = ready
+            for rows in self._run(batch, streamed=True):
+                step = []
+                for row in rows:
+                    ready = len(row.text)
+                    if not row.finish_reason:
+                        ready -= max((_overlap(row.text, stop) for stop in row.sampling.stop), default=0)
+                    step.append((row, row.text[sent[id(row)] : ready]))
+                    sent[id(row)] = max(ready, sent[id(row)])
+                yield step
 
-    def _completion(self, choices: list[Answer]) -> dict:
-        first = choices[0]
-        completion = {
+    def choices(self, rows: list[Row]) -> list[Answer]:
+        """The n answers that the finished texts of one request make."""
+        answers = [Answer(row.text, row.finish_reason, len(row.prompt), len(row.output), row.seconds) for row in rows]
+        return answers * (rows[0].sampling.n // len(answers))
+
+    def head(self, kind: str) -> dict:
+        """What a chat completion, and each chunk of one, begins with."""
+        return {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion",
+            "object": kind,
             "created": int(time.time()),
             "model": self.name,
+        }
+
+    def completion(self, choices: list[Answer]) -> dict:
+        """A request's answers as OpenAI's chat completion."""
+        first = choices[0]
+        completion = self.head("chat.completion") | {
             "choices": [
                 {
                     "index": index,
@@ -612,15 +586,87 @@ class SmallLanguageModel(PythonModel):
                 }
                 for index, answer in enumerate(choices)
             ],
-            "usage": {
-                "prompt_tokens": first.prompt_tokens,
-                "completion_tokens": sum(answer.output_tokens for answer in choices),
-                "total_tokens": first.prompt_tokens + sum(answer.output_tokens for answer in choices),
-            },
+            "usage": usage(first.prompt_tokens, sum(answer.output_tokens for answer in choices)),
         }
         return completion | (
             {"error": {"type": "invalid_request_error", "message": first.error}} if first.error else {}
         )
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _rows(self, model_input) -> list[dict]:
+        """The input as one dict per row."""
+        key = "prompt" if self.schema == "prompt" else "messages"
+        if hasattr(model_input, "to_dict"):  # a DataFrame
+            return model_input.to_dict(orient="records")
+        if isinstance(model_input, dict):
+            value = model_input.get(key)
+            if key == "prompt" and not isinstance(value, str) and isinstance(value, list | tuple | np.ndarray):
+                return [{key: text} for text in value]  # a column
+            return [model_input]
+        rows = [model_input] if isinstance(model_input, str) else list(model_input)
+        return [row if isinstance(row, dict) else {key: row} for row in rows]
+
+    def _batches(self, rows: list[Row], batch_size: int) -> Iterator[list[Row]]:
+        batch: list[Row] = []
+        for row in sorted(rows, key=lambda row: -len(row.prompt)):
+            if self._runtime.alone_in_batch(row.prompt):
+                yield [row]
+                continue
+            if not self.fits(batch, row, batch_size):
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+    def _run(self, batch: list[Row], streamed: bool = False) -> Iterator[list[Row]]:
+        """Generates a batch; yields the rows that finished, after every step that finished some.
+
+        `streamed` yields after every step, all rows that took part.
+        """
+        from tokenizers.decoders import DecodeStream
+
+        start = time.perf_counter()
+        streams = {id(row): DecodeStream(skip_special_tokens=True) for row in batch if streamed or row.sampling.stop}
+        for tokens in self._runtime.steps(batch):
+            changed = []
+            for row, token in zip(batch, tokens, strict=True):
+                if row.finish_reason:
+                    continue
+                row.output.append(int(token))
+                stopped = False
+                if token in self._runtime.end_tokens:
+                    row.finish_reason = "stop"
+                elif id(row) in streams:
+                    row.text += streams[id(row)].step(self._tokenizer, int(token)) or ""
+                    cut = min((at for at in map(row.text.find, row.sampling.stop) if at >= 0), default=-1)
+                    stopped = cut >= 0
+                    if stopped:
+                        row.text, row.finish_reason = row.text[:cut], "stop"
+                if not row.finish_reason and len(row.output) >= row.room:
+                    row.finish_reason = "length"
+                if row.finish_reason:
+                    row.seconds = time.perf_counter() - start
+                    if not stopped:
+                        ended = row.output[-1] in self._runtime.end_tokens
+                        row.text = self._tokenizer.decode(
+                            row.output[: len(row.output) - ended], skip_special_tokens=True
+                        )
+                if row.finish_reason or streamed:
+                    changed.append(row)
+            if changed or streamed:
+                yield changed
+            if all(row.finish_reason for row in batch):
+                return
+
+
+def usage(prompt_tokens: int, output_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
+    }
 
 
 def _overlap(text: str, stop: str) -> int:

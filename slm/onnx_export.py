@@ -4,6 +4,7 @@ The options behind each precision were chosen by measurement: benchmarks/precisi
 """
 
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,8 @@ OPTIONS = {
     "fp16": {"prune_lm_head": "true"},
     "bf16": {"prune_lm_head": "true"},
 }
+# windowed_kv_cache: caches as short as a layer's window fail for prompts of different lengths in one batch
+ALWAYS = {"windowed_kv_cache": "false"}
 PRECISIONS = {"cpu": ("int4", "int8", "fp32"), "cuda": ("int4", "int8", "fp16", "bf16", "fp32")}
 
 
@@ -41,18 +44,27 @@ def export(checkpoint: Checkpoint, precision: str, execution_provider: str, opti
         BadInput: the builder doesn't know this architecture, or not in this precision.
     """
     check(precision, execution_provider)
-    options = OPTIONS[precision] if options is None else options
+    options = ALWAYS | (OPTIONS[precision] if options is None else options)
+    config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    added = _for_builder(config)
     recipe = {
         "checkpoint": checkpoint.sha256,
         "precision": precision,
         "execution_provider": execution_provider,
         "options": " ".join(f"{name}={value}" for name, value in sorted(options.items())),
         "onnxruntime-genai": importlib.metadata.version("onnxruntime-genai"),
+        "config": json.dumps(added, sort_keys=True),
     }
 
     def build(target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint.folder)]
+            source = Path(scratch) / "checkpoint"  # the files, linked, under a config.json that the builder understands
+            source.mkdir()
+            for path in checkpoint.folder.iterdir():
+                (source / path.name).symlink_to(path.resolve())
+            (source / "config.json").unlink()
+            (source / "config.json").write_text(json.dumps(config | added), encoding="utf-8")
+            command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source)]
             command += ["-o", str(target), "-p", precision, "-e", execution_provider, "-c", scratch]
             command += ["--extra_options", *(f"{name}={value}" for name, value in options.items())]
             environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
@@ -63,3 +75,27 @@ def export(checkpoint: Checkpoint, precision: str, execution_provider: str, opti
 
     folder, manifest = cache.folder(f"{checkpoint.name}-{precision}-{execution_provider}", recipe, build)
     return Checkpoint(checkpoint.name, folder, checkpoint.source, checkpoint.revision, manifest)
+
+
+def _for_builder(config: dict) -> dict:
+    """What transformers 5 leaves out of config.json, or says in another place, and the builder needs.
+
+    Phi-3 and Mistral slide their window over every layer: without `layer_types` the builder makes full attention of
+    it, and other texts beyond the window. Long Phi-3's rotation has its older name, and Gemma 3's two rotations lie
+    one level deeper than the builder reads.
+    """
+    kind, added = config.get("model_type"), {}
+    rotation = config.get("rope_parameters") or {}
+    if kind in ("phi3", "mistral") and config.get("sliding_window"):
+        added["layer_types"] = ["sliding_attention"] * config["num_hidden_layers"]
+    if kind == "phi3" and rotation.get("rope_type") == "longrope":
+        added["rope_parameters"] = {"type": "longrope"} | rotation
+    if kind == "gemma3_text":
+        whole = {"rope_type": "default", "rope_theta": config.get("rope_theta", 1e6)}
+        whole |= (config.get("rope_scaling") or {}) | rotation.get("full_attention", {})
+        local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq", 1e4)}
+        local |= rotation.get("sliding_attention", {})
+        layers = {"full_attention": whole, "sliding_attention": local}
+        added["rope_parameters"] = layers | whole | {"rope_local_base_freq": local["rope_theta"]}
+        added["rope_scaling"] = None
+    return added
