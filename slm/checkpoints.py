@@ -21,6 +21,7 @@ from slm.errors import BadInput, Unavailable
 REPOSITORY = Path(__file__).resolve().parent.parent
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+END_OF_TURN = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>")  # as llama.cpp knows them
 CONFIGS = ("*.json", "*.jinja", "tokenizer.model", "LICENSE*", "README.md")
 
 
@@ -146,7 +147,12 @@ def check(folder: Path) -> None:
         BadInput
     """
     if (folder / "genai_config.json").exists():
-        _read_config(folder / "genai_config.json")
+        try:
+            graph = _read_config(folder / "genai_config.json")["model"]["decoder"]["filename"]
+        except (KeyError, TypeError):
+            raise BadInput(f"model: {folder}/genai_config.json names no decoder; export it again") from None
+        if not (folder / graph).is_file():
+            raise BadInput(f"model: {folder} has no {graph}, which its genai_config.json names")
     elif (folder / "config.json").exists():
         config = _read_config(folder / "config.json")
         if config.get("auto_map"):
@@ -226,23 +232,61 @@ def convert_gguf(file: Path, target: Path) -> None:
     """Writes a GGUF file's weights as a plain fp32 safetensors checkpoint with tokenizer and chat template.
 
     transformers refuses to save a model it read from GGUF, so its weights move into a model that was built without
-    the quantization's configuration.
+    the quantization's configuration. What it doesn't read from GGUF, the window of Phi-3's attention and the token
+    that ends a turn, is added as llama.cpp has it.
+
+    Raises:
+        ValueError: the file holds a rotation that transformers would silently leave out.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    content = GGUFReader(file)
+    if any(tensor.name.startswith("rope_factors_long") for tensor in content.tensors):
+        raise ValueError("its long rotation (rope_factors_long) is not read from GGUF; give the safetensors checkpoint")
+    tokenizer = save_gguf_tokenizer(file, target)
     quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     settings = quantized.config.to_dict()
     settings.pop("quantization_config", None)
     settings.pop("_name_or_path", None)
+    window = content.get_field("phi3.attention.sliding_window")
+    if window:
+        settings["sliding_window"] = window.contents()
     with torch.device("meta"):
         plain = type(quantized)(type(quantized.config)(**settings))
     plain.load_state_dict(quantized.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = quantized.generation_config
+    template, vocabulary = tokenizer.chat_template or "", tokenizer.get_vocab()
+    ends = {vocabulary[text] for text in END_OF_TURN if text in template and text in vocabulary}
+    known = {tokenizer.eos_token_id} - {None}
+    if ends - known:
+        plain.generation_config.eos_token_id = sorted(ends | known)
     plain.save_pretrained(target)
+
+
+def save_gguf_tokenizer(file: Path, target: Path):
+    """Writes a GGUF file's tokenizer and chat template as a checkpoint's, and gives it.
+
+    Phi-3's special tokens take the white space after them along. GGUF has no place for that, so it is set here, for
+    the tokens for which llama.cpp sets it (src/llama-vocab.cpp) and Phi-3's own tokenizer.json has it.
+    """
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.save_pretrained(target)
+    fields = GGUFReader(file).fields
+    kinds = [fields[name].contents() for name in ("general.architecture", "tokenizer.ggml.model")]
+    if kinds == ["phi3", "llama"]:
+        path = target / "tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for token in content["added_tokens"]:
+            token["rstrip"] = token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+        path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(target)
+    return tokenizer
 
 
 def _downloaded(source: Source, onnx: bool) -> tuple[Path, str]:
@@ -259,7 +303,7 @@ def _downloaded(source: Source, onnx: bool) -> tuple[Path, str]:
     )
 
     hub_id, inside = source.origin.removeprefix("hf:"), f"{source.subfolder}/" if source.subfolder else ""
-    weights = ("*.onnx", "*.onnx.data", "*.onnx_data") if onnx and inside else ("*.safetensors",)
+    weights = ("*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data") if onnx else ("*.safetensors",)
     patterns = [inside + pattern for pattern in (*CONFIGS, *weights)]
     revision = source.revision
     try:

@@ -119,21 +119,22 @@ def download(uri: str) -> Path:
 
 
 def resolve(uri: str) -> str:
-    """A model URI frozen: an alias or a stage becomes the version it points at now.
+    """A model URI frozen: an alias becomes the version it points at now. Only the model's description is read.
 
     Raises:
         BadInput: there is no such model, version or alias.
     """
-    if not uri.startswith("models:/") or "@" not in uri:
-        return uri
     mlflow = quiet_mlflow()
     name, _, alias = uri.removeprefix("models:/").partition("@")
     try:
-        return f"models:/{name}/{mlflow.MlflowClient().get_model_version_by_alias(name, alias).version}"
-    except mlflow.exceptions.MlflowException as error:
+        if uri.startswith("models:/") and alias:
+            uri = f"models:/{name}/{mlflow.MlflowClient().get_model_version_by_alias(name, alias).version}"
+        mlflow.models.get_model_info(uri)
+    except Exception as error:
         if _is_infrastructure(error):
             raise
-        raise BadInput(f"{uri}: {_one_line(error)}") from None
+        raise BadInput(f"{uri}: there is no such model: {_one_line(error)}") from None
+    return uri
 
 
 def log_dataset(prompt_set):

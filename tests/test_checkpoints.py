@@ -14,6 +14,8 @@ from conftest import call, entry_point
 from slm import cache, checkpoints
 from slm.errors import BadInput
 
+GENAI_CONFIG = '{"model": {"decoder": {"filename": "model.onnx"}}}'
+
 
 def fill(folder: Path, **contents: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,6 +52,8 @@ def test_the_package_that_carries_the_weights_is_never_imported():
         ({"config__json": '{"auto_map": {"AutoModel": "m.M"}}', "m__py": ""}, "asks to run code of its own"),
         ({"config__json": "{}", "model__safetensors": ""}, "has no tokenizer.json"),
         ({"genai_config__json": "not json"}, "can't be read as JSON"),
+        ({"genai_config__json": "{}"}, "genai_config.json names no decoder; export it again"),
+        ({"genai_config__json": GENAI_CONFIG}, "has no model.onnx, which its genai_config.json names"),
     ],
 )
 def test_a_folder_that_is_no_safe_model_is_refused(tmp_path, contents, message):
@@ -167,9 +171,11 @@ class Hub(BaseHTTPRequestHandler):
                 status, headers = 404, {"X-Error-Code": "RevisionNotFound"}
         elif path.startswith(f"/org/model/resolve/{COMMIT}/"):
             name = path.removeprefix(f"/org/model/resolve/{COMMIT}/")
-            content = self.files[name]
+            content = self.files.get(name, b"")
             headers["ETag"] = f'"{hashlib.sha1(content).hexdigest()}"'
             self.asked.append(name)
+            if name not in self.files:
+                status, headers = 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
         elif "/org/gated" in path:
             status, headers = 403, {"X-Error-Code": "GatedRepo"}
         else:
@@ -195,7 +201,7 @@ def hub():
         "model.safetensors": b"weights",
         "pytorch_model.bin": b"pickled",
         "modeling.py": b"code",
-        "cpu/genai_config.json": b"{}",
+        "cpu/genai_config.json": GENAI_CONFIG.encode(),
         "cpu/tokenizer.json": b"{}",
         "cpu/model.onnx": b"graph",
         "cpu/model.onnx.data": b"data",
@@ -261,6 +267,59 @@ def test_a_commit_that_is_on_this_machine_needs_no_hub(hub, tmp_path):
 )
 def test_what_the_hub_refuses_is_one_line(hub, tmp_path, model, revision, line):
     assert fetch_from(hub, tmp_path, model, revision, "") == line
+
+
+def tiny_llama(folder: Path, tokenizer_of: Path) -> Path:
+    """A random two-layer Llama with the embedded model's tokenizer and chat template."""
+    import shutil
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tokenizer_of / name, folder / name)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_reference_to_the_hub_registers_and_loads_without_weights_in_the_store(
+    hub, checkpoint, tracking_server, tmp_path
+):
+    server, handler = hub
+    folder = tiny_llama(tmp_path / "model", checkpoint.folder)
+    handler.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "MLFLOW_TRACKING_URI": tracking_server,
+    }
+    options = ("--model=org/model", "--save_weights=false", "--registered_model_name=referred", "--max_tokens=2")
+    done = entry_point("pipeline", *options, HF_HOME=str(tmp_path / "first"), **environment)
+    assert done.code == 0, done.err
+    ask = (
+        "import mlflow; m = mlflow.pyfunc.load_model('models:/referred/1');"
+        "print(m.predict({'messages': [{'role': 'user', 'content': 'hi'}], 'max_tokens': 2})[0]['object']);"
+        "print(m.metadata.metadata['revision']);"
+        "print(type(mlflow.transformers.load_model('models:/referred/1')).__name__);"
+        "from pathlib import Path; root = Path(mlflow.artifacts.download_artifacts('models:/referred/1'));"
+        "print(sorted(p.name for p in root.rglob('*.safetensors')))"
+    )
+    done = call("python", "-c", ask, cwd=tmp_path, HF_HOME=str(tmp_path / "second"), **environment)
+    assert done.out.split("\n")[:4] == ["chat.completion", COMMIT, "TextGenerationPipeline", "[]"], done.err
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])

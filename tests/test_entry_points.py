@@ -200,17 +200,31 @@ def test_bad_input_under_mlflow_run_ends_the_run_failed_with_the_line_in_a_tag(
     assert (parent.info.status, parent.data.tags["error"], children) == ("FAILED", line, {})
 
 
+@pytest.mark.parametrize(
+    "missing", ["models:/m-00000000000000000000000000000000", "models:/nobody/1", "models:/no@one"]
+)
+def test_a_model_that_is_not_there_is_bad_input_before_any_is_scored(tracking_server, server, int4_export, missing):
+    done = entry_point("evaluate", f"--model_uris={missing}", MLFLOW_TRACKING_URI=tracking_server)
+    assert done.code == 2, done.err
+    assert done.err.startswith(f"error: {missing}: there is no such model: ") and done.err.count("\n") == 1
+
+
 def scoring_process(tracking_uri, experiment):
-    """An `evaluate` that has begun to answer with the ONNX wrapper."""
-    command = [sys.executable, "-u", "-m", "entrypoints.evaluate", "--max_tokens=100"]
+    """An `evaluate` that has some answers of the ONNX wrapper, and not all of them."""
+    from slm import cache
+
+    for leftover in (cache.root() / "answers").glob("*.jsonl"):
+        leftover.unlink()
+    command = [sys.executable, "-m", "entrypoints.evaluate", "--max_tokens=100"]
     environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_EXPERIMENT_NAME": experiment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes)
-    for line in process.stdout:
-        if line.startswith("Loading onnx"):
-            break
-    time.sleep(4)  # a batch takes about two seconds, all of them about ten
-    return process
+    for _ in range(3000):
+        if any(file.stat().st_size for file in (cache.root() / "answers").glob("*.jsonl")):
+            return process
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError("no answer in five minutes")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
@@ -226,14 +240,11 @@ def test_a_signal_ends_the_run_killed(tracking_server, server, number, code):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_the_answers_of_an_interrupted_run_are_reused(tracking_server, server, number, tmp_path, monkeypatch):
-    from slm import cache
-
+def test_the_answers_of_an_interrupted_run_are_reused(tracking_server, server, number):
     experiment = f"interrupted-{number.name}"
     process = scoring_process(tracking_server, experiment)
     process.send_signal(number)
     process.communicate(timeout=60)
-    assert list((cache.root() / "answers").glob("*.jsonl"))
     [found] = [
         model
         for model in server.search_logged_models([server.get_experiment_by_name(experiment).experiment_id])
