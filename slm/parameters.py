@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from slm.errors import BadInput
 
-ALL = ("pipeline", "onnx", "evaluate")
+ALL = ("pipeline", "onnx", "evaluate")  # that log or score models
+ENTRY_POINTS = (*ALL, "serve")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ PARAMETERS = (
     Parameter("repeats", 1, ("evaluate",), "answers per prompt", low=1, high=1000),
     Parameter("engine", "local", ("evaluate",), "where prompts are answered", ("local", "spark")),
     Parameter("resume", True, ("evaluate",), "reuse answers that an interrupted run left"),
+    Parameter("model_uri", "", ("serve",), "logged chat model: models:/name@alias, models:/name/3, runs:/…, folder"),
+    Parameter("host", "127.0.0.1", ("serve",), "address to listen at"),
+    Parameter("port", 5005, ("serve",), "port to listen at", low=1, high=65535),
 )
 
 

@@ -6,7 +6,7 @@ import shlex
 import pytest
 from conftest import REPOSITORY
 
-from slm.parameters import ALL, PARAMETERS
+from slm.parameters import ALL, ENTRY_POINTS, PARAMETERS
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
@@ -46,7 +46,7 @@ def test_every_mlflow_run_line_names_entry_points_and_parameters_that_exist():
     assert len(lines) >= 4
     for line in lines:
         words = shlex.split(line)
-        assert {words[at + 1] for at, word in enumerate(words) if word == "-e"} <= set(ALL)
+        assert {words[at + 1] for at, word in enumerate(words) if word == "-e"} <= set(ENTRY_POINTS)
         assert {words[at + 1].split("=")[0] for at, word in enumerate(words) if word == "-P"} <= names
 
 

@@ -1,0 +1,76 @@
+"""Serves a logged chat model over OpenAI's API: /v1/chat/completions (streams too), /v1/models, /health, /metrics.
+
+    mlflow run . -e serve -P model_uri=models:/phi3@champion
+    PHI3_MLFLOW_API_KEY=… python -m entrypoints.serve --model_uri=models:/phi3@champion
+
+The key is read from the environment alone, since MLflow logs parameters. Under `mlflow run` the run stays open until
+the server is stopped; by hand there is none. Stops on SIGTERM or SIGINT, within seconds. Put a proxy with TLS in front
+before anything but this machine can reach it.
+"""
+
+import argparse
+import os
+import socket
+import sys
+from contextlib import nullcontext
+
+from slm import parameters, tracking
+from slm.errors import BadInput
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    return parameters.parse("serve", __doc__, argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return tracking.exit_code(lambda: serve(parse_args(argv)))
+
+
+def serve(args: argparse.Namespace) -> str:
+    """The story of the server; returns "none", since there is no gate."""
+    # What was asked for, checked before a model is loaded
+    if not args.model_uri:
+        raise BadInput("model_uri: is empty; name a logged chat model, as models:/name@alias")
+    listener = listen(args.host, args.port)
+    api_key = os.environ.get("PHI3_MLFLOW_API_KEY", "")
+
+    import uvicorn
+
+    from slm import console, openai_server
+
+    if not api_key and args.host not in LOOPBACK:
+        console.err.print(f"{args.host} is open to others: set PHI3_MLFLOW_API_KEY", style="yellow", markup=False)
+
+    with tracking.run("serve", args) if "MLFLOW_RUN_ID" in os.environ else nullcontext():
+        # The model, and the server until a signal comes
+        with console.step(f"Loading {args.model_uri}"):
+            model, defaults = openai_server.load(args.model_uri)
+        app = openai_server.build(model, defaults, api_key=api_key)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=3
+        )
+        console.out.print(f"Serving {model.name} at http://{args.host}:{args.port}/v1", markup=False)
+        uvicorn.Server(config).run(sockets=[listener])
+    return "none"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, so that a port in use is known before a model is loaded.
+
+    Raises:
+        BadInput: it can't be bound.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise BadInput(f"host, port: {host}:{port} can't be used: {error.strerror or error}") from None
+    return listener
+
+
+if __name__ == "__main__":
+    sys.exit(main())
