@@ -145,23 +145,6 @@ def test_mlflow_models_generate_dockerfile_holds_the_model_and_its_requirements(
 
 
 @pytest.mark.parametrize("name", ["pipeline", "onnx int4"])
-def test_memory_is_flat_over_a_thousand_calls(models, name):  # noqa: F811
-    def resident() -> int:
-        with open("/proc/self/statm") as file:  # noqa: PTH123
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    rows = [{"messages": PARIS, "max_tokens": 1}] * 10
-    for _ in range(30):
-        models[name].predict(rows[0])
-    before = resident()
-    for _ in range(1000):
-        models[name].predict(rows[0])
-    grown = resident() - before
-    print(f"{name}: {before / 1e6:.0f} MB before, {grown / 1e6:+.1f} MB after 1,000 calls")
-    assert grown < 20e6
-
-
-@pytest.mark.parametrize("name", ["pipeline", "onnx int4"])
 def test_concurrent_calls_from_threads_give_the_serial_answers(models, name):  # noqa: F811
     from concurrent.futures import ThreadPoolExecutor
 
