@@ -1,22 +1,26 @@
 """The wrapper that is logged: chat or plain prompts over transformers or onnxruntime-genai.
 
 MLflow copies this one file into the logged model and runs it again when the model is loaded (models from code:
-no pickle), so it imports nothing of ours, and each runtime's libraries only where they are used: a model over
-onnxruntime-genai is served with neither torch nor transformers installed. Rendering, tokenizing, sampling, stop
-strings, batching and the answers' shape are written once and hold for both runtimes; in fp32 both give the same
-greedy text. Not covered: tools, images, beam search, logit penalties (a request that asks for one is refused).
+no pickle), so it imports nothing of ours, and each runtime's libraries only where they are used: an ONNX GenAI folder
+is served with neither torch nor transformers installed, on the CPU mostly by onnxruntime alone (SlotRuntime).
+Rendering, tokenizing, sampling, stop strings and the answers' shape are written once and hold for all runtimes; in
+fp32 all give the same greedy text. Not covered: tools, images, beam search, logit penalties (a request that asks for
+one is refused).
 
 Tokens come from the checkpoint's own tokenizer.json, read by Hugging Face's `tokenizers`: onnxruntime-genai's
 encoder cuts a text at its first NUL.
 """
 
 import datetime
+import functools
 import json
 import os
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +31,8 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 
 DEFAULTS = {"max_tokens": 64, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": [], "n": 1}
-BATCH_SIZE = 16  # rows generated together when nobody says
+SPAN_STEP = 256  # keys and values are allocated for a multiple of this many tokens
+CHUNK = 512  # tokens of a prompt that go through a graph at once: attention's scratch grows with them
 CACHE_BYTES = 2 * 2**30  # what the keys and values of one batch may take, padding included
 MOST_CHOICES = 16
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -57,7 +62,7 @@ class Answer:
     finish_reason: str  # stop | length | error
     prompt_tokens: int = 0
     output_tokens: int = 0
-    seconds: float = 0.0  # from the start of its batch to its last token
+    seconds: float = 0.0  # from when its prompt, or its batch, was begun to its last token
     error: str = ""
 
 
@@ -73,6 +78,7 @@ class Row:
     output: list[int] = field(default_factory=list)
     finish_reason: str = ""
     text: str = ""  # decoded so far; kept up only for stop strings and streams
+    started: float = 0.0  # perf_counter, where it began after its batch
     seconds: float = 0.0
 
 
@@ -160,12 +166,8 @@ def read_chat_template(folder: str | Path) -> tuple[str, dict[str, str]]:
     return template, special
 
 
-def render(template: str, special_tokens: dict[str, str], messages: list[dict]) -> str:
-    """A conversation as the text the model was trained on, by the rules transformers renders templates with.
-
-    Raises:
-        Refused: the template doesn't take this conversation.
-    """
+@functools.lru_cache(maxsize=4)  # compiling takes longer than rendering
+def _compiled(template: str):
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -178,8 +180,19 @@ def render(template: str, special_tokens: dict[str, str], messages: list[dict]) 
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def render(template: str, special_tokens: dict[str, str], messages: list[dict]) -> str:
+    """A conversation as the text the model was trained on, by the rules transformers renders templates with.
+
+    Raises:
+        Refused: the template doesn't take this conversation.
+    """
+    import jinja2
+
     try:
-        return environment.from_string(template).render(
+        return _compiled(template).render(
             messages=messages, add_generation_prompt=True, tools=None, documents=None, **special_tokens
         )
     except (jinja2.TemplateError, TypeError) as error:
@@ -202,7 +215,7 @@ def messages_of(value) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runtimes: both take a batch of token ids and give, step by step, the next token of each row
+# Runtimes: each takes rows of token ids and gives, step by step, the next token of each
 
 
 def physical_cores() -> int:
@@ -220,8 +233,209 @@ def physical_cores() -> int:
     return len(cores) or len(allowed)
 
 
+def onnx_runtime(folder: Path, config: dict):
+    """SlotRuntime where it knows the graph (grouped-query attention, on the CPU), else onnxruntime-genai itself."""
+    content = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    decoder = content["model"]["decoder"]
+    listed = decoder.get("session_options", {}).get("provider_options")
+    known = {"input_ids", "attention_mask", "position_ids", "past_key_names", "past_value_names"}
+    fits = (
+        (config.get("execution_provider") or ("cpu" if not listed else "")) == "cpu"
+        and content.get("search", {}).get("past_present_share_buffer")
+        and set(decoder.get("inputs", {})) <= known
+        and not (decoder.get("sliding_window") or {}).get("layers")
+        and "pipeline" not in decoder
+    )
+    return SlotRuntime(folder, config, content["model"]) if fits else OnnxRuntime(folder, config)
+
+
+@dataclass
+class Slots:
+    """Keys and values of the rows that are generated together, and the prompts that they were computed from."""
+
+    arrays: dict[tuple[int, str], np.ndarray]  # (layer, key or value): (slots, heads, span, head size)
+    prompts: list[np.ndarray]  # by slot: the tokens whose keys and values it begins with
+    logits: np.ndarray  # (slots, 1, vocabulary)
+    span: int
+    bindings: dict = field(default_factory=dict)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        for array in self.arrays.values():
+            array[target, :, :length] = array[source, :, :length]
+
+
+class SlotRuntime:
+    """onnxruntime over the graph of an ONNX GenAI folder, on the CPU, by continuous batching.
+
+    onnxruntime-genai (0.18) keeps a batch together until its longest answer ends, pads its prompts, and computes what
+    they begin with in common for each. Grouped-query attention lets every row of a batch have a length of its own: so
+    here a finished row's slot goes to the next row, nothing is padded, and keys and values of a beginning that another
+    slot holds, from an earlier call too, are copied. Prompts go in one at a time without their last token, which is
+    the first to go through with the others: a row's numbers, and in int4 its text, don't depend on its company.
+    """
+
+    library = "onnxruntime"
+    batch_size = 32
+    refills = True
+
+    def __init__(self, folder: Path, config: dict, facts: dict):
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+        import onnxruntime
+
+        onnxruntime.disable_telemetry_events()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = int(config.get("threads") or physical_cores())
+        options.log_severity_level = 3
+        decoder = facts["decoder"]
+        path = folder / decoder["filename"]
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        inputs = {entry.name: entry for entry in self._session.get_inputs()}
+        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        self._names = names = decoder["inputs"] | decoder["outputs"]
+        self._with_positions = names.get("position_ids") in inputs
+        self._dtype = dtypes[inputs[names["past_key_names"] % 0].type]
+        outputs = {entry.name: entry for entry in self._session.get_outputs()}
+        self._logits_dtype = dtypes[outputs[names["logits"]].type]
+        self._shape = (decoder["num_hidden_layers"], decoder["num_key_value_heads"], decoder["head_size"])
+        self._vocabulary = int(facts["vocab_size"])
+        end = facts["eos_token_id"]
+        self.end_tokens = frozenset(end if isinstance(end, list) else [end])
+        self.context_length = int(facts["context_length"])
+        self.bytes_per_token = 2 * int(np.prod(self._shape)) * np.dtype(self._dtype).itemsize
+        self._idle: Slots | None = None  # of the last call: its prompts' beginnings may come again
+
+    def steps(self, rows: list[Row], slots: int = 0) -> Iterator[np.ndarray]:
+        """Yields the next token id of every row, shape (rows,), -1 where it waits or has finished."""
+        count = min(slots or len(rows), len(rows))
+        held = self._slots(count, max(len(row.prompt) + row.room for row in rows))
+        lengths, last = np.zeros(count, dtype=np.int64), np.zeros((count, 1), dtype=np.int64)
+        waiting, live = deque(range(len(rows))), []  # live: by slot, the row that has it
+
+        def begin(slot: int) -> int:
+            place = waiting.popleft()
+            row = rows[place]
+            row.started = time.perf_counter()
+            self._read(held, slot, np.array(row.prompt[:-1], dtype=np.int64))
+            lengths[slot], last[slot] = len(row.prompt) - 1, row.prompt[-1]
+            return place
+
+        try:
+            while len(live) < count:
+                live.append(begin(len(live)))
+            while live:
+                logits = self._next(held, last[: len(live)], lengths[: len(live)])
+                tokens = logits.argmax(-1)
+                for slot, place in enumerate(live):
+                    row = rows[place]
+                    if row.sampling.temperature:
+                        tokens[slot] = sample(logits[slot], row.sampling, row.seed, len(row.output))
+                step = np.full(len(rows), -1)
+                step[live] = tokens
+                yield step
+                lengths[: len(live)] += 1
+                last[: len(live), 0] = tokens
+                for slot in reversed(range(len(live))):
+                    if not rows[live[slot]].finish_reason:
+                        continue
+                    if waiting:
+                        live[slot] = begin(slot)
+                        continue
+                    end = len(live) - 1  # the last row moves up
+                    if slot < end:
+                        held.copy(end, slot, lengths[end])
+                        held.prompts[slot] = held.prompts[end]
+                        live[slot], lengths[slot], last[slot] = live[end], lengths[end], last[end]
+                    live.pop()
+        finally:
+            self._idle = held
+
+    def alone_in_batch(self, prompt: list[int]) -> bool:
+        return False
+
+    def _slots(self, count: int, span: int) -> Slots:
+        """The last call's slots where they suffice and nobody has them, else new ones."""
+        held, self._idle = self._idle, None
+        if held and len(held.prompts) >= count and held.span >= span:
+            return held
+        span = -(-span // SPAN_STEP) * SPAN_STEP
+        layers, heads, size = self._shape
+        return Slots(
+            arrays={
+                (layer, kind): np.zeros((count, heads, span, size), dtype=self._dtype)
+                for layer in range(layers)
+                for kind in ("key", "value")
+            },
+            prompts=[np.zeros(0, dtype=np.int64)] * count,
+            logits=np.zeros((count, 1, self._vocabulary), dtype=self._logits_dtype),
+            span=span,
+        )
+
+    def _read(self, held: Slots, slot: int, prompt: np.ndarray) -> None:
+        """Puts a prompt's keys and values into a slot."""
+        shared = [_in_common(prompt, other) for other in held.prompts]
+        source = max(range(len(shared)), key=lambda other: (shared[other], other == slot))
+        begun = shared[source]
+        if len(prompt) - begun == 1:
+            begun = max(begun - 1, 0)  # one token alone goes through other kernels, with other numbers
+        if begun and source != slot:
+            held.copy(source, slot, begun)
+        held.prompts[slot] = prompt[:begun]
+        while begun < len(prompt):
+            end = min(begun + CHUNK, len(prompt))
+            end -= len(prompt) - end == 1 and end - begun > 1
+            binding = self._binding(held, slot, 1, "prompt")
+            binding.bind_output(self._names["logits"], "cpu")  # nobody looks at them
+            self._run(binding, prompt[None, begun:end], np.array([begun]))
+            held.prompts[slot] = prompt[:end]
+            begun = end
+
+    def _next(self, held: Slots, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The logits that follow each row's last token, shape (rows, vocabulary)."""
+        rows = len(tokens)
+        binding = self._binding(held, 0, rows, "step")
+        self._run(binding, tokens, lengths)
+        return held.logits[:rows, 0]
+
+    def _run(self, binding, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """One pass: `tokens` (rows, new), of rows that hold `lengths` (rows,) tokens each."""
+        tokens = np.ascontiguousarray(tokens)
+        ends = lengths[:, None] + tokens.shape[1]
+        given = {"input_ids": tokens, "attention_mask": (np.arange(ends.max()) < ends).astype(np.int64)}
+        if self._with_positions:
+            given["position_ids"] = lengths[:, None] + np.arange(tokens.shape[1])
+        for name, array in given.items():
+            binding.bind_input(self._names[name], "cpu", 0, np.int64, array.shape, array.ctypes.data)
+        self._session.run_with_iobinding(binding)
+
+    def _binding(self, held: Slots, first: int, count: int, kind: str):
+        """The graph's caches bound to slots, in place: what comes in goes out at the same address."""
+        if (first, count, kind) not in held.bindings:
+            binding = self._session.io_binding()
+            for (layer, part), array in held.arrays.items():
+                place = ("cpu", 0, self._dtype, (count, *array.shape[1:]), array[first].ctypes.data)
+                binding.bind_input(self._names[f"past_{part}_names"] % layer, *place)
+                binding.bind_output(self._names[f"present_{part}_names"] % layer, *place)
+            if kind == "step":
+                logits = held.logits[:count]
+                place = ("cpu", 0, self._logits_dtype, logits.shape, logits.ctypes.data)
+                binding.bind_output(self._names["logits"], *place)
+            held.bindings[first, count, kind] = binding
+        return held.bindings[first, count, kind]
+
+
+def _in_common(ids: np.ndarray, other: np.ndarray) -> int:
+    """How many tokens both begin with."""
+    length = min(len(ids), len(other))
+    differ = np.flatnonzero(ids[:length] != other[:length])
+    return int(differ[0]) if len(differ) else length
+
+
 class OnnxRuntime:
     """onnxruntime-genai over a folder with genai_config.json."""
+
+    library = "onnxruntime-genai"
+    batch_size = 16
+    refills = False
 
     def __init__(self, folder: Path, config: dict):
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # the Linux wheel sends events otherwise
@@ -255,7 +469,7 @@ class OnnxRuntime:
         self._vocabulary = int(facts["vocab_size"])
         self._padding = int(facts["pad_token_id"])
 
-    def steps(self, rows: list[Row]) -> Iterator[np.ndarray]:
+    def steps(self, rows: list[Row], slots: int = 0) -> Iterator[np.ndarray]:
         """Yields the next token id of every row, shape (rows,), until the caller stops.
 
         Rows are padded on the right, and a graph whose head was pruned gives the logits of the last, padded place.
@@ -308,6 +522,10 @@ class OnnxRuntime:
 class TransformersRuntime:
     """A causal LM of transformers, with a cache from which finished rows are dropped."""
 
+    library = "transformers"
+    batch_size = 16
+    refills = False
+
     def __init__(self, folder: Path, config: dict):
         import torch
         import transformers
@@ -318,6 +536,9 @@ class TransformersRuntime:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = config.get("dtype") or "auto"
         self._torch = torch
+        # OpenMP keeps a pool of its own for every thread that calls it: from a server's many threads, several times
+        # slower than from this one
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch")
         self._model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES.get(dtype, dtype),
@@ -336,7 +557,7 @@ class TransformersRuntime:
         width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
         self.bytes_per_token = 8 * settings.num_hidden_layers * heads * width
 
-    def steps(self, rows: list[Row]) -> Iterator[np.ndarray]:
+    def steps(self, rows: list[Row], slots: int = 0) -> Iterator[np.ndarray]:
         """Yields the next token id of every row, shape (rows,); a finished row's places hold -1."""
         torch = self._torch
         from transformers import DynamicCache
@@ -353,17 +574,7 @@ class TransformersRuntime:
         live = list(range(len(rows)))
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         while live:
-            # torch.inference_mode is per thread state: entered for the forward pass alone, never across a yield
-            with torch.inference_mode():
-                logits = self._model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                ).logits[:, -1]
-            tokens = logits.argmax(-1).tolist()
+            logits, tokens = self._thread.submit(self._forward, ids, mask, positions, cache).result()
             for at, place in enumerate(live):
                 row = rows[place]
                 if row.sampling.temperature:
@@ -379,13 +590,29 @@ class TransformersRuntime:
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
             if len(kept) < len(live):
                 chosen = torch.tensor(kept, device=device)
-                with torch.inference_mode():
-                    cache.batch_select_indices(chosen)
+                self._thread.submit(self._select, cache, chosen).result()
                 ids, mask, positions = ids[chosen], mask[chosen], positions[chosen]
                 live = [live[at] for at in kept]
 
     def alone_in_batch(self, prompt: list[int]) -> bool:
         return False
+
+    def _forward(self, ids, mask, positions, cache):
+        """The logits of the last place, shape (rows, vocabulary), and the likeliest token of each row."""
+        with self._torch.inference_mode():  # a thread's own state: entered here, never across a yield
+            logits = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            return logits, logits.argmax(-1).tolist()
+
+    def _select(self, cache, chosen) -> None:
+        with self._torch.inference_mode():
+            cache.batch_select_indices(chosen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,7 +644,6 @@ class SmallLanguageModel(PythonModel):
         folder = Path(folder)
         self.schema = config.get("schema", "chat")
         self.name = config.get("model_name", folder.name)
-        self.batch_size = int(config.get("batch_size") or BATCH_SIZE)
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -425,7 +651,8 @@ class SmallLanguageModel(PythonModel):
         self._special_ids = {id for id, token in added.items() if token.special}
         self.template, self.special_tokens = read_chat_template(folder)
         onnx = (folder / "genai_config.json").exists()
-        self._runtime = OnnxRuntime(folder, config) if onnx else TransformersRuntime(folder, config)
+        self._runtime = onnx_runtime(folder, config) if onnx else TransformersRuntime(folder, config)
+        self.batch_size = int(config.get("batch_size") or self._runtime.batch_size)
         self._lock = threading.RLock()  # neither runtime may be entered by two threads at once
 
     def predict(self, context, model_input, params=None):
@@ -476,8 +703,9 @@ class SmallLanguageModel(PythonModel):
     ) -> Iterator[tuple[int, list[Answer]]]:
         """Answers rows of {"messages" or "prompt", and parameters}, yielding (row, its n answers) as they finish.
 
-        Rows of like length are generated together, the longest first, at most `batch_size` (0: the model's own) and
-        CACHE_BYTES of keys and values at a time. Greedy text doesn't depend on the batch.
+        Rows are generated together, at most `batch_size` (0: the model's own) and CACHE_BYTES of keys and values at a
+        time; a runtime that refills begins the next row when one ends, the others take rows of like length, the
+        longest first. Greedy text doesn't depend on the batch.
         """
         waiting: list[Row] = []
         left: dict[int, int] = {}
@@ -490,9 +718,10 @@ class SmallLanguageModel(PythonModel):
                 continue
             waiting += prepared
             left[index], done[index] = len(prepared), {}
-        for batch in self._batches(waiting, batch_size or self.batch_size):
+        together = self._queues if self._runtime.refills else self._batches
+        for batch, slots in together(waiting, batch_size or self.batch_size):
             with self._lock:
-                for row in (row for step in self._run(batch) for row in step):
+                for row in (row for step in self._run(batch, slots) for row in step):
                     index, choice = row.index
                     done[index][choice] = row
                     if len(done[index]) == left[index]:
@@ -550,7 +779,7 @@ class SmallLanguageModel(PythonModel):
         """
         sent = {id(row): 0 for row in batch}
         with self._lock:
-            for rows in self._run(batch, streamed=True):
+            for rows in self._run(batch, len(batch), streamed=True):
                 step = []
                 for row in rows:
                     ready = len(row.text)
@@ -595,33 +824,54 @@ class SmallLanguageModel(PythonModel):
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _rows(self, model_input) -> list[dict]:
-        """The input as one dict per row."""
+        """The input as one dict per row; {"prompt": [texts]}, which MLflow makes one cell of, is a row per text."""
         key = "prompt" if self.schema == "prompt" else "messages"
         if hasattr(model_input, "to_dict"):  # a DataFrame
-            return model_input.to_dict(orient="records")
-        if isinstance(model_input, dict):
-            value = model_input.get(key)
-            if key == "prompt" and not isinstance(value, str) and isinstance(value, list | tuple | np.ndarray):
-                return [{key: text} for text in value]  # a column
-            return [model_input]
-        rows = [model_input] if isinstance(model_input, str) else list(model_input)
-        return [row if isinstance(row, dict) else {key: row} for row in rows]
+            rows = model_input.to_dict(orient="records")
+        else:
+            rows = [model_input] if isinstance(model_input, str | dict) else list(model_input)
+        rows = [row if isinstance(row, dict) else {key: row} for row in rows]
+        if key == "messages":
+            return rows
+        return [
+            row | {key: text}
+            for row in rows
+            for text in (row[key] if isinstance(row.get(key), list | tuple | np.ndarray) else [row.get(key)])
+        ]
 
-    def _batches(self, rows: list[Row], batch_size: int) -> Iterator[list[Row]]:
+    def _queues(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int]]:
+        """Rows and how many of them are generated at once; those that need like much room share slots of one size.
+
+        Neighbours begin alike, so that what they share is computed once.
+        """
+
+        def span(row: Row) -> int:
+            return len(row.prompt) + row.room
+
+        queue: list[Row] = []
+        ordered = sorted(rows, key=span, reverse=True)
+        for place, row in enumerate(ordered, 1):
+            queue.append(row)
+            if place == len(ordered) or 2 * span(ordered[place]) < span(queue[0]):
+                room = CACHE_BYTES // (span(queue[0]) * self._runtime.bytes_per_token)
+                yield sorted(queue, key=lambda row: row.prompt), max(1, min(batch_size, room))
+                queue = []
+
+    def _batches(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int]]:
         batch: list[Row] = []
         for row in sorted(rows, key=lambda row: -len(row.prompt)):
             if self._runtime.alone_in_batch(row.prompt):
-                yield [row]
+                yield [row], 1
                 continue
             if not self.fits(batch, row, batch_size):
-                yield batch
+                yield batch, len(batch)
                 batch = []
             batch.append(row)
         if batch:
-            yield batch
+            yield batch, len(batch)
 
-    def _run(self, batch: list[Row], streamed: bool = False) -> Iterator[list[Row]]:
-        """Generates a batch; yields the rows that finished, after every step that finished some.
+    def _run(self, batch: list[Row], slots: int, streamed: bool = False) -> Iterator[list[Row]]:
+        """Generates a batch, `slots` rows at once; yields those that finished, after every step that finished some.
 
         `streamed` yields after every step, all rows that took part.
         """
@@ -629,10 +879,10 @@ class SmallLanguageModel(PythonModel):
 
         start = time.perf_counter()
         streams = {id(row): DecodeStream(skip_special_tokens=True) for row in batch if streamed or row.sampling.stop}
-        for tokens in self._runtime.steps(batch):
+        for tokens in self._runtime.steps(batch, slots):
             changed = []
             for row, token in zip(batch, tokens, strict=True):
-                if row.finish_reason:
+                if row.finish_reason or token < 0:
                     continue
                 row.output.append(int(token))
                 stopped = False
@@ -647,7 +897,7 @@ class SmallLanguageModel(PythonModel):
                 if not row.finish_reason and len(row.output) >= row.room:
                     row.finish_reason = "length"
                 if row.finish_reason:
-                    row.seconds = time.perf_counter() - start
+                    row.seconds = time.perf_counter() - (row.started or start)
                     if not stopped:
                         ended = row.output[-1] in self._runtime.end_tokens
                         row.text = self._tokenizer.decode(

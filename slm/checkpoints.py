@@ -15,8 +15,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from slm import cache
-from slm.errors import BadInput, Unavailable
+from slm import cache, weights
+from slm.errors import BadInput, Unavailable, exhausted
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -105,6 +105,7 @@ class Source:
         folder, revision = (self.path, "") if self.kind == "folder" else _downloaded(self, onnx)
         check(folder)
         manifest = cache.manifest_of(folder)
+        weights.check_files(folder, manifest)
         return Checkpoint(self.name, folder, self.origin, revision or cache.manifest_sha256(manifest), manifest)
 
 
@@ -117,6 +118,8 @@ def find(model: str, revision: str = "", subfolder: str = "") -> Source:
     if model in EMBEDDED:
         return Source("embedded", model, f"embedded:{model}", sha256=EMBEDDED[model].sha256)
     path = located(model)
+    if ".." in Path(subfolder).parts or Path(subfolder).is_absolute():
+        raise BadInput(f"subfolder: {subfolder!r} leaves the model's folder; name one in it")
     if path is not None and path.is_dir():
         path = path / subfolder
         check(path)
@@ -136,27 +139,30 @@ def find(model: str, revision: str = "", subfolder: str = "") -> Source:
 
 def located(path: str) -> Path | None:
     """A path as given, from the repository's root or from the working folder; None where nothing is there."""
-    candidates = [REPOSITORY / Path(path).expanduser(), Path(path).expanduser()]
-    return next((candidate for candidate in candidates if path and candidate.exists()), None)
+    try:
+        given = Path(path).expanduser()
+        return next((place for place in (REPOSITORY / given, given) if path and place.exists()), None)
+    except (OSError, RuntimeError, ValueError):  # too long, nobody's ~home, a NUL
+        return None
 
 
 def check(folder: Path) -> None:
-    """Refuses a folder that is no model, holds only pickled weights, or wants its own code run.
+    """Refuses a folder that is no model, holds only pickled weights, reaches out of itself, or wants its own code run.
 
     Raises:
         BadInput
     """
     if (folder / "genai_config.json").exists():
+        config = _read_config(folder / "genai_config.json")
+        weights.check_names(folder, config)
         try:
-            graph = _read_config(folder / "genai_config.json")["model"]["decoder"]["filename"]
+            graph = config["model"]["decoder"]["filename"]
         except (KeyError, TypeError):
             raise BadInput(f"model: {folder}/genai_config.json names no decoder; export it again") from None
         if not (folder / graph).is_file():
             raise BadInput(f"model: {folder} has no {graph}, which its genai_config.json names")
     elif (folder / "config.json").exists():
         config = _read_config(folder / "config.json")
-        if config.get("auto_map"):
-            raise BadInput(f"model: {folder}/config.json asks to run code of its own (auto_map), which is refused")
         if not any(folder.glob("*.safetensors")):
             pickled = " (its pickled .bin weights are refused)" if any(folder.glob("*.bin")) else ""
             raise BadInput(f"model: {folder} holds no .safetensors weights{pickled}")
@@ -164,13 +170,27 @@ def check(folder: Path) -> None:
         raise BadInput(f"model: {folder} holds neither config.json nor genai_config.json; is it a model's folder?")
     if not (folder / "tokenizer.json").exists():
         raise BadInput(f"model: {folder} has no tokenizer.json; save it with AutoTokenizer(...).save_pretrained")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            _read_config(folder / name)
+    weights.check_links(folder)
 
 
 def _read_config(path: Path) -> dict:
+    """A JSON mapping that asks for no code of its own.
+
+    Raises:
+        BadInput
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"model: {path} can't be read as JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise BadInput(f"model: {path} is no JSON object; fetch it again")
+    if config.get("auto_map"):
+        raise BadInput(f"model: {path} asks to run code of its own (auto_map), which is refused")
+    return config
 
 
 def _packaged_file(entry: Embedded) -> Path:
@@ -221,11 +241,19 @@ def _converted(source: Source, file: Path) -> Checkpoint:
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise BadInput(f"model: {file} can't be converted: {last}")
+            raise failed(f"model: {file} can't be converted", done)
 
     folder, manifest = cache.folder(source.name, recipe, build)
     return Checkpoint(source.name, folder, source.origin, sha256, manifest)
+
+
+def failed(what: str, done: subprocess.CompletedProcess) -> BadInput | Unavailable:
+    """The error of a command that ended badly: the machine's, where its disk or memory was at its end."""
+    last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode} and no message"])[-1]
+    if done.returncode == -9 or exhausted(RuntimeError(done.stderr[-2000:])) or "MemoryError" in last:
+        last = exhausted(RuntimeError(last)) or f"the disk or memory is at its end: {last}"
+        return Unavailable(f"{what}: {last}")
+    return BadInput(f"{what}: {last}")
 
 
 def convert_gguf(file: Path, target: Path) -> None:
@@ -322,6 +350,8 @@ def _downloaded(source: Source, onnx: bool) -> tuple[Path, str]:
     except RepositoryNotFoundError:
         raise BadInput(f"model: the hub has no {hub_id} (or it is private: set HF_TOKEN)") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        if reason := exhausted(error):
+            raise Unavailable(f"model: {hub_id} can't be kept: {reason}; HF_HOME moves the hub's cache") from None
         raise Unavailable(
             f"model: the hub can't be reached for {hub_id} ({type(error).__name__}); "
             f"{', '.join(EMBEDDED)} needs no hub, and a local folder works too"

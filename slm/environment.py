@@ -1,47 +1,135 @@
 """What a run ran on and with, as plain values for environment.json.
 
-Recorded, not judged: whether two runs can be compared byte by byte is for the reader of both files. GPUs are not
-listed yet.
+Recorded, not judged: slm/reproduction.py says what two records have in common. Not recorded: what else the machine was
+busy with, clock rates, and accelerators that nvidia-smi doesn't list.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+CPU_FLAGS = (  # by which onnxruntime and torch choose a kernel, and so an order of rounding; x86, then Arm
+    *("sse4_1", "sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl"),
+    *("avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
+)
 
 
+@functools.cache
 def describe() -> dict:
-    """Machine, Python, installed packages, and this project's commit and constraints."""
-    constraints = REPOSITORY / "constraints.txt"
-    packages = {entry.metadata["Name"]: entry.version for entry in importlib.metadata.distributions()}
+    """Machine, Python, installed packages, and this project's code, commit and constraints."""
+    installed = {entry.metadata["Name"]: entry.version for entry in importlib.metadata.distributions()}
+    needed = closure(required(REPOSITORY / "requirements.txt"))
+    packages = dict(sorted(installed.items(), key=lambda item: item[0].lower()))
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),
+        "cpu_model": _cpu_model(),
+        "cpu_flags": _cpu_flags(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpus": _gpus(),
+        "code.sha256": code_sha256(REPOSITORY),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain")),
-        "constraints.sha256": hashlib.sha256(constraints.read_bytes()).hexdigest(),
-        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+        "constraints.sha256": hashlib.sha256((REPOSITORY / "constraints.txt").read_bytes()).hexdigest(),
+        "needed": {name: version for name, version in packages.items() if canonicalize_name(name) in needed},
+        "packages": packages,
     }
+
+
+def code_sha256(folder: Path) -> str:
+    """One hash over this project's Python files by content: a commit that changes none of them keeps it."""
+    files = sorted(path for name in ("slm", "entrypoints") for path in (folder / name).rglob("*.py"))
+    lines = (
+        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(folder).as_posix()}" for file in files
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def required(file: Path) -> list[str]:
+    """The names in a requirements file."""
+    lines = (line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
+    return [Requirement(line).name for line in lines if line and not line.startswith("-")]
+
+
+def closure(names: Iterable[str]) -> set[str]:
+    """The installed packages that `names` need, themselves included, without extras."""
+    found, waiting = set(), [canonicalize_name(name) for name in names]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        try:
+            needed = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for another platform, or one build of torch alone
+        found.add(name)
+        parsed = [Requirement(line) for line in needed]
+        waiting += [
+            canonicalize_name(need.name) for need in parsed if not need.marker or need.marker.evaluate({"extra": ""})
+        ]
+    return found
+
+
+def gpus_of(listed: str, told: str) -> list[dict[str, str]]:
+    """GPUs from nvidia-smi's CSV (name, driver, memory) and its long form, which alone names the CUDA version."""
+    cuda = re.search(r"CUDA Version\s*:\s*(\S+)", told)
+    rows = [[cell.strip() for cell in line.split(",")] for line in listed.splitlines() if line.count(",") == 2]
+    return [
+        {"name": name, "driver": driver, "memory": memory, "cuda": cuda[1] if cuda else ""}
+        for name, driver, memory in rows
+    ]
+
+
+def _gpus() -> list[dict[str, str]]:
+    listed = _said("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+    return gpus_of(listed, _said("nvidia-smi", "-q")) if listed else []
 
 
 def _git(*words: str) -> str:
     """What git says of this repository; "" where this is none, or git is not there."""
+    return _said("git", "-C", str(REPOSITORY), *words)
+
+
+def _said(*command: str) -> str:
+    """What a program prints; "" where it is not there, or fails."""
     try:
-        done = subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _cpu() -> str:
+    return next(iter(_cpu_lines("model name")), "") or platform.processor() or platform.machine()
+
+
+def _cpu_model() -> str:
+    """The numbers behind a name that may be none: `Intel(R) Xeon(R) Processor` is several kinds; "" on Arm."""
+    found = {name: _cpu_lines(name)[:1] for name in ("cpu family", "model", "stepping")}
+    return ", ".join(f"{name} {value}" for name, values in found.items() for value in values)
+
+
+def _cpu_flags() -> list[str]:
+    words = next(iter(_cpu_lines("flags") or _cpu_lines("Features")), "").split()
+    return sorted({*CPU_FLAGS} & {*words})
+
+
+def _cpu_lines(name: str) -> list[str]:
+    """The values that /proc/cpuinfo has under a name; none where there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return []
+    return [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name]

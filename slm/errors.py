@@ -4,6 +4,25 @@ Each carries one line that says what is wrong, the value, and the remedy; the en
 put it into the run's `error` tag and exit with the class's code. Anything else is a bug and keeps its traceback.
 """
 
+import errno
+
+# What the system or a library says where disk or memory is at its end, or a disk can't be written
+EXHAUSTED = {
+    "No space left on device": "the disk is full",
+    "database or disk is full": "the disk is full",
+    "Disk quota exceeded": "the disk quota is used up",
+    "[Errno 27] File too large": "a file may not grow that large here (ulimit -f)",
+    "Read-only file system": "the disk is read-only",
+    "readonly database": "the disk is read-only",
+    "[Errno 13] Permission denied": "a file or folder may not be written",
+    "Cannot allocate memory": "the memory is used up",
+    "can't allocate memory": "the memory is used up",
+    "bad_alloc": "the memory is used up",
+    "bad allocation": "the memory is used up",
+    "CUDA out of memory": "the GPU's memory is used up; a smaller batch_size takes less",
+}
+ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOMEM)
+
 
 class BadInput(Exception):
     """Something the user gave is wrong: a parameter, a file, a model. Raised before any model is loaded."""
@@ -15,3 +34,16 @@ class Unavailable(Exception):
     """A server, a store or a hub did not answer, or refused."""
 
     exit_code = 4
+
+
+def exhausted(error: BaseException) -> str:
+    """In one line, that a disk or the memory is at its end, where that is what an error comes from; else ""."""
+    if isinstance(error, BadInput | Unavailable):
+        return ""
+    if isinstance(error, MemoryError):
+        return "the memory is used up; a smaller batch_size or model takes less"
+    text = " ".join(str(error).split())[:400]
+    if isinstance(error, OSError) and error.errno not in (*ERRNOS, None):
+        return ""
+    found = next((told for said, told in EXHAUSTED.items() if said in text), "")
+    return f"{found}: {text}" if found else ""

@@ -19,15 +19,17 @@ from mlflow.models import Model, ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
-from slm import cache, chat_model
+from slm import cache, chat_model, environment
 from slm.checkpoints import Checkpoint
 
 PACKAGES = {
     "pipeline": ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "jinja2", "numpy"),
     "onnx": ("mlflow", "onnxruntime-genai", "onnxruntime", "tokenizers", "jinja2", "numpy"),
+}
+SETTINGS = {  # 0 and "": the wrapper chooses
+    "pipeline": {"batch_size": 0, "threads": 0, "dtype": "auto", "device": "auto"},
+    "onnx": {"batch_size": 0, "threads": 0, "execution_provider": ""},
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
@@ -55,13 +57,19 @@ def _log(name, checkpoint, schema, generation, *, metadata=None, save_weights=Tr
         "special_tokens": special_tokens,
         "schema": schema,
     } | ({"task": "llm/v1/chat"} if schema == "chat" else {})
+    metadata = facts | (metadata or {})
+    if registered_model_name:
+        settings = _settings(name, checkpoint, schema, generation, save_weights)
+        left = _left_behind(registered_model_name, metadata, signature(schema, generation), settings)
+        if left:
+            return left
     return Model.log(
         artifact_path=None,
         name=name,
         flavor=sys.modules[__name__],
         flavor_name="transformers" if name == "pipeline" else "pyfunc",
         registered_model_name=registered_model_name or None,
-        metadata=facts | (metadata or {}),
+        metadata=metadata,
         validate_serving_input=False,  # it is loaded back and scored right after
         checkpoint=checkpoint,
         wrapper=name,
@@ -71,13 +79,36 @@ def _log(name, checkpoint, schema, generation, *, metadata=None, save_weights=Tr
     )
 
 
+def _settings(wrapper: str, checkpoint: Checkpoint, schema: str, generation: dict, save_weights: bool) -> dict:
+    """The model_config that is logged; MLflow lets a loader override only what is named in it."""
+    settings = {name: generation.get(name) or default for name, default in SETTINGS[wrapper].items()}
+    settings |= {"schema": schema, "model_name": checkpoint.name}
+    return settings if save_weights else settings | {"hub_id": checkpoint.hub_id, "revision": checkpoint.revision}
+
+
+def _left_behind(registered_name: str, metadata: dict, wanted: ModelSignature, settings: dict) -> ModelInfo | None:
+    """A version of just this model, which a run that was ended too early had registered: none is registered twice."""
+    client, quoted = mlflow.MlflowClient(), registered_name.replace("'", "''")
+    for version in client.search_model_versions(f"name = '{quoted}'", max_results=10):
+        if not (version.source or "").startswith("models:/m-"):
+            continue
+        logged = client.get_logged_model(version.source.removeprefix("models:/"))
+        if logged.status != "READY" or not logged.source_run_id:
+            continue
+        if client.get_run(logged.source_run_id).info.status == "FINISHED":
+            continue
+        info = mlflow.models.get_model_info(version.source)
+        config = info.flavors["python_function"].get("config")
+        if (info.metadata, info.signature, config) == (metadata, wanted, settings):
+            info.registered_model_version = version.version
+            return info
+    return None
+
+
 def save_model(path, mlflow_model, checkpoint, wrapper, schema, generation, save_weights=True, **_):
     """Writes an MLflow model folder whose weights are links to the checkpoint's (`Model.log` calls this)."""
     path = Path(path)
-    settings = {name: generation[name] for name in ("batch_size", "dtype", "device") if generation.get(name)}
-    settings |= {"schema": schema, "model_name": checkpoint.name}
-    if not save_weights:
-        settings |= {"hub_id": checkpoint.hub_id, "revision": checkpoint.revision}
+    settings = _settings(wrapper, checkpoint, schema, generation, save_weights)
     question = "What is the capital of France?"
     example = {"prompt": question} if schema == "prompt" else {"messages": [{"role": "user", "content": question}]}
     with tempfile.TemporaryDirectory() as scratch:
@@ -129,32 +160,13 @@ def requirements(wrapper: str, scratch: Path) -> list[str]:
     """What serving needs, at the versions installed here; what these bring along is held by a constraints file."""
     versions = {name: _version(name) for name in PACKAGES[wrapper]}
     constraints = scratch / "constraints.txt"
-    lines = [f"{name}=={_version(name)}\n" for name in sorted(_closure(versions))]
+    lines = [f"{name}=={_version(name)}\n" for name in sorted(environment.closure(versions))]
     constraints.write_text("".join(lines), encoding="utf-8")
     return [*(f"{name}=={version}" for name, version in versions.items()), f"-c {constraints}"]
 
 
 def _version(name: str) -> str:
     return importlib.metadata.version(name).split("+")[0]  # torch's CPU and CUDA builds differ behind the plus
-
-
-def _closure(names) -> set[str]:
-    """The installed packages that `names` need, themselves included, without extras."""
-    found, waiting = set(), [canonicalize_name(name) for name in names]
-    while waiting:
-        name = waiting.pop()
-        if name in found:
-            continue
-        try:
-            needed = importlib.metadata.requires(name) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue  # for another platform, or one build of torch alone
-        found.add(name)
-        parsed = [Requirement(line) for line in needed]
-        waiting += [
-            canonicalize_name(need.name) for need in parsed if not need.marker or need.marker.evaluate({"extra": ""})
-        ]
-    return found
 
 
 def _transformers_flavor(checkpoint: Checkpoint, save_weights: bool) -> dict:

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from slm import cache
-from slm.checkpoints import Checkpoint
+from slm.checkpoints import Checkpoint, failed
 from slm.errors import BadInput
 
 # prune_lm_head: only the last place's logits are needed, so no head is computed over whole prompts
@@ -70,8 +70,7 @@ def export(checkpoint: Checkpoint, precision: str, execution_provider: str, opti
             environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise BadInput(f"model: {checkpoint.name} can't be exported in {precision}: {last}")
+            raise failed(f"model: {checkpoint.name} can't be exported in {precision}", done)
 
     folder, manifest = cache.folder(f"{checkpoint.name}-{precision}-{execution_provider}", recipe, build)
     return Checkpoint(checkpoint.name, folder, checkpoint.source, checkpoint.revision, manifest)

@@ -13,15 +13,13 @@ model or process.
 import asyncio
 import hmac
 import json
-import tempfile
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import prometheus_client
 from fastapi import Depends, FastAPI, Request, Response
@@ -551,7 +549,7 @@ def load(uri: str) -> tuple[object, dict]:
         BadInput: it is none of this project's chat models.
     """
     mlflow = tracking.quiet_mlflow()
-    with _downloaded(uri) as folder:
+    with tracking.local_copy(tracking.resolve(uri)) as folder:
         try:
             description = mlflow.models.Model.load(str(folder))
             facts = description.metadata or {}
@@ -568,15 +566,3 @@ def load(uri: str) -> tuple[object, dict]:
     if not hasattr(model, "stream"):
         raise BadInput(f"model_uri: {uri} was logged by an older version of this project; log it again")
     return model, {param.name: param.default for param in description.signature.params}
-
-
-@contextmanager
-def _downloaded(uri: str) -> Iterator[Path]:
-    """The model's folder; a copy is removed again once it is loaded, a folder of a store on this machine is not."""
-    with tempfile.TemporaryDirectory(prefix="phi3-mlflow-") as scratch:
-        before, tempfile.tempdir = tempfile.tempdir, scratch  # where MLflow puts copies, and nothing else
-        try:
-            folder = tracking.download(tracking.resolve(uri))
-        finally:
-            tempfile.tempdir = before
-        yield folder

@@ -48,8 +48,8 @@ def random_checkpoint(model, folder: Path, end: int | list[int], pad: int) -> Pa
     return folder
 
 
-def greedy(runtime, prompts: list[list[int]], max_tokens: list[int]) -> list[list[int]]:
-    """The token ids that a wrapper's runtime gives for one batch."""
+def greedy(runtime, prompts: list[list[int]], max_tokens: list[int], slots: int = 0) -> list[list[int]]:
+    """The token ids that a wrapper's runtime gives for one batch, or by refilling `slots`, where it can."""
     from slm.chat_model import Row, Sampling
 
     sampling = Sampling(max_tokens=1, temperature=0.0, top_p=1.0, seed=0, stop=(), n=1)
@@ -57,9 +57,9 @@ def greedy(runtime, prompts: list[list[int]], max_tokens: list[int]) -> list[lis
         Row((index, 0), prompt, sampling, room, 0)
         for index, (prompt, room) in enumerate(zip(prompts, max_tokens, strict=True))
     ]
-    for tokens in runtime.steps(batch):
+    for tokens in runtime.steps(batch, slots):
         for row, token in zip(batch, tokens, strict=True):
-            if not row.finish_reason:
+            if not row.finish_reason and token >= 0:
                 row.output.append(int(token))
                 ended = token in runtime.end_tokens
                 row.finish_reason = "stop" if ended else "length" if len(row.output) == row.room else ""
@@ -120,7 +120,7 @@ def test_both_wrappers_give_the_greedy_tokens_of_transformers(small_model):
     import torch
 
     from slm import onnx_export
-    from slm.chat_model import OnnxRuntime, TransformersRuntime
+    from slm.chat_model import OnnxRuntime, SlotRuntime, TransformersRuntime, onnx_runtime
 
     model, saved = small_model
     generator = torch.Generator().manual_seed(2)
@@ -130,11 +130,14 @@ def test_both_wrappers_give_the_greedy_tokens_of_transformers(small_model):
     rooms = [24, 20, 12, 6]  # rows leave the batch one after another
     cut = [tokens[:room] for tokens, room in zip(expected, rooms, strict=True)]
     export = onnx_export.export(saved, "fp32", "cpu")
-    for runtime in (TransformersRuntime(saved.folder, {}), OnnxRuntime(export.folder, {})):
+    slots = onnx_runtime(export.folder, {})
+    assert isinstance(slots, SlotRuntime)
+    for runtime in (TransformersRuntime(saved.folder, {}), OnnxRuntime(export.folder, {}), slots):
         assert runtime.end_tokens == {2}
         assert runtime.context_length == 512
         assert [greedy(runtime, [prompt], [24])[0] for prompt in prompts] == expected
         assert greedy(runtime, prompts, rooms) == cut
+        assert greedy(runtime, prompts, rooms, slots=2) == cut
 
 
 @pytest.mark.parametrize("described", [True, False])
@@ -146,7 +149,7 @@ def test_a_folder_with_caches_as_short_as_the_window_is_answered_row_by_row(
     from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
     from slm import checkpoints, onnx_export
-    from slm.chat_model import OnnxRuntime
+    from slm.chat_model import OnnxRuntime, onnx_runtime
 
     ids = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     limits = {"max_position_embeddings": 512, "original_max_position_embeddings": 512, "sliding_window": 16}
@@ -159,7 +162,8 @@ def test_a_folder_with_caches_as_short_as_the_window_is_answered_row_by_row(
         model.config.sliding_window = None
     options = onnx_export.OPTIONS["fp32"] | {"windowed_kv_cache": "true"}
     export = onnx_export.export(checkpoints.find(str(folder)).fetch(), "fp32", "cpu", options)
-    runtime = OnnxRuntime(export.folder, {})
+    runtime = onnx_runtime(export.folder, {})
+    assert isinstance(runtime, OnnxRuntime) == described  # SlotRuntime doesn't know such caches
     prompt = torch.randint(20, 49152, (40,), generator=torch.Generator().manual_seed(2)).tolist()
     assert runtime.alone_in_batch(prompt) == described
     reference = Phi3ForCausalLM.from_pretrained(folder, sliding_window=model.config.sliding_window)
@@ -296,7 +300,7 @@ def test_a_phi3_prompt_passes_through_untouched_and_gets_no_second_bos(models, p
     wrapper = models["onnx prompt"].unwrap_python_model()
     seen = []
     steps = wrapper._runtime.steps
-    wrapper._runtime.steps = lambda rows: seen.extend(row.prompt for row in rows) or steps(rows)
+    wrapper._runtime.steps = lambda rows, slots: seen.extend(row.prompt for row in rows) or steps(rows, slots)
     try:
         [(_, [answer])] = wrapper.answers([{"prompt": prompt, "max_tokens": 3}])
     finally:
@@ -345,7 +349,7 @@ def test_each_of_phi3s_end_tokens_ends_an_answer_and_is_counted_but_not_shown(mo
     assert wrapper._runtime.context_length == 4096
     steps = wrapper._runtime.steps
     for end in sorted(wrapper._runtime.end_tokens):
-        wrapper._runtime.steps = lambda rows, end=end: iter([[1128], [end], [1128]])
+        wrapper._runtime.steps = lambda rows, slots, end=end: iter([[1128], [end], [1128]])
         try:
             [(_, [answer])] = wrapper.answers([{"messages": CONVERSATIONS[0]}])
         finally:

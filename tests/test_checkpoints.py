@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import tiny_models
 from conftest import call, entry_point
 
 from slm import cache, checkpoints
@@ -56,6 +57,14 @@ def test_the_package_that_carries_the_weights_is_never_imported():
         ({"genai_config__json": GENAI_CONFIG}, "has no model.onnx, which its genai_config.json names"),
     ],
 )
+@pytest.mark.fault(
+    "models: an empty folder",
+    "models: bad JSON",
+    "models: .bin only",
+    "models: auto_map",
+    "models: no tokenizer",
+    "models: no ONNX graph",
+)
 def test_a_folder_that_is_no_safe_model_is_refused(tmp_path, contents, message):
     with pytest.raises(BadInput) as raised:
         checkpoints.find(str(fill(tmp_path / "model", **contents)))
@@ -69,6 +78,7 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path):
         checkpoints.find(str(file))
 
 
+@pytest.mark.fault("models: a damaged GGUF")
 def test_a_damaged_gguf_costs_one_line(tmp_path):
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF" + bytes(100))
@@ -93,6 +103,7 @@ def build_in_process(root: str, calls: str) -> None:
     cache.folder("thing", {"of": "test"}, partial(build_marked, calls=Path(calls)))
 
 
+@pytest.mark.fault("process: two first builds at once in one cache")
 def test_two_processes_that_start_together_build_a_folder_once(tmp_path):
     context = multiprocessing.get_context("spawn")
     arguments = (str(tmp_path / "cache"), str(tmp_path / "calls"))
@@ -106,6 +117,7 @@ def test_two_processes_that_start_together_build_a_folder_once(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["change", "remove", "add", "manifest"])
+@pytest.mark.fault("storage: a damaged cache")
 def test_a_damaged_cache_folder_is_built_again(tmp_path, monkeypatch, damage):
     monkeypatch.setenv("PHI3_MLFLOW_CACHE", str(tmp_path / "cache"))
     build = partial(build_marked, calls=tmp_path / "calls")
@@ -198,13 +210,13 @@ def hub():
     handler.files = {
         "config.json": b'{"model_type": "llama"}',
         "tokenizer.json": b"{}",
-        "model.safetensors": b"weights",
+        "model.safetensors": tiny_models.safetensors(),
         "pytorch_model.bin": b"pickled",
         "modeling.py": b"code",
         "cpu/genai_config.json": GENAI_CONFIG.encode(),
         "cpu/tokenizer.json": b"{}",
-        "cpu/model.onnx": b"graph",
-        "cpu/model.onnx.data": b"data",
+        "cpu/model.onnx": tiny_models.onnx_graph(),
+        "cpu/model.onnx.data": bytes(24),
         "cuda/model.onnx": b"other",
     }
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -238,6 +250,7 @@ def fetch_from(hub, tmp_path, *arguments) -> str:
 
 
 @pytest.mark.parametrize("revision", ["", "main", "v1", COMMIT])
+@pytest.mark.fault("models: the hub's own snapshot links", "security: pickled weights and code are never fetched")
 def test_a_hub_model_is_resolved_to_its_commit_and_only_safe_files_are_fetched(hub, tmp_path, revision):
     files = ["config.json", "model.safetensors", "tokenizer.json"]
     assert fetch_from(hub, tmp_path, "org/model", revision, "") == f"model hf:org/model {COMMIT} {files}"
@@ -265,6 +278,7 @@ def test_a_commit_that_is_on_this_machine_needs_no_hub(hub, tmp_path):
         ("org/gated", "", "BadInput model: org/gated is gated: accept its licence on the hub and set HF_TOKEN"),
     ],
 )
+@pytest.mark.fault("models: missing, gated or unknown on the hub")
 def test_what_the_hub_refuses_is_one_line(hub, tmp_path, model, revision, line):
     assert fetch_from(hub, tmp_path, model, revision, "") == line
 
@@ -323,6 +337,7 @@ def test_a_reference_to_the_hub_registers_and_loads_without_weights_in_the_store
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])
+@pytest.mark.fault("models: the hub out of reach")
 def test_a_hub_out_of_reach_is_one_line_that_names_the_embedded_model(tmp_path, offline):
     done = entry_point(
         "pipeline",

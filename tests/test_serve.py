@@ -366,3 +366,32 @@ def test_a_model_that_cannot_be_served_and_a_port_in_use_are_one_line(store):
         done = entry_point("serve", "--model_uri=models:/x/1", f"--port={taken.getsockname()[1]}")
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "can't be used: Address already in use" in done.err
+
+
+def test_mlflows_gateway_in_front_passes_conversations_and_streams(address, client, tmp_path):
+    """The README's recipe, with this server's address and model name."""
+    recipe = re.search(r"```yaml\n(endpoints:.*?)```", (REPOSITORY / "README.md").read_text("utf-8"), re.DOTALL)[1]
+    recipe = recipe.replace("http://127.0.0.1:5005", address).replace("name: phi3  ", f"name: {NAME}  ")
+    (tmp_path / "gateway.yaml").write_text(recipe.replace("$PHI3_MLFLOW_API_KEY", "none"))
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "gateway", "start", "--port", str(port)]
+    command += ["--config-path", str(tmp_path / "gateway.yaml")]
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None
+                time.sleep(0.2)
+        turns = [*PARIS, {"role": "assistant", "content": "Paris."}, {"role": "user", "content": "And of Italy?"}]
+        direct = content(ask(client, turns, max_tokens=12))
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as through:
+            answer = through.chat.completions.create(model="phi3", messages=turns, max_tokens=12)
+            assert content(answer) == direct
+            stream = through.chat.completions.create(model="phi3", messages=turns, max_tokens=12, stream=True)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices) == direct
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
