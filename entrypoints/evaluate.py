@@ -2,7 +2,7 @@
 
     mlflow run .
     mlflow run . -P prompts=prompts/general.jsonl -P model_uris=models:/phi3/7 -P baseline=models:/phi3@champion \
-        -P thresholds=gate.yaml -P alias=champion
+        -P thresholds=gates/default.yaml -P alias=champion
 
 With no `model_uris`, both wrappers of `model` are logged, and the ONNX one is compared with the pipeline. Each scored
 model gets a child run; the run itself gets the comparison and the verdict.
@@ -11,7 +11,7 @@ model gets a child run; the run itself gets the comparison and the verdict.
 import argparse
 import sys
 
-from slm import checkpoints, onnx_export, parameters, tracking
+from slm import checkpoints, endpoints, onnx_export, parameters, schedule, tracking
 from slm.errors import BadInput
 
 
@@ -31,19 +31,24 @@ def evaluate(args: argparse.Namespace) -> str:
     prompt_set = evaluation.read_prompts(args)
     thresholds = evaluation.read_gate(args)
     evaluation.generation(args)
-    if args.engine != "local" or args.judge:
-        raise BadInput("engine=spark and judge are not built yet; leave engine local and judge empty")
+    evaluation.check_engine(args)
     uris = [uri.strip() for uri in args.model_uris.split(",") if uri.strip()]
     if args.baseline and not uris:
         raise BadInput("baseline: needs model_uris to compare with it; with none, the pipeline is the baseline")
-    if args.alias and not (thresholds and len(uris) == 1 and evaluation.registered_version(uris[0])):
-        raise BadInput("alias: needs thresholds, and one registered version in model_uris, models:/name/version")
+    if args.alias and not (thresholds and len(uris) == 1 and tracking.can_be_promoted(uris[0])):
+        raise BadInput("alias: needs thresholds, and one registered version in model_uris, models:/name/3 or @alias")
+    schedule.check(args)
+    for uri in filter(endpoints.is_endpoint, [*uris, args.baseline]):
+        endpoints.check(uri)
     source = None
     if not uris:
         onnx_export.check(args.precision, args.execution_provider)
         source = checkpoints.find(args.model, args.revision, args.subfolder)
 
-    with tracking.run("evaluate", args):
+    with schedule.run("evaluate", args) as settled:
+        if settled:  # another start is at it, or its slot is done
+            return settled
+
         # The models: those named, or both wrappers of `model`, the pipeline being the baseline
         if source is None:
             named = [(uri, tracking.resolve(uri)) for uri in uris]
@@ -54,11 +59,19 @@ def evaluate(args: argparse.Namespace) -> str:
             named = log_both(source, args)
             subject, baseline = f"{source.name} on {prompt_set.name}", 1
 
+        settled = schedule.unchanged(args, [uri for _, uri in named], prompt_set, thresholds)
+        if settled:
+            return settled
+
         # Each scored as logged, compared, gated
-        results = [evaluation.score_model(label, uri, prompt_set, args) for label, uri in named]
+        before = evaluation.alias_version(named[0][1], args.alias)
+        results = [evaluation.score_model(label, uri, prompt_set, args, thresholds) for label, uri in named]
         verdict = evaluation.conclude(subject, results, thresholds, prompt_set, baseline)
         if args.alias and verdict.state == "pass":
-            evaluation.promote(named[0][1], args.alias)
+            evaluation.promote(named[0][1], args.alias, before)
+        schedule.conclude(args, verdict.state)
+        if args.traces:
+            evaluation.show_answers(results, prompt_set)
         return verdict.state
 
 
@@ -78,7 +91,10 @@ def log_both(source: checkpoints.Source, args: argparse.Namespace) -> list[tuple
         name = args.registered_model_name
         pipeline = model_logging.log_pipeline(checkpoint, options, registered_model_name=name)
         onnx = model_logging.log_onnx(export, "chat", options, args.precision, registered_model_name=name)
-    return [(f"onnx {args.precision}", onnx.model_uri), ("pipeline", pipeline.model_uri)]
+    return [
+        (f"onnx {args.precision}", evaluation.scored_uri(onnx, export, name, args.precision)),
+        ("pipeline", evaluation.scored_uri(pipeline, checkpoint, name)),
+    ]
 
 
 if __name__ == "__main__":

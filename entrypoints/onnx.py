@@ -51,7 +51,8 @@ def log_and_score(args: argparse.Namespace) -> str:
             )
 
         # The model as logged, scored
-        scored = evaluation.score_model("onnx", logged.model_uri, prompt_set, args)
+        uri = evaluation.scored_uri(logged, checkpoint, args.registered_model_name, precision)
+        scored = evaluation.score_model("onnx", uri, prompt_set, args)
         return evaluation.conclude(f"{source.name} on {prompt_set.name}", [scored], (), prompt_set).state
 
 

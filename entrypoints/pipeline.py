@@ -44,7 +44,8 @@ def log_and_score(args: argparse.Namespace) -> str:
             )
 
         # The model as logged, scored
-        scored = evaluation.score_model("pipeline", logged.model_uri, prompt_set, args)
+        uri = evaluation.scored_uri(logged, checkpoint, args.registered_model_name)
+        scored = evaluation.score_model("pipeline", uri, prompt_set, args)
         return evaluation.conclude(f"{source.name} on {prompt_set.name}", [scored], (), prompt_set).state
 
 

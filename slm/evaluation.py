@@ -5,40 +5,83 @@ comparison and the verdict.
 """
 
 import argparse
-import hashlib
+import datetime
 import json
-import shutil
-import tempfile
+import time
 from collections.abc import Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 
-from slm import checkpoints, console, environment, gate, parameters, prompts, scorers, tracking
-from slm.errors import BadInput
+from slm import (
+    checkpoints,
+    console,
+    credentials,
+    endpoints,
+    environment,
+    gate,
+    parameters,
+    prompts,
+    reproduction,
+    scorer_calls,
+    tracking,
+    unsent,
+)
+from slm.errors import BadInput, Unavailable
 
+MEASURED = ("output_tokens_per_second", "latency_seconds", "peak_memory_bytes")  # metrics of the generating itself
 URI_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
 
 
 def read_prompts(args: argparse.Namespace) -> prompts.PromptSet:
-    """The prompt set that `prompts` names, with `scorers` in place of each row's own where that is given.
+    """The prompt set that `prompts` names, with those of `scorers` added to each row's own.
 
     Raises:
-        BadInput: it isn't there, or a row of it is wrong.
+        BadInput: it isn't there, a row of it is wrong, or a scorer or judge is.
+        Unavailable: the judge doesn't answer.
     """
     given = args.prompts
+    if getattr(args, "engine", "local") == "spark":
+        return _read_on_spark(args)
     if "://" in given or given.startswith(URI_SCHEMES):
         path = tracking.download(given)
     else:
         path = checkpoints.located(given)
         if path is None:
             raise BadInput(f"prompts: {given!r} does not exist, from the repository's root or from here")
-    prompt_set = prompts.read_prompt_set(path, given)
-    names = [name.strip() for name in getattr(args, "scorers", "").split(",") if name.strip()]
-    for name in names:
-        if name not in scorers.BUILT_IN:
-            hint = scorers.did_you_mean(name, scorers.BUILT_IN)
-            raise BadInput(f"scorers: {name!r} is no built-in scorer{hint}")
-    return prompts.with_scorers(prompt_set, names) if names else prompt_set
+    asked = scorer_calls.read(getattr(args, "scorers", ""), getattr(args, "judge", ""))
+    return scorer_calls.add(asked, prompts.read_prompt_set(path, given, scorer_calls.IN_ROWS))
+
+
+def _read_on_spark(args: argparse.Namespace) -> prompts.PromptSet:
+    from slm import spark
+
+    check_engine(args)
+    location = given = args.prompts
+    if given.startswith(URI_SCHEMES):
+        location = f"file://{tracking.download(given)}"
+    elif "://" not in given:
+        path = checkpoints.located(given)
+        if path is None:
+            raise BadInput(f"prompts: {given!r} does not exist, from the repository's root or from here")
+        location = f"file://{path.resolve()}"
+    return spark.read_prompts(location, given, args.spark_master, args.scorers, args.repeats)
+
+
+def check_engine(args: argparse.Namespace) -> None:
+    """What engine=spark doesn't do.
+
+    Raises:
+        BadInput: it was asked to.
+    """
+    if args.engine != "spark":
+        if args.spark_master:
+            raise BadInput(f"spark_master: {args.spark_master!r} needs engine=spark")
+        return
+    if args.judge:
+        raise BadInput("judge: is not asked from Spark's workers; leave it empty, or engine local")
+    uris = [uri.strip() for uri in (*args.model_uris.split(","), args.baseline)]
+    for uri in filter(endpoints.is_endpoint, uris):
+        raise BadInput(f"engine: spark scores logged models, and {uri} is an endpoint; leave engine local")
 
 
 def read_gate(args: argparse.Namespace) -> tuple[gate.Threshold, ...]:
@@ -52,7 +95,14 @@ def read_gate(args: argparse.Namespace) -> tuple[gate.Threshold, ...]:
     path = checkpoints.located(args.thresholds)
     if path is None or not path.is_file():
         raise BadInput(f"thresholds: {args.thresholds!r} does not exist")
-    return gate.read_thresholds(path.read_text(encoding="utf-8"), path.name)
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(gate.GATE_CHARACTERS + 1)
+    except OSError as error:
+        raise BadInput(f"thresholds: {args.thresholds!r} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"thresholds: {args.thresholds!r} is not UTF-8; save it as UTF-8") from None
+    return gate.read_thresholds(text, path.name)
 
 
 def generation(args: argparse.Namespace) -> dict:
@@ -62,33 +112,114 @@ def generation(args: argparse.Namespace) -> dict:
     return chosen | {"stop": parameters.stop_strings(args.stop)}
 
 
-def score_model(label: str, uri: str, prompt_set: prompts.PromptSet, args: argparse.Namespace):
+def scored_uri(logged, checkpoint: checkpoints.Checkpoint, registered_model_name: str, precision: str = "") -> str:
+    """The URI under which a model that was just logged is scored: its registered version, described, where it is one.
+
+    `logged` is the ModelInfo that MLflow gave.
+    """
+    if not registered_model_name:
+        return logged.model_uri
+    version = str(logged.registered_model_version)
+    tags = {
+        "source": checkpoint.source,
+        "revision": checkpoint.revision,
+        "precision": precision,
+        "model.sha256": checkpoint.sha256,
+        "git_commit": environment.describe()["git_commit"],
+    }
+    words = [f"{checkpoint.name}, as {'a transformers pipeline' if not precision else f'ONNX, {precision}'}."]
+    words += [f"From {checkpoint.source}" + (f" at {checkpoint.revision}." if checkpoint.revision else ".")]
+    tags = {name: value for name, value in tags.items() if value}
+    tracking.tag_version(registered_model_name, version, tags, " ".join(words))
+    return f"models:/{registered_model_name}/{version}"
+
+
+def score_model(
+    label: str,
+    uri: str,
+    prompt_set: prompts.PromptSet,
+    args: argparse.Namespace,
+    thresholds: tuple[gate.Threshold, ...] = (),
+):
     """Loads what `uri` names and scores it in a child run named `label`; the scored model, without its memory."""
-    from slm import scoring
+    from slm import loading, scoring
 
     options = generation(args)
     repeats = getattr(args, "repeats", 1)
-    with tracking.child_run(label) as child:
-        with console.step(f"Loading {label}"), _local(uri) as folder:
-            model = scoring.load(label, uri, folder, {name: options.get(name) for name in ("dtype", "device")})
-        with console.progress(f"Scoring {label}", len(prompt_set.prompts) * repeats) as advance:
-            scored = scoring.score(model, prompt_set, options, repeats, getattr(args, "resume", False), advance)
+    asked = scorer_calls.read(getattr(args, "scorers", ""), getattr(args, "judge", ""))
+    resume = getattr(args, "resume", False)
+    reuse = _reuse(resume, thresholds)
+    asked_for = reproduction.asked(environment.describe(), prompt_set, options, repeats, asked.sha256)
+    with tracking.child_run(label) as child, ExitStack() as stack:
+        if getattr(args, "engine", "local") == "spark":
+            scored, sent = _score_on_spark(label, uri, prompt_set, asked_for, reuse, child.info.run_id)
+            model = scored.model
+        else:
+            with console.step(f"Loading {label}"):
+                folder = stack.enter_context(tracking.local_copy(uri))  # a stranger's may read files later on
+                model = loading.load(label, uri, folder, {name: options.get(name) for name in ("dtype", "device")})
+            with console.progress(f"Scoring {label}", len(prompt_set.prompts) * repeats) as advance:
+                score_answer = stack.enter_context(scorer_calls.opened(asked, resume))
+                scored = scoring.score(model, prompt_set, options, repeats, reuse, advance, score_answer)
+            sent = {prompt.id: loading.sent(model, prompt, options) for prompt in prompt_set.prompts}
+        judged = bool(asked.judge)
+        record = reproduction.record(
+            environment.describe(), asked_for, model, sent, scored.samples, scored.reused, judged
+        )
         if scored.reused:
-            console.out.print(f"{label}: {scored.reused} answers were left by an interrupted run and are reused")
+            rows = int(scored.metrics["rows"])
+            console.out.print(f"{label}: {scored.reused} of {rows} answers are reused (resume=true)")
         tags = {
             "prompts.sha256": prompt_set.sha256,
             "model.sha256": model.sha256,
-            "model.uri": uri,
-            "fingerprint": fingerprint(prompt_set, model.sha256, options, repeats),
+            "model.uri": model.uri,
+            "model.name": model.name,
+            **({"judge": asked.judge.uri} if asked.judge else {}),
+            "fingerprint": record["fingerprint"],
+            "outputs.sha256": record["outputs"]["sha256"],
         }
-        tracking.log_scored(scored, tracking.log_dataset(prompt_set), tags)
-    return scoring.release(scored), child.info.run_id
+        with unsent.kept(child.info.run_id, scored, tags):
+            tracking.log_scored(scored, tracking.log_dataset(prompt_set), tags)
+        tracking.quiet_mlflow().log_text(_as_json(record), "evaluation/environment.json")
+    return scoring.release(replace(scored, record=record)), child.info.run_id
 
 
-def fingerprint(prompt_set: prompts.PromptSet, model_sha256: str, options: dict, repeats: int) -> str:
-    """One hash over what a result depends on: model, prompts, parameters, and this project's pinned packages."""
-    content = [model_sha256, prompt_set.sha256, options, repeats, environment.describe()["constraints.sha256"]]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _score_on_spark(label: str, uri: str, prompt_set, asked_for: dict, reuse: str, run_id: str) -> tuple:
+    """What Spark's workers make of a model; and what the shown prompts were sent to it as."""
+    from slm import spark
+
+    if not prompt_set.is_whole:  # its prompts are a sample
+        asked_for["prompts"] = {"rows": prompt_set.rows, "sha256": prompt_set.sha256}
+    job = spark.job(label, uri, prompt_set, asked_for["parameters"])
+    with console.step(f"Loading {label} on a worker"):
+        model = spark.described(prompt_set, job)
+    fingerprint = reproduction.fingerprint(asked_for, model.identity)
+    tracking.tag_active_run({"engine": "spark", "fingerprint": fingerprint})  # now, for the run that takes over
+    with console.step(f"Scoring {label} on {prompt_set.rows:,} prompts in {prompt_set.buckets} parts"):
+        scored = spark.score(job, model, prompt_set, run_id, fingerprint, reuse)
+    rows = int(scored.metrics["rows"])
+    if len(scored.samples) < rows:
+        told = f"of {rows:,} answers, samples.jsonl and the report show {len(scored.samples):,}"
+        console.out.print(f"{label}: {told}; all are in {spark.FOLDER}, and in every figure")
+    return scored, scored.sent
+
+
+def _reuse(resume: bool, thresholds: tuple[gate.Threshold, ...]) -> str:
+    """Which kept answers may be used; a gate on speed or memory wants them measured now, the baseline's as well."""
+    if not resume:
+        return "none"
+    return "interrupted" if any(rule.metric.startswith(MEASURED) for rule in thresholds) else "all"
+
+
+def fingerprint(
+    prompt_set: prompts.PromptSet, model_identity: str, options: dict, repeats: int, scorers_sha256: str
+) -> str:
+    """One hash over what a result depends on: model, prompts, parameters, scorers, this project's code and packages.
+
+    It can be had before a model is loaded: loading.identity reads the first from what MLflow says of a logged one.
+    """
+    asked = reproduction.asked(environment.describe(), prompt_set, options, repeats, scorers_sha256)
+    return reproduction.fingerprint(asked, model_identity)
 
 
 def conclude(
@@ -102,44 +233,114 @@ def conclude(
 
     `results` holds (scored model, its run id); `baseline` is the place of the one that the others are compared with.
     """
-    from slm import report, scoring
+    from slm import plots, report, report_page, scoring
 
     mlflow = tracking.quiet_mlflow()
-    models = [scored for scored, _ in results]
-    client, verdicts, remarks = mlflow.MlflowClient(), [], []
-    for place, (scored, run_id) in enumerate(results):
-        compared = {}
-        if baseline is not None and place != baseline:
-            compared = scoring.differences(scored, models[baseline], prompt_set)
-            told = report.difference_lines(scored.model.label, models[baseline].model.label, compared)
-            remarks += told[:1]
-            metrics = scoring.difference_metrics(compared)
+    client, parent = mlflow.MlflowClient(), mlflow.active_run().info.run_id
+    found = judge(title, [scored for scored, _ in results], thresholds, prompt_set, baseline)
+    for scored, compared, verdict, (_, run_id) in zip(
+        found.models, found.differences, found.verdicts, results, strict=True
+    ):
+        if compared:
             with mlflow.start_run(run_id=run_id, nested=True):
-                mlflow.log_metrics(metrics, model_id=scored.model.model_id)
-        gated = () if place == baseline and len(models) > 1 else thresholds
-        verdicts.append(gate.decide(gated, scored.metrics | scored.estimates, compared))
-        client.set_tag(run_id, "gate", verdicts[-1].state)
-    verdict = worst(verdicts)
-    mlflow.set_tags({"gate": verdict.state, "prompts.sha256": prompt_set.sha256})
+                mlflow.log_metrics(scoring.difference_metrics(compared), model_id=scored.model.model_id)
+        client.set_tag(run_id, "gate", verdict.state)
+        _tag_version(scored, verdict, found)
+    machine, rules = environment.describe(), [asdict(rule) for rule in thresholds]
+    whole = reproduction.whole_record(machine, [(run_id, scored.record) for scored, run_id in results], baseline, rules)
+    started = client.get_run(parent).data
+    given = {name.removeprefix("cfg."): value for name, value in started.params.items() if name.startswith("cfg.")}
+    defaults = {parameter.name: str(parameter.default) for parameter in parameters.PARAMETERS}
+    records = [scored.record for scored, _ in results]
+    whole["again"] = reproduction.again(started.tags, given, defaults, records, baseline)
+    tags = {"gate": found.verdict.state, "prompts.sha256": prompt_set.sha256}
+    mlflow.set_tags(tags | {"fingerprint": whole["fingerprint"], "outputs.sha256": whole["outputs"]["sha256"]})
     artifacts = {
-        "report.md": report.markdown(title, models, remarks, verdict),
-        "report.html": report.html(title, models, remarks, verdict),
-        "junit.xml": report.junit(title, models, verdicts),
-        "environment.json": json.dumps(environment.describe(), indent=1) + "\n",
+        "report.md": report.markdown(found),
+        "report.html": report_page.render(found),
+        "junit.xml": report.junit(found),
     }
-    parent = mlflow.active_run().info.run_id
+    client.log_text(parent, _as_json(whole), "evaluation/environment.json")
     mlflow.set_tag("mlflow.note.content", artifacts["report.md"])  # the run page's description
     for run_id in (parent, *(run_id for _, run_id in results)):
         for name, text in artifacts.items():
             client.log_text(run_id, text, f"evaluation/{name}")
+    for name, figure in plots.figures(found).items():
+        mlflow.log_figure(figure, f"evaluation/plots/{name}.png")  # log_image's charts hide under the parameters
     console.out.print()
-    console.out.print(report.table(title, models))
-    for remark in remarks:
-        console.out.print(remark)
-    for check in verdict.checks:
-        console.out.print(f"  {check.state:12} {check.metric} {check.rule}: {check.reason}")
-    console.out.print(f"gate: [bold]{verdict.state}[/bold]   run: {parent}   tracking: {mlflow.get_tracking_uri()}")
-    return verdict
+    console.out.print(report.table(found))
+    for remark in report.remarks(found):
+        console.out.print(remark, markup=False)
+    for check in found.verdict.checks:
+        console.out.print(f"  {check.state:12} {check.metric} {check.rule}: {check.reason}", markup=False)
+    state, server = found.verdict.state, credentials.scrubbed(mlflow.get_tracking_uri())
+    console.out.print(f"gate: [bold]{state}[/bold]   run: {parent}   tracking: {server}")
+    if hasattr(prompt_set, "frame"):
+        from slm import spark
+
+        spark.release(prompt_set)
+    return found.verdict
+
+
+def _as_json(record: dict) -> str:
+    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+
+def judge(title, models, thresholds, prompt_set, baseline=None):
+    """What was scored, compared with the baseline and gated, as a report; earlier runs' figures are looked up."""
+    from slm import report
+
+    against = None if baseline is None else models[baseline]
+    differences, verdicts = [], []
+    for place, scored in enumerate(models):
+        compare = against is not None and place != baseline
+        differences.append(_differences(scored, against, prompt_set) if compare else {})
+        gated = () if place == baseline and len(models) > 1 else thresholds
+        figures = against.metrics if compare else None
+        verdicts.append(gate.decide(gated, scored.metrics | scored.estimates, differences[-1], figures))
+    machine = environment.describe()
+    facts = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "run": tracking.quiet_mlflow().active_run().info.run_id,
+        "commit": machine["git_commit"] + (" and uncommitted changes" if machine["git_dirty"] else ""),
+        "machine": f"{machine['cpu']}, {machine['cores']} cores",
+    }
+    history = tuple(tracking.history(prompt_set.sha256, scored.model.name, scored.estimates) for scored in models)
+    return report.Report(
+        title=title,
+        prompt_set=prompt_set,
+        models=tuple(models),
+        verdict=worst(verdicts),
+        verdicts=tuple(verdicts),
+        baseline=baseline,
+        differences=tuple(differences),
+        history=history,
+        facts={name: value for name, value in facts.items() if value},
+    )
+
+
+def _differences(candidate, baseline, prompt_set) -> dict:
+    if hasattr(candidate, "buckets"):
+        from slm import spark
+
+        return spark.differences(candidate, baseline)
+    from slm import scoring
+
+    return scoring.differences(candidate, baseline, prompt_set)
+
+
+def _tag_version(scored, verdict: gate.Verdict, found) -> None:
+    """What was found, on the registered version that was scored, where it is one."""
+    from slm import report, scoring
+
+    version = scored.model.version
+    if version:
+        tags = {"prompts": found.prompt_set.name, "prompts.sha256": found.prompt_set.sha256, "gate": verdict.state}
+        tags |= {"evaluation.run": found.facts["run"], "git_commit": environment.describe()["git_commit"]}
+        for name, figure in scored.estimates.items():
+            if "/" not in name:
+                tags[name if name == scoring.OVERALL else f"score.{name}"] = report.estimate(figure)
+        tracking.tag_version(*version, {name: value for name, value in tags.items() if value})
 
 
 def worst(verdicts: Sequence[gate.Verdict]) -> gate.Verdict:
@@ -149,23 +350,34 @@ def worst(verdicts: Sequence[gate.Verdict]) -> gate.Verdict:
     return gate.Verdict(next((s for s in ("regress", "inconclusive", "pass") if s in states), "none"), checks)
 
 
-def registered_version(uri: str) -> tuple[str, str] | None:
-    """Name and version of `models:/name/version`; None for any other URI."""
-    name, _, version = uri.removeprefix("models:/").rpartition("/")
-    return (name, version) if uri.startswith("models:/") and name and version.isdigit() else None
+def show_answers(results: Sequence[tuple], prompt_set: prompts.PromptSet) -> None:
+    """The answers in MLflow's evaluation view; a row that didn't get there is told, and costs nothing else."""
+    from slm import traces
+
+    experiment = tracking.quiet_mlflow().active_run().info.experiment_id
+    for scored, run_id in results:
+        start = time.time()
+        shown = traces.log(scored.samples, prompt_set.prompts, run_id, experiment, scored.model.model_id, start)
+        if shown.reason:
+            console.out.print(f"{scored.model.label}: {shown}", markup=False)
 
 
-def promote(uri: str, alias: str) -> None:
-    """Moves the registry alias to the version that `uri` names."""
-    name, version = registered_version(uri)
+def alias_version(uri: str, alias: str) -> str:
+    """The version that `alias` has now, of the registered model that `uri` names a version of; "" where none."""
+    version = tracking.registered_version(uri)
+    return tracking.alias_version(version[0], alias) if version and alias else ""
+
+
+def promote(uri: str, alias: str, before: str) -> None:
+    """Moves the registry alias to the version that `uri` names; `before` is the version it had when the run began.
+
+    Raises:
+        Unavailable: somebody else moved it since.
+    """
+    name, version = tracking.registered_version(uri)
+    now = tracking.alias_version(name, alias)
+    if now != before:
+        moved = f"was {before or 'not set'} when this run began and is {now or 'not set'} now"
+        raise Unavailable(f"alias: {name}@{alias} {moved}; version {version} passed and nothing was moved: run again")
     tracking.set_alias(name, alias, version)
-    console.out.print(f"{name}@{alias} is now version {version}")
-
-
-@contextmanager
-def _local(uri: str):
-    """The logged model's folder on this machine; a copy that had to be downloaded is removed again."""
-    folder = tracking.download(uri)
-    yield folder
-    if Path(tempfile.gettempdir()) in folder.resolve().parents:
-        shutil.rmtree(folder, ignore_errors=True)
+    console.out.print(f"{name}@{alias} is now version {version}" + (f", was {before}" if before != version else ""))

@@ -2,8 +2,9 @@
 
 A score is judged on its 95 % interval and not on its mean: it passes where the whole interval keeps the rule,
 regresses where the whole interval breaks it, and is inconclusive in between. What is missing (a metric, a baseline,
-any scored answer) is inconclusive as well. Plain figures such as `rows_failed` are judged on their value. Several
-thresholds are each held at 95 %, uncorrected: all of them must pass, so more of them make a false pass rarer.
+any scored answer) is inconclusive as well. Plain figures such as `rows_failed` are judged on their value, and may be
+held against the baseline's, measured in the same run, by their ratio. Several thresholds are each held at 95 %,
+uncorrected: all of them must pass, so more of them make a false pass rarer.
 Nothing is read, logged or promoted here.
 """
 
@@ -18,19 +19,22 @@ from slm.prompts import parse_yaml
 from slm.scorers import did_you_mean, quoted
 from slm.statistics import Difference, Estimate, prompts_needed, prompts_to_settle
 
-KEYWORDS = ("min", "max", "max_drop")
+GATE_CHARACTERS = 100_000
+KEYWORDS = ("min", "max", "max_drop", "min_ratio", "max_ratio")
 
 State = Literal["pass", "regress", "inconclusive", "none"]
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """What one metric must keep to; `max_drop` is against the baseline."""
+    """What one metric must keep to; `max_drop` and the ratios (value / baseline's value) are against the baseline."""
 
     metric: str
     min: float | None = None
     max: float | None = None
     max_drop: float | None = None
+    min_ratio: float | None = None
+    max_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Verdict:
 
 def read_thresholds(text: str, name: str) -> tuple[Threshold, ...]:
     """Thresholds from YAML such as `exact_match/mean: {min: 0.60}`. `name` is the file's, for BadInput's one line."""
+    if len(text) > GATE_CHARACTERS:
+        raise BadInput(f"{name}: is longer than {GATE_CHARACTERS:,} characters; is it a gate?")
     try:
         metrics = parse_yaml(text)
     except ValueError as error:
@@ -69,11 +75,13 @@ def decide(
     thresholds: tuple[Threshold, ...],
     metrics: Mapping[str, float | Estimate],
     differences: Mapping[str, Difference],
+    baseline: Mapping[str, float] | None = None,
 ) -> Verdict:
     """Judge every rule of every threshold.
 
     `metrics` holds an Estimate under a scorer's name, which a threshold calls `<scorer>/mean`, and plain numbers under
-    their own names. `differences`, candidate minus baseline, go by the scorer's name, and are empty without a baseline.
+    their own names. `differences`, candidate minus baseline, go by the scorer's name, and are empty without a baseline;
+    `baseline` holds its plain figures.
     """
     named = {f"{name}/mean" if isinstance(value, Estimate) else name: value for name, value in metrics.items()}
     compared = {f"{name}/mean": difference for name, difference in differences.items()}
@@ -82,7 +90,7 @@ def decide(
         for keyword in KEYWORDS:
             limit = getattr(threshold, keyword)
             if limit is not None:
-                outcome = _outcome(threshold.metric, keyword, limit, named, compared)
+                outcome = _outcome(threshold.metric, keyword, limit, named, compared, baseline)
                 checks.append(Check(threshold.metric, f"{keyword} {limit:g}", *outcome))
     states = {check.state for check in checks}
     worst = next((state for state in ("regress", "inconclusive", "pass") if state in states), "none")
@@ -108,8 +116,11 @@ def _threshold(metric: object, rules: object, name: str) -> Threshold:
         raise BadInput(f"{where}: `max_drop` is {drop}, below zero; write how much may be lost, such as 0.02")
     if drop >= 1:  # a drop of 2 on a scale of 0 to 1 would let everything pass
         raise BadInput(f"{where}: `max_drop` is {drop}, more than a score can fall; write 0.02 for two points in 100")
-    if "min" in rules and "max" in rules and rules["min"] > rules["max"]:
-        raise BadInput(f"{where}: `min` {rules['min']} is above `max` {rules['max']}; swap them")
+    for low, high in (("min", "max"), ("min_ratio", "max_ratio")):
+        if low in rules and high in rules and rules[low] > rules[high]:
+            raise BadInput(f"{where}: `{low}` {rules[low]} is above `{high}` {rules[high]}; swap them")
+        if high == "max_ratio" and (ratio := min(rules.get(low, 1), rules.get(high, 1))) <= 0:
+            raise BadInput(f"{where}: a ratio is {ratio}; write one above zero, such as 1.1 for a tenth more")
     return Threshold(metric, **{keyword: float(limit) for keyword, limit in rules.items()})
 
 
@@ -123,7 +134,12 @@ def _as_number(limit: object) -> str:
 
 
 def _outcome(
-    metric: str, keyword: str, limit: float, named: Mapping[str, float | Estimate], compared: Mapping[str, Difference]
+    metric: str,
+    keyword: str,
+    limit: float,
+    named: Mapping[str, float | Estimate],
+    compared: Mapping[str, Difference],
+    baseline: Mapping[str, float] | None,
 ) -> tuple[State, str] | tuple[State, str, int | None]:
     """The state, the reason and, where known, the number of prompts that it would take."""
     if named.get("rows") == 0:
@@ -134,6 +150,8 @@ def _outcome(
     if keyword == "max_drop":
         return _against_baseline(metric, limit, named, compared)
     value = named.get(metric)
+    if keyword.endswith("_ratio"):
+        return _ratio(keyword, limit, value, None if baseline is None else baseline.get(metric))
     if isinstance(value, Estimate):
         return _on_interval(keyword, limit, value)
     if value is None or not math.isfinite(value):
@@ -175,8 +193,21 @@ def _against_baseline(
     return "inconclusive", f"{seen}, holds {0 - limit:g}; {_it_takes(needed)}", needed
 
 
+def _ratio(
+    keyword: str, limit: float, value: float | Estimate | None, baseline: float | None
+) -> tuple[State, str] | tuple[State, str, int | None]:
+    if isinstance(value, Estimate):
+        return "inconclusive", f"{keyword} is for single figures; a score is held by max_drop"
+    if baseline is None or value is None or not (math.isfinite(value) and math.isfinite(baseline) and baseline > 0):
+        return "inconclusive", f"the value is {value}, the baseline's {baseline}: there is no ratio"
+    ratio = value / baseline
+    seen = f"{value:g} is {ratio:.2f} of the baseline's {baseline:g}"
+    kept = ratio >= limit if keyword == "min_ratio" else ratio <= limit
+    return ("pass", seen) if kept else ("regress", f"{seen}, {_beyond(keyword)} {limit:g}")
+
+
 def _beyond(keyword: str) -> str:
-    return "below" if keyword == "min" else "above"
+    return "below" if keyword.startswith("min") else "above"
 
 
 def _it_takes(prompts: int | None) -> str:

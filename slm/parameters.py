@@ -8,10 +8,14 @@ import argparse
 import difflib
 import json
 import math
+import re
 from dataclasses import dataclass
 
+from slm import credentials
 from slm.errors import BadInput
+from slm.scorers import quoted
 
+CHARACTERS = 4000  # of one value: MLflow keeps no more than 6,000 of a parameter
 ALL = ("pipeline", "onnx", "evaluate")  # that log or score models
 ENTRY_POINTS = (*ALL, "serve")
 
@@ -25,6 +29,8 @@ class Parameter:
     choices: tuple[str, ...] = ()
     low: float = -math.inf
     high: float = math.inf
+    pattern: str = ""  # that a text has, where it isn't empty
+    remedy: str = ""  # what to write where it hasn't
 
 
 PARAMETERS = (
@@ -35,25 +41,68 @@ PARAMETERS = (
     Parameter("max_tokens", 64, ALL, "tokens generated at most per answer", low=1, high=2**20),
     Parameter("temperature", 0.0, ALL, "0 is greedy", low=0.0, high=2.0),
     Parameter("top_p", 1.0, ALL, "nucleus sampling", low=1e-6, high=1.0),
-    Parameter("seed", 0, ALL, "of the sampling", low=0, high=2**63 - 1),
+    Parameter("seed", 0, ALL, "of the sampling", low=0, high=2**62),
     Parameter("stop", "", ALL, "text that ends an answer, or a JSON list of such texts"),
     Parameter("batch_size", 0, ALL, "rows generated together; 0: the wrapper chooses", low=0, high=4096),
     Parameter("dtype", "auto", ("pipeline", "evaluate"), "of the weights", ("auto", "fp32", "bf16", "fp16")),
-    Parameter("device", "auto", ("pipeline", "evaluate"), "auto, cpu, cuda or cuda:N"),
+    Parameter(
+        "device",
+        "auto",
+        ("pipeline", "evaluate"),
+        "auto, cpu, cuda or cuda:N",
+        pattern=r"auto|cpu|cuda(:\d{1,3})?",
+        remedy="write auto, cpu, cuda or cuda:0",
+    ),
     Parameter("precision", "int4", ("onnx", "evaluate"), "of the export", ("int4", "int8", "fp16", "bf16", "fp32")),
     Parameter("execution_provider", "cpu", ("onnx", "evaluate"), "of onnxruntime-genai", ("cpu", "cuda")),
     Parameter("schema", "prompt", ("onnx",), "of the logged model", ("prompt", "chat")),
-    Parameter("registered_model_name", "", ALL, "registers the logged model under this name"),
+    Parameter(
+        "registered_model_name",
+        "",
+        ALL,
+        "registers the logged model under this name",
+        pattern=r"[^/:@,]+",
+        remedy="leave out / : @ and commas",
+    ),
     Parameter("save_weights", True, ("pipeline",), "false logs hub id and revision instead of the weights"),
-    Parameter("model_uris", "", ("evaluate",), "comma-separated models to score; empty: log both wrappers of `model`"),
+    Parameter(
+        "model_uris",
+        "",
+        ("evaluate",),
+        "models or endpoints to score, by commas; empty: both wrappers of `model`",
+    ),
     Parameter("baseline", "", ("evaluate",), "model URI to compare with"),
     Parameter("thresholds", "", ("evaluate",), "YAML gate"),
-    Parameter("alias", "", ("evaluate",), "registry alias that a passing model is given"),
-    Parameter("scorers", "", ("evaluate",), "built-in scorers for every row, comma-separated; empty: each row's own"),
-    Parameter("judge", "", ("evaluate",), "model URI for judge scorers"),
+    Parameter(
+        "alias",
+        "",
+        ("evaluate",),
+        "registry alias that a passing model is given",
+        pattern=r"(?!latest$|v\d+$)[\w.-]+",
+        remedy="write letters, digits, . _ -; MLflow keeps latest and v7 for itself",
+    ),
+    Parameter("scorers", "", ("evaluate",), "scorers added to each row's own: names or file.py:function, by commas"),
+    Parameter(
+        "judge",
+        "",
+        ("evaluate",),
+        "model that judges: openai:/name, endpoints:/name, models:/name/1 or http://host/v1#model",
+    ),
+    Parameter("timeout", 0, ALL, "seconds after which the run is ended, its answers kept; 0: none", low=0, high=10**7),
     Parameter("repeats", 1, ("evaluate",), "answers per prompt", low=1, high=1000),
     Parameter("engine", "local", ("evaluate",), "where prompts are answered", ("local", "spark")),
-    Parameter("resume", True, ("evaluate",), "reuse answers that an interrupted run left"),
+    Parameter("spark_master", "", ("evaluate",), "of engine=spark: spark://host:7077, …; empty: all cores here"),
+    Parameter("resume", True, ("evaluate",), "reuse answers that an interrupted or an unchanged run left"),
+    Parameter("traces", True, ("evaluate",), "show the answers in MLflow's evaluation view as well"),
+    Parameter(
+        "slot",
+        "",
+        ("evaluate",),
+        "the scheduled time that this start is for: evaluated once, and never beside another",
+        pattern=r"[\w:.+/@-]{1,200}",
+        remedy="write letters, digits and : . + - / @, such as 2026-11-22T03:00Z",
+    ),
+    Parameter("force", False, ("evaluate",), "evaluate a slot that is done, or one in which nothing changed, again"),
     Parameter("model_uri", "", ("serve",), "logged chat model: models:/name@alias, models:/name/3, runs:/…, folder"),
     Parameter("host", "127.0.0.1", ("serve",), "address to listen at"),
     Parameter("port", 5005, ("serve",), "port to listen at", low=1, high=65535),
@@ -66,7 +115,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
-            name = unknown.split()[0].split("=")[0].lstrip("-")
+            name = (unknown.split() or [""])[0].split("=")[0].lstrip("-")
+            name = name if name.isidentifier() and len(name) < 80 else quoted(name)
             near = difflib.get_close_matches(name, [parameter.name for parameter in PARAMETERS], 1)
             message = f"{name}: there is no such parameter" + (f"; did you mean {near[0]}?" if near else "")
         raise BadInput(message)
@@ -98,25 +148,47 @@ def parse(entry_point: str, description: str, argv: list[str] | None) -> argpars
 
 def _value(parameter: Parameter, given):
     kind = type(parameter.default)
+    if credentials.held_by(str(given)):
+        shown = quoted(credentials.scrubbed(str(given)))
+        remedy = "parameters are stored: give it in the environment, and revoke it if `mlflow run` was given it"
+        raise BadInput(f"{parameter.name}: {shown} held a password, key or token; {remedy}")
+    if len(str(given)) > CHARACTERS:
+        raise BadInput(
+            f"{parameter.name}: {quoted(given)} is longer than {CHARACTERS:,} characters; put it into a file"
+        )
+    if not (str(given).isprintable() if parameter.name != "stop" else _is_text(given)):
+        raise BadInput(f"{parameter.name}: {quoted(given)} holds what can't be printed; remove it")
     if kind is bool:
         words = {"true": True, "false": False}
         if str(given).lower() not in words:
-            raise BadInput(f"{parameter.name}: {given!r} is neither true nor false")
+            raise BadInput(f"{parameter.name}: {quoted(given)} is neither true nor false")
         return words[str(given).lower()]
     if kind is str:
         if parameter.choices and given not in parameter.choices:
             near = difflib.get_close_matches(given, parameter.choices, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise BadInput(f"{parameter.name}: {given!r} is none of {', '.join(parameter.choices)}{hint}")
+            raise BadInput(f"{parameter.name}: {quoted(given)} is none of {', '.join(parameter.choices)}{hint}")
+        if parameter.pattern and given and not re.fullmatch(parameter.pattern, given):
+            raise BadInput(f"{parameter.name}: {quoted(given)} can't be one; {parameter.remedy}")
         return given
     try:
         value = kind(given)
     except ValueError:
         words = "a whole number" if kind is int else "a number"
-        raise BadInput(f"{parameter.name}: {given!r} is not {words}") from None
+        raise BadInput(f"{parameter.name}: {quoted(given)} is not {words}") from None
     if not parameter.low <= value <= parameter.high:  # NaN fails too
-        raise BadInput(f"{parameter.name}: {given} is out of range; {parameter.low:g} to {parameter.high:g}")
+        shown = given if len(str(given)) < 30 else quoted(given)
+        raise BadInput(f"{parameter.name}: {shown} is out of range; {parameter.low:g} to {parameter.high:g}")
     return value
+
+
+def _is_text(given: str) -> bool:
+    """Whether it can be written as UTF-8: a byte that isn't reaches us as half a character."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def stop_strings(stop: str) -> list[str]:
@@ -131,6 +203,8 @@ def stop_strings(stop: str) -> list[str]:
         texts = json.loads(stop)
     except ValueError:
         return [stop]
-    if not all(isinstance(text, str) and text for text in texts):
-        raise BadInput(f"stop: {stop} must be a list of non-empty texts")
+    except RecursionError:
+        raise BadInput(f"stop: {quoted(stop)} is nested too deeply; write a list of texts") from None
+    if not all(isinstance(text, str) and text and _is_text(text) for text in texts):
+        raise BadInput(f"stop: {quoted(stop)} must be a list of non-empty texts")
     return texts

@@ -21,7 +21,10 @@ from slm.errors import BadInput
 from slm.scorers import BUILT_IN, call_error, did_you_mean, quoted
 
 FILE_BYTES = 64 * 2**20
+YAML_BYTES = 4 * 2**20  # PyYAML takes minutes and gigabytes over more
 ROW_BYTES = 2**20
+LINE_BYTES = 8 * ROW_BYTES  # JSON may spend six characters on one
+ROWS = 100_000
 FIELDS = ("id", "messages", "prompt", "expected", "scorers", "cluster", "tags")
 ROLES = ("system", "user", "assistant")
 
@@ -66,27 +69,27 @@ def read_prompt_set(path: Path, source: str, known_scorers: Iterable[str] = tupl
     if rows is None:
         raise BadInput(f"{path.name}: a prompt set is a {', '.join(READERS)} file; rename or convert it")
     for place, row in rows(_text_of(path), path.name):
-        prompt = _prompt(row, f"{path.name} {place}", known)
+        prompt = read_row(row, f"{path.name} {place}", known)
         if prompt.id in places:
             remedy = "ids are unique: change one" if "id" in row else "remove one, or give each an `id`"
             problem = f"`id` {quoted(prompt.id)} is that of {places[prompt.id]} too"
             raise BadInput(f"{path.name} {place}: {problem}; {remedy}")
         places[prompt.id] = place
         prompts.append(prompt)
+        if len(prompts) > ROWS:
+            raise BadInput(f"{path.name}: has more than {ROWS:,} rows; split it, or draw a sample")
     if not prompts:
         raise BadInput(f"{path.name}: no rows; write at least one prompt")
     return _prompt_set(path.stem, source, prompts)
 
 
-def with_scorers(prompt_set: PromptSet, names: Iterable[str]) -> PromptSet:
-    """The same prompts, each scored by the built-in scorers `names` in place of its own. Raises BadInput."""
-    calls = tuple(ScorerCall(name, {}) for name in names)
+def with_scorers(prompt_set: PromptSet, calls: Iterable[ScorerCall]) -> PromptSet:
+    """The same prompts with these calls added to each one's own; a scorer that a row asks for itself stays its own."""
+    changed = []
     for prompt in prompt_set.prompts:
-        for call in calls:
-            problem = call_error(call.name, prompt.expected, call.options)
-            if problem:
-                raise BadInput(f"scorers: {call.name} can't score row {prompt.id}: {problem}")
-    changed = [replace(prompt, scorers=calls) for prompt in prompt_set.prompts]
+        own = {call.name for call in prompt.scorers}
+        added = tuple(call for call in calls if call.name not in own)
+        changed.append(replace(prompt, scorers=prompt.scorers + added))
     return _prompt_set(prompt_set.name, prompt_set.source, changed)
 
 
@@ -168,8 +171,12 @@ def _text_of(path: Path) -> str:
         raise BadInput(f"{path}: there is no such prompt set; check the path") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if len(data) > FILE_BYTES:
-        raise BadInput(f"{path.name}: is larger than {FILE_BYTES // 2**20} MiB; split it")
+    limit = YAML_BYTES if READERS[path.suffix.lower()] is _yaml_rows else FILE_BYTES
+    if len(data) > limit:
+        remedy = "write it as JSONL" if limit == YAML_BYTES else "split it"
+        raise BadInput(f"{path.name}: is larger than {limit // 2**20} MiB; {remedy}")
+    if data.startswith(b"\x1f\x8b"):
+        raise BadInput(f"{path.name}: is compressed with gzip; unpack it first")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -179,6 +186,10 @@ def _text_of(path: Path) -> str:
 
 def _jsonl_rows(text: str, name: str) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also cut at U+2028, legal inside JSON
+        if len(line) > LINE_BYTES:
+            raise BadInput(
+                f"{name} line {number}: is {len(line) / 2**20:.1f} MiB long; at most 1 MiB is read: shorten it"
+            )
         if line.strip():
             try:
                 yield f"line {number}", parse_json(line)
@@ -203,9 +214,9 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[str, object]]:
         while (cells := next(reader, None)) is not None:
             if cells and header is None:
                 header = [cell.strip() for cell in cells]
+                _known_fields(dict.fromkeys(header), FIELDS, f"{name} line 1", "column")
                 if (twice := next((c for c in header if header.count(c) > 1), None)) is not None:
                     raise BadInput(f"{name} line 1: the column {quoted(twice)} is there twice; rename one")
-                _known_fields(dict.fromkeys(header), FIELDS, f"{name} line 1", "column")
             elif cells:
                 if len(cells) != len(header):
                     problem = f"has {len(cells)} cells under {len(header)} columns"
@@ -236,7 +247,8 @@ READERS: dict[str, Callable[[str, str], Iterator[tuple[str, object]]]] = {
 }
 
 
-def _prompt(row: object, where: str, known_scorers: tuple[str, ...]) -> Prompt:
+def read_row(row: object, where: str, known_scorers: tuple[str, ...]) -> Prompt:
+    """One row, which stands at `where`, as a checked prompt. Raises BadInput."""
     if not isinstance(row, dict):
         raise BadInput(f"{where}: is {quoted(row)}; write a mapping with {', '.join(FIELDS)}")
     if "inputs" in row or "expectations" in row:

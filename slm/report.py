@@ -1,4 +1,4 @@
-"""A scored prompt set as something to look at: console table, Markdown, one HTML page, JUnit XML.
+"""A scored prompt set as something to look at: console table, Markdown, JUnit XML (the HTML page: report_page.py).
 
 All of it comes from the same lines, built once. Nothing is logged or measured here. A score is shown with its 95 %
 interval, `0.58 [0.39, 0.76]`, and what was not measured as n/a.
@@ -12,11 +12,46 @@ from xml.etree import ElementTree
 from rich.table import Table
 from rich.text import Text
 
+from slm import reproduction, scoring
 from slm.gate import Verdict
+from slm.prompts import PromptSet
 from slm.scoring import OVERALL, ScoredModel
 from slm.statistics import Difference, Estimate
 
 MISSING = "n/a"
+FLIPS = 6  # ids shown in a line
+
+
+@dataclass(frozen=True)
+class Point:
+    """What an earlier run of the same prompts and model found for one metric."""
+
+    run_id: str
+    start: float  # seconds since 1970, UTC
+    version: str  # of the registered model, or ""
+    gate: str
+    mean: float
+    ci95_low: float
+    ci95_high: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a run found: what every form of the report is made from.
+
+    `verdicts`, `differences` and `history` have a place per model. A baseline's differences are empty, and so are all
+    where there is none. `history` goes by metric (a scorer, or `score`), the oldest run first, this one not in it.
+    """
+
+    title: str
+    prompt_set: PromptSet
+    models: tuple[ScoredModel, ...]
+    verdict: Verdict
+    verdicts: tuple[Verdict, ...]
+    baseline: int | None
+    differences: tuple[dict[str, Difference], ...]
+    history: tuple[dict[str, tuple[Point, ...]], ...]
+    facts: dict[str, str]  # what is told of the run beside its figures: date, run id, commit, machine
 
 
 @dataclass(frozen=True)
@@ -30,13 +65,18 @@ class Line:
 
 def lines(models: Sequence[ScoredModel]) -> list[Line]:
     """The table's rows: scores, then what they cost."""
-    names = sorted({name for model in models for name in model.estimates} - {OVERALL})
+    names = sorted({name for model in models for name in model.estimates if "/" not in name} - {OVERALL})
     rows = [
-        Line(f"{name} ({_count(models, name)})", tuple(_estimate(model.estimates.get(name)) for model in models))
+        Line(f"{name} ({_count(models, name)})", tuple(estimate(model.estimates.get(name)) for model in models))
         for name in names
     ]
-    overall = tuple(_estimate(model.estimates.get(OVERALL)) for model in models)
+    overall = tuple(estimate(model.estimates.get(OVERALL)) for model in models)
     rows.append(Line(f"score, over all ({_count(models, OVERALL)})", overall, section=True))
+    repeats = max((sample.repeat + 1 for model in models for sample in model.samples), default=1)
+    for label, name in ((f"pass@{repeats}", f"pass_at_{repeats}"), (f"pass^{repeats}", f"pass_hat_{repeats}")):
+        found = [model.estimates.get(f"{OVERALL}/{name}") for model in models]
+        if any(found):
+            rows.append(Line(f"{label}, over all ({_count(models, f'{OVERALL}/{name}')})", tuple(map(estimate, found))))
 
     def line(label, metric, form, section=False):
         cells = (model.metrics.get(metric) for model in models)
@@ -55,79 +95,90 @@ def lines(models: Sequence[ScoredModel]) -> list[Line]:
     ]
 
 
-def difference_lines(candidate: str, baseline: str, compared: dict[str, Difference]) -> list[str]:
-    """One sentence per scorer that has a difference to tell, the overall score first."""
-    order = sorted(compared, key=lambda name: (name != OVERALL, name))
-    return [
-        f"{candidate} minus {baseline}, {name}: {gap.mean:+.2f} [{gap.ci95_low:+.2f}, {gap.ci95_high:+.2f}], "
-        f"p = {gap.p_value:.2f}, {gap.n} pairs; a difference under {gap.detectable:.2f} would not have been found"
-        for name in order
-        for gap in [compared[name]]
+def remarks(report: Report) -> list[str]:
+    """What is to be told of each comparison, in sentences: the overall score, what else is beyond chance, the flips."""
+    told = [
+        f"{model.model.label} was not given {', '.join(model.model.ignored)}: not declared by it"
+        for model in report.models
+        if model.model.ignored
     ]
+    for model in report.models:
+        reproducible = (model.record or {}).get("reproducible", "")
+        if reproducible.startswith(reproduction.COMPARABLE):
+            told.append(f"{model.model.label}, done again: {reproducible}")
+    for model in report.models:
+        rows, shown = int(model.metrics.get("rows", 0)), len(model.samples)
+        if shown < rows:
+            told.append(
+                f"{model.model.label}: {shown:,} of {rows:,} answers are listed, flips and tags are of these alone; "
+                "all other figures are of all answers"
+            )
+    if report.baseline is None:
+        return told
+    baseline = report.models[report.baseline]
+    for scored, compared in zip(report.models, report.differences, strict=True):
+        if not compared:
+            continue
+        adjusted = scoring.holm_p_values(compared)
+        pair = f"{scored.model.label} minus {baseline.model.label}"
+        for name in sorted(compared, key=lambda name: (name != OVERALL, name)):
+            gap = compared[name]
+            if name == OVERALL or adjusted.get(name, 1) < 0.05:
+                p = f"p = {gap.p_value:.2f}" if name == OVERALL else f"p = {adjusted[name]:.3f} after Holm"
+                told.append(
+                    f"{pair}, {name}: {gap.mean:+.2f} [{gap.ci95_low:+.2f}, {gap.ci95_high:+.2f}], {p}, {gap.n} pairs; "
+                    f"a difference under {gap.detectable:.2f} would not have been found"
+                )
+        flips = scoring.flips(scored, baseline).get(OVERALL)
+        if flips:
+            told.append(f"{scored.model.label}: {_ids('worse', flips.worse)}; {_ids('better', flips.better)}")
+    return told
 
 
-def table(title: str, models: Sequence[ScoredModel]) -> Table:
-    drawn = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+def _ids(how: str, ids: tuple[str, ...]) -> str:
+    shown = ", ".join(ids[:FLIPS]) + (", …" if len(ids) > FLIPS else "")
+    return f"{len(ids)} {how}" + (f" ({shown})" if ids else "")
+
+
+def table(report: Report) -> Table:
+    drawn = Table(title=report.title, title_justify="left", title_style="bold", header_style="bold")
     drawn.add_column("")
-    for model in models:
+    for model in report.models:
         drawn.add_column(model.model.label, justify="right")
-    for line in lines(models):
+    for line in lines(report.models):
         if line.section:
             drawn.add_section()
         drawn.add_row(line.label, *map(Text, line.cells))
     return drawn
 
 
-def markdown(title: str, models: Sequence[ScoredModel], remarks: Sequence[str], verdict: Verdict) -> str:
-    head = ["", *(model.model.label for model in models)]
-    rows = [head, ["---", *("---:" for _ in models)], *([line.label, *line.cells] for line in lines(models))]
+def markdown(report: Report) -> str:
+    head = ["", *(model.model.label for model in report.models)]
+    rows = [head, ["---", *("---:" for _ in report.models)]]
+    rows += [[line.label, *line.cells] for line in lines(report.models)]
     body = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
     told = [
-        f"gate: **{verdict.state}**",
-        *(f"- {check.metric} {check.rule}: {check.reason}" for check in verdict.checks),
+        f"gate: **{report.verdict.state}**",
+        *(f"- {check.metric} {check.rule}: {check.state}, {check.reason}" for check in report.verdict.checks),
     ]
-    return "\n\n".join([f"# {title}", body, *remarks, "\n".join(told)]) + "\n"
+    return "\n\n".join([f"# {report.title}", body, *remarks(report), "\n".join(told)]) + "\n"
 
 
-def html(title: str, models: Sequence[ScoredModel], remarks: Sequence[str], verdict: Verdict) -> str:
-    """One page with nothing to fetch; what models and prompts say is escaped."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    answers = [
-        {
-            "label": model.model.label,
-            "id": sample.id,
-            "question": sample.messages[-1]["content"],
-            "expected": " | ".join(sample.expected),
-            "output": sample.output if sample.error is None else sample.error["message"],
-            "scores": [
-                {"name": name, "value": MISSING if value is None else f"{value:.2f}", "reason": sample.reasons[name]}
-                for name, value in sample.scores.items()
-            ],
-        }
-        for rows in zip(*(model.samples for model in models), strict=True)
-        for model, sample in zip(models, rows, strict=True)
-    ]
-    return environment.from_string(PAGE).render(
-        title=title, models=models, lines=lines(models), remarks=remarks, verdict=verdict, answers=answers
-    )
-
-
-def junit(title: str, models: Sequence[ScoredModel], verdicts: Sequence[Verdict]) -> str:
+def junit(report: Report) -> str:
     """One suite per model: a case per gate rule, and one that holds the rows that failed."""
-    root = ElementTree.Element("testsuites", name=title)
-    for model, verdict in zip(models, verdicts, strict=True):
+    root = ElementTree.Element("testsuites", name=report.title)
+    for model, verdict in zip(report.models, report.verdicts, strict=True):
         suite = ElementTree.SubElement(root, "testsuite", name=model.model.label)
         for check in verdict.checks:
             case = ElementTree.SubElement(suite, "testcase", classname="gate", name=f"{check.metric} {check.rule}")
             if check.state != "pass":
                 ElementTree.SubElement(case, "failure", type=check.state, message=_plain(check.reason))
         case = ElementTree.SubElement(suite, "testcase", classname="rows", name="every row is answered")
-        failed = [sample for sample in model.samples if sample.error]
+        listed = [sample for sample in model.samples if sample.error]
+        failed = max(len(listed), int(model.metrics.get("rows_failed", 0)))  # a sample may list none
         if failed:
-            text = "; ".join(f"{sample.id}: {sample.error['message']}" for sample in failed[:20])
-            ElementTree.SubElement(case, "error", type="rows_failed", message=_plain(f"{len(failed)} rows: {text}"))
+            text = "; ".join(f"{sample.id}: {sample.error['message']}" for sample in listed[:20])
+            ElementTree.SubElement(case, "error", type="rows_failed", message=_plain(f"{failed} rows: {text}"))
         suite.set("tests", str(len(verdict.checks) + 1))
         suite.set("failures", str(sum(check.state != "pass" for check in verdict.checks)))
         suite.set("errors", str(int(bool(failed))))
@@ -139,7 +190,8 @@ def _plain(text: str) -> str:
     return "".join(letter if letter >= " " and letter not in "\ufffe\uffff" else " " for letter in text)
 
 
-def _estimate(entry: Estimate | None) -> str:
+def estimate(entry: Estimate | None) -> str:
+    """`0.58 [0.39, 0.76]`: a mean with its 95 % interval."""
     if entry is None or math.isnan(entry.mean):
         return MISSING
     return f"{entry.mean:.2f} [{entry.ci95_low:.2f}, {entry.ci95_high:.2f}]"
@@ -152,53 +204,3 @@ def _count(models: Sequence[ScoredModel], name: str) -> str:
 
 def _megabytes(value: float) -> str:
     return f"{value / 1e6:,.0f} MB"
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 18%, transparent) }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
-.figures td + td, .figures th + th { text-align: right; font-variant-numeric: tabular-nums }
-.section td { border-top: 2px solid var(--line) }
-.answers { width: 100%; table-layout: fixed }
-.answers td { white-space: pre-wrap; overflow-wrap: anywhere }
-small { opacity: .7 }
-</style>
-<h1>{{ title }}</h1>
-<p><strong>Gate: {{ verdict.state }}</strong></p>
-{% if verdict.checks %}
-<ul>
-{% for check in verdict.checks %}
-<li>{{ check.metric }} {{ check.rule }}: <strong>{{ check.state }}</strong>, {{ check.reason }}</li>
-{% endfor %}
-</ul>
-{% endif %}
-<table class="figures">
-<tr><th></th>{% for model in models %}<th>{{ model.model.label }}</th>{% endfor %}</tr>
-{% for line in lines %}
-<tr{% if line.section %} class="section"{% endif %}>
-<td>{{ line.label }}</td>{% for cell in line.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table>
-{% for remark in remarks %}<p>{{ remark }}</p>
-{% endfor %}
-<h2>Answers</h2>
-<table class="answers">
-<tr><th style="width:32%">prompt</th><th style="width:9%">model</th><th style="width:36%">answer</th>
-<th style="width:23%">scores</th></tr>
-{% for answer in answers %}
-<tr><td><small>{{ answer.id }}</small>
-{{ answer.question }}</td><td>{{ answer.label }}</td><td>{{ answer.output }}</td>
-<td>{% for score in answer.scores %}<strong>{{ score.value }}</strong> {{ score.name }}
-<small>{{ score.reason }}</small>
-{% endfor %}</td></tr>
-{% endfor %}
-</table>
-</html>
-"""

@@ -1,30 +1,21 @@
-"""Scores a prompt set against a model as it was logged: loads it through pyfunc, answers, scores, sums up.
+"""Scores a prompt set against a loaded model: answers, scores, sums up.
 
-A model logged here answers through the wrapper's `answers`, which its `predict` is made of; any other chat or prompt
-pyfunc through `predict`. Each answer is appended to a file in the cache as it comes, so that an interrupted run goes on
-where it stopped. MLflow is called only to load the model. Not covered: models that are endpoints.
+Each answer is kept on disk as it comes (slm/answers.py), and scored when all are there. MLflow is not called here, and
+no model is loaded.
 """
 
 import gc
-import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
-from filelock import FileLock, Timeout
+from slm import answers, environment, loading, scorers, statistics
+from slm.prompts import Prompt, PromptSet, ScorerCall
 
-from slm import cache, model_logging, scorers, statistics
-from slm.errors import BadInput
-from slm.prompts import Prompt, PromptSet
-
-CHUNK = 8  # rows per call of a model that isn't ours
 OVERALL = "score"  # the mean of a row's scorers, over rows
 
 
@@ -48,110 +39,80 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A logged model in memory."""
-
-    label: str
-    uri: str
-    model_id: str | None
-    pyfunc: object
-    wrapper: object | None  # ours, when the model was logged here
-    is_chat: bool
-    sha256: str
-    bytes: int
-    load_seconds: float
-
-
-@dataclass(frozen=True)
 class ScoredModel:
     """A model's samples and what they sum up to."""
 
-    model: LoadedModel
+    model: loading.LoadedModel
     samples: tuple[Sample, ...]
     estimates: dict[str, statistics.Estimate]  # by scorer, and OVERALL
     metrics: dict[str, float]
-    reused: int  # answers that an interrupted run had left
+    reused: int  # answers that earlier runs had left
+    record: dict | None = None  # what it takes to do it again, as environment.json has it
 
     def sample_lines(self) -> list[str]:
         return [json.dumps(asdict(sample), ensure_ascii=False) for sample in self.samples]
 
 
-def load(label: str, uri: str, folder: Path, settings: dict) -> LoadedModel:
-    """Loads the model in `folder` (what `uri` names), overriding its settings where these have a value.
-
-    Raises:
-        BadInput: it is no pyfunc, its files were changed, or it takes neither messages nor prompts.
-    """
-    import mlflow
-
-    try:
-        description = mlflow.models.Model.load(str(folder))
-        if "python_function" not in description.flavors:
-            raise BadInput(f"{uri} has no python_function flavor")
-        sha256 = model_logging.check_manifest(folder)
-    except (mlflow.exceptions.MlflowException, ValueError) as error:
-        raise BadInput(f"{uri}: {error}") from None
-    columns = (
-        description.signature.inputs.input_names() if description.signature and description.signature.inputs else []
-    )
-    if "messages" not in columns and "prompt" not in columns and len(columns) != 1:
-        raise BadInput(f"{uri} takes {columns or 'no declared input'}; a chat (messages) or prompt model is needed")
-    reset_peak_memory()
-    start = time.perf_counter()
-    override = {name: value for name, value in settings.items() if value}
-    pyfunc = mlflow.pyfunc.load_model(str(folder), model_config=override if _is_ours(description) else None)
-    seconds = time.perf_counter() - start
-    return LoadedModel(
-        label=label,
-        uri=uri,
-        model_id=description.model_id,
-        pyfunc=pyfunc,
-        wrapper=pyfunc.unwrap_python_model() if _is_ours(description) else None,
-        is_chat="messages" in columns,
-        sha256=sha256,
-        bytes=description.model_size_bytes or 0,
-        load_seconds=seconds,
-    )
+def built_in(call: ScorerCall, prompt: Prompt, text: str) -> dict[str, scorers.Score]:
+    """What a built-in scorer says of one answer, by the score's name."""
+    return {call.name: scorers.score(call.name, text, prompt.expected, call.options)}
 
 
 def score(
-    model: LoadedModel,
+    model: loading.LoadedModel,
     prompt_set: PromptSet,
     generation: dict,
     repeats: int = 1,
-    resume: bool = True,
+    reuse: answers.Reuse = "all",
     advance: Callable[[], None] = lambda: None,
+    score_answer: Callable[[ScorerCall, Prompt, str], dict[str, scorers.Score]] = built_in,
 ) -> ScoredModel:
-    """Answers every prompt `repeats` times and scores the answers; `advance` is called once for each."""
+    """Answers every prompt `repeats` times and scores the answers; `advance` is called once for each.
+
+    `reuse` says which answers of earlier runs are taken. Their seconds are those that were measured then, so that
+    speeds are never those of reading a file; "interrupted" makes all but a stopped run's anew, which a comparison of
+    speeds needs. What may have changed unseen, an endpoint, is never reused further.
+    """
     wanted = [(prompt, repeat) for prompt in prompt_set.prompts for repeat in range(repeats)]
-    with _journal(_fingerprint(model, prompt_set, generation, repeats), resume) as journal:
-        answered = {key: replace(sample, model=model.uri) for key, sample in _read_journal(journal).items()}
-        missing = [(prompt, repeat) for prompt, repeat in wanted if (prompt.id, repeat) not in answered]
-        reused = len(answered)
-        for _ in range(reused):
+    asked = [answers.digest([loading.row_of(model, *one, generation), one[1]]) for one in wanted]
+    if not model.sha256 and reuse == "all":
+        reuse = "interrupted"
+    answered: dict[tuple[str, int], dict] = {}
+    elapsed = 0.0
+    with answers.opened(identity(model, generation), reuse) as kept:
+        missing = []
+        for one, key in zip(wanted, asked, strict=True):
+            if key not in kept.kept:
+                missing.append((one, key))
+                continue
+            answered[one[0].id, one[1]] = kept.kept[key]["answer"]
+            elapsed += kept.kept[key]["elapsed"]
             advance()
-        start = time.perf_counter()
-        with journal.open("a", encoding="utf-8") as file:
-            for (prompt, repeat), answer in _answers(model, missing, generation):
-                answered[prompt.id, repeat] = _sample(model, prompt, repeat, answer)
-                file.write(json.dumps(asdict(answered[prompt.id, repeat])) + "\n")
-                file.flush()
-                advance()
-        seconds = time.perf_counter() - start
-        journal.unlink()  # all is answered; the samples are the caller's to log
-    by_id = {prompt.id: prompt for prompt in prompt_set.prompts}
+        keys = {(prompt.id, repeat): key for (prompt, repeat), key in missing}
+        before = time.perf_counter()
+        for (prompt, repeat), answer in loading.answers(model, [one for one, _ in missing], generation):
+            now = time.perf_counter()
+            answered[prompt.id, repeat] = answer
+            if not answer.get("error"):
+                kept.add(keys[prompt.id, repeat], answer, now - before)
+            elapsed, before = elapsed + now - before, now
+            advance()
+        peak = kept.peak_memory_bytes
+        if missing or not peak:  # else nothing was generated now, and this process's says nothing
+            peak = max(peak, loading.peak_memory_bytes() or 0)  # the model's: a judge's comes later
+        if missing:
+            kept.finish(peak)
     samples = tuple(
-        replace(sample, scores=scores, reasons=reasons)
-        for sample in (answered[prompt.id, repeat] for prompt, repeat in wanted)
-        for scores, reasons in [_scores(by_id[sample.id], sample)]
+        _sample(model, prompt, repeat, answered[prompt.id, repeat], score_answer) for prompt, repeat in wanted
     )
     estimates = estimate(samples, prompt_set)
-    metrics = _metrics(model, samples, estimates)
-    fresh = [answered[prompt.id, repeat] for prompt, repeat in missing]
-    tokens = [sample.output_tokens for sample in fresh if sample.error is None]
-    if tokens and None not in tokens:  # a stranger's model may not count them
-        metrics["output_tokens_per_second"] = sum(tokens) / seconds
-    return ScoredModel(model, samples, estimates, metrics, reused)
+    metrics = metrics_of(model, samples, estimates)
+    if peak and model.sha256:  # an endpoint's memory is elsewhere
+        metrics["peak_memory_bytes"] = float(peak)
+    tokens = [sample.output_tokens for sample in samples if sample.error is None]
+    if tokens and None not in tokens and elapsed:  # a stranger's model may not count them
+        metrics["output_tokens_per_second"] = sum(tokens) / elapsed
+    return ScoredModel(model, samples, estimates, metrics, len(wanted) - len(missing))
 
 
 def estimate(samples: tuple[Sample, ...], prompt_set: PromptSet) -> dict[str, statistics.Estimate]:
@@ -164,15 +125,37 @@ def estimate(samples: tuple[Sample, ...], prompt_set: PromptSet) -> dict[str, st
 
 
 def values_by_scorer(samples: tuple[Sample, ...]) -> dict[str, dict[str, float]]:
-    """Scorer -> prompt id -> score, averaged over repeats; what wasn't scored is not there. OVERALL is one of them."""
+    """Scorer -> prompt id -> score, averaged over repeats; what wasn't scored is not there.
+
+    OVERALL is one of them, and so are `<scorer>/pass_at_k` and `<scorer>/pass_hat_k` of scorers that say yes or no,
+    where prompts were answered k times or more: k = 2, 4, 8, … and the number of repeats.
+    """
     collected: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    repeats = 1
     for sample in samples:
+        repeats = max(repeats, sample.repeat + 1)
         scored = {name: value for name, value in sample.scores.items() if value is not None}
         for name, value in scored.items():
             collected[name][sample.id].append(value)
         if scored:
             collected[OVERALL][sample.id].append(sum(scored.values()) / len(scored))
-    return {name: {key: sum(values) / len(values) for key, values in rows.items()} for name, rows in collected.items()}
+    means = {name: {key: sum(values) / len(values) for key, values in rows.items()} for name, rows in collected.items()}
+    for name, rows in collected.items():
+        if all(value in (0, 1) for values in rows.values() for value in values):
+            for k in _ks(repeats):
+                enough = {key: (len(values), int(sum(values))) for key, values in rows.items() if len(values) >= k}
+                if enough:
+                    means[f"{name}/pass_at_{k}"] = {
+                        key: statistics.pass_at_k(*counts, k) for key, counts in enough.items()
+                    }
+                    means[f"{name}/pass_hat_{k}"] = {
+                        key: statistics.pass_hat_k(*counts, k) for key, counts in enough.items()
+                    }
+    return means
+
+
+def _ks(repeats: int) -> list[int]:
+    return sorted({2**power for power in range(1, repeats.bit_length()) if 2**power < repeats} | {repeats} - {1})
 
 
 def differences(
@@ -193,66 +176,49 @@ def differences(
     return compared
 
 
+@dataclass(frozen=True)
+class Flips:
+    """Ids of the prompts whose score by one scorer fell or rose against the baseline, in the prompt set's order."""
+
+    worse: tuple[str, ...]
+    better: tuple[str, ...]
+
+
+def flips(candidate: ScoredModel, baseline: ScoredModel) -> dict[str, Flips]:
+    """Per scorer, the prompts that both answered and on which they differ."""
+    ours, theirs = values_by_scorer(candidate.samples), values_by_scorer(baseline.samples)
+    found = {}
+    for name in sorted(ours.keys() & theirs.keys()):
+        gaps = {key: round(ours[name][key] - theirs[name][key], 12) for key in ours[name] if key in theirs[name]}
+        found[name] = Flips(
+            tuple(key for key, gap in gaps.items() if gap < 0), tuple(key for key, gap in gaps.items() if gap > 0)
+        )
+    return found
+
+
+def holm_p_values(compared: dict[str, statistics.Difference]) -> dict[str, float]:
+    """Each scorer's p-value corrected for there being several; OVERALL, which is made of them, stands by itself."""
+    family = [name for name, gap in compared.items() if name != OVERALL and math.isfinite(gap.p_value)]
+    adjusted = dict(zip(family, statistics.holm([compared[name].p_value for name in family]).tolist(), strict=True))
+    return adjusted | {OVERALL: compared[OVERALL].p_value} if OVERALL in compared else adjusted
+
+
 def difference_metrics(compared: dict[str, statistics.Difference]) -> dict[str, float]:
     fields = ("mean", "ci95_low", "ci95_high", "p_value", "detectable")
     named = {f"difference/{name}/{field}": getattr(gap, field) for name, gap in compared.items() for field in fields}
+    named |= {f"difference/{name}/p_value_holm": p for name, p in holm_p_values(compared).items()}
     return {name: value for name, value in named.items() if math.isfinite(value)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _is_ours(description) -> bool:
-    return bool((description.metadata or {}).get("model.sha256"))
-
-
-def _answers(model: LoadedModel, wanted: list[tuple[Prompt, int]], generation: dict) -> Iterator[tuple]:
-    """Yields ((prompt, repeat), {text, finish_reason, tokens, seconds, error}) in the order they are finished."""
-    rows = [_row(model, prompt, repeat, generation) for prompt, repeat in wanted]
-    if model.wrapper is not None:
-        for index, [answer] in model.wrapper.answers(rows, {}, generation.get("batch_size") or 0):
-            yield wanted[index], vars(answer)
-        return
-    for first in range(0, len(rows), CHUNK):
-        start = time.perf_counter()
-        try:
-            outputs = list(model.pyfunc.predict(rows[first : first + CHUNK]))
-            answers = [_answer_of(output) for output in outputs]
-        except Exception as error:  # what a stranger's model raises is its rows' failure, not this program's
-            answers = [{"text": "", "finish_reason": "error", "error": str(error)}] * len(rows[first : first + CHUNK])
-        seconds = time.perf_counter() - start
-        for offset, answer in enumerate(answers):
-            yield wanted[first + offset], {"seconds": seconds} | answer
-
-
-def _row(model: LoadedModel, prompt: Prompt, repeat: int, generation: dict) -> dict:
-    """A prompt in the form the model takes: messages, or text rendered with the model's own chat template."""
-    messages = list(prompt.messages) if prompt.messages else [{"role": "user", "content": prompt.prompt}]
-    parameters = {name: generation[name] for name in ("max_tokens", "temperature", "top_p", "stop")}
-    parameters["seed"] = generation["seed"] + repeat
-    if model.is_chat:
-        return {"messages": messages} | parameters
-    if model.wrapper is not None and model.wrapper.template:
-        return {"prompt": model.wrapper.render(messages)} | parameters
-    text = prompt.prompt if prompt.prompt else "\n".join(message["content"] for message in messages)
-    return {"prompt": text}
-
-
-def _answer_of(output) -> dict:
-    """A stranger's prediction as an answer."""
-    if isinstance(output, dict) and output.get("choices"):
-        choice, usage = output["choices"][0], output.get("usage") or {}
-        return {
-            "text": choice["message"]["content"] or "",
-            "finish_reason": choice.get("finish_reason") or "stop",
-            "prompt_tokens": usage.get("prompt_tokens"),
-            "output_tokens": usage.get("completion_tokens"),
-        }
-    return {"text": str(output), "finish_reason": "stop"}
-
-
-def _sample(model: LoadedModel, prompt: Prompt, repeat: int, answer: dict) -> Sample:
+def _sample(model: loading.LoadedModel, prompt: Prompt, repeat: int, answer: dict, score_answer) -> Sample:
     failed = answer.get("error") or ""
+    named: dict[str, scorers.Score] = {}
+    for call in prompt.scorers:
+        unanswered = {call.name: scorers.Score(None, f"not answered: {failed}")}
+        named |= unanswered if failed else score_answer(call, prompt, answer["text"])
     return Sample(
         id=prompt.id,
         repeat=repeat,
@@ -264,26 +230,14 @@ def _sample(model: LoadedModel, prompt: Prompt, repeat: int, answer: dict) -> Sa
         prompt_tokens=None if failed else answer.get("prompt_tokens"),
         output_tokens=None if failed else answer.get("output_tokens"),
         latency_seconds=answer.get("seconds", 0.0),
-        scores={},
-        reasons={},
+        scores={name: result.value for name, result in named.items()},
+        reasons={name: result.reason for name, result in named.items()},
         error={"type": "refused", "message": failed} if failed else None,
     )
 
 
-def _scores(prompt: Prompt, sample: Sample) -> tuple[dict, dict]:
-    if sample.error:
-        return {call.name: None for call in prompt.scorers}, {
-            call.name: f"not answered: {sample.error['message']}" for call in prompt.scorers
-        }
-    results = {
-        call.name: scorers.score(call.name, sample.output, prompt.expected, call.options) for call in prompt.scorers
-    }
-    return {name: result.value for name, result in results.items()}, {
-        name: result.reason for name, result in results.items()
-    }
-
-
-def _metrics(model: LoadedModel, samples: tuple[Sample, ...], estimates: dict) -> dict[str, float]:
+def metrics_of(model: loading.LoadedModel, samples: tuple[Sample, ...], estimates: dict) -> dict[str, float]:
+    """Counts, estimates and latencies under their metrics' names."""
     answered = [sample for sample in samples if sample.error is None]
     latencies = [sample.latency_seconds for sample in answered]
     metrics = {
@@ -291,59 +245,25 @@ def _metrics(model: LoadedModel, samples: tuple[Sample, ...], estimates: dict) -
         "rows_failed": len(samples) - len(answered),
         "rows_unscored": sum(not any(value is not None for value in sample.scores.values()) for sample in answered),
         "model_load_seconds": model.load_seconds,
-        "model_bytes": model.bytes,
-    }
+    } | ({"model_bytes": model.bytes} if model.bytes else {})  # an endpoint doesn't say
     for name, entry in estimates.items():
         for field in ("mean", "stderr", "ci95_low", "ci95_high"):
             metrics[f"{name}/{field}"] = getattr(entry, field)
     if latencies:
         metrics |= {f"latency_seconds/p{q}": statistics.percentile(latencies, q) for q in (50, 95)}
-    peak = peak_memory_bytes()
-    if peak:
-        metrics["peak_memory_bytes"] = peak
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
 
 
-def _fingerprint(model: LoadedModel, prompt_set: PromptSet, generation: dict, repeats: int) -> str:
-    """What an answer depends on, as one hash: model files, wrapper, prompts, parameters, library versions."""
-    versions = {name: importlib.metadata.version(name) for name in ("onnxruntime-genai", "torch", "transformers")}
-    wrapper = cache.file_sha256(Path(model_logging.chat_model.__file__)) if model.wrapper is not None else ""
-    content = [model.sha256, wrapper, model.is_chat, prompt_set.sha256, generation, repeats, versions]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def identity(model: loading.LoadedModel, generation: dict) -> list:
+    """What an answer depends on beside what is asked: the model, how it is run, library versions, the kind of machine.
 
-
-@contextmanager
-def _journal(fingerprint: str, resume: bool) -> Iterator[Path]:
-    """The file that answers are appended to; one of this process alone while another process holds the shared one."""
-    folder = cache.root() / "answers"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{fingerprint}.jsonl"
-    lock = FileLock(path.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        path = folder / f"{fingerprint}-{os.getpid()}.jsonl"
-    if not resume:
-        path.unlink(missing_ok=True)
-    try:
-        yield path
-    finally:
-        lock.release()
-
-
-def _read_journal(path: Path) -> dict[tuple[str, int], Sample]:
-    """The answers an interrupted run left; a last line that was cut off is dropped, and the file mended."""
-    if not path.exists():
-        return {}
-    kept = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            sample = Sample(**json.loads(line))
-        except (ValueError, TypeError):
-            break
-        kept[sample.id, sample.repeat] = sample
-    path.write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in kept.values()), encoding="utf-8")
-    return kept
+    Folders of answers are moved and shared between machines, and another kind of CPU may round another way.
+    """
+    libraries = ("onnxruntime-genai", "onnxruntime", "torch", "transformers", "tokenizers", "jinja2")
+    versions = {name: importlib.metadata.version(name) for name in libraries}
+    described = environment.describe()
+    machine = [described[name] for name in ("cpu", "cpu_model", "cpu_flags", "gpus")] if model.sha256 else []
+    return [model.sha256 or model.uri, model.identity, generation, versions, machine]
 
 
 def release(scored: ScoredModel) -> ScoredModel:
@@ -351,20 +271,3 @@ def release(scored: ScoredModel) -> ScoredModel:
     freed = replace(scored, model=replace(scored.model, pyfunc=None, wrapper=None))
     gc.collect()
     return freed
-
-
-def reset_peak_memory() -> None:
-    """Starts the process's peak memory anew, where the kernel allows it (Linux, proc(5), clear_refs)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def peak_memory_bytes() -> int | None:
-    """The process's peak resident memory since the last reset; None where the system doesn't say."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)

@@ -2,13 +2,14 @@
 
 Every figure comes with a 95 % interval, because a handful of prompts proves little: none is ever of zero width just
 because no answer differed. Unscored answers are the caller's to drop and count; NaN is refused. Rows that share a
-cluster (variants of one question) are not independent and are not counted as if they were. Nothing here knows of
-prompts, models, files or MLflow. No Bayesian models, no bootstrap, no comparison of more than two models at once
-beyond Holm's correction.
+cluster (variants of one question) are not independent and are not counted as if they were. Scores that are too many
+to hold come as sums. Nothing here knows of prompts, models, files or MLflow. No Bayesian models, no bootstrap, no
+comparison of more than two models at once beyond Holm's correction.
 
 [Miller] Adding Error Bars to Evals, 2024, arXiv:2411.00640. [Wilson] JASA 22:209, 1927. [Tango] Statistics in
 Medicine 17:891, 1998. [McNemar] Psychometrika 12:153, 1947. [Pratt] JASA 54:655, 1959. [Korn] Korn and Graubard,
-Survey Methodology 24:193, 1998. [Holm] Scandinavian Journal of Statistics 6:65, 1979.
+Survey Methodology 24:193, 1998. [Holm] Scandinavian Journal of Statistics 6:65, 1979. [Chen] Evaluating Large
+Language Models Trained on Code, 2021, arXiv:2107.03374. [Yao] tau-bench, 2024, arXiv:2406.12045.
 """
 
 import math
@@ -22,6 +23,7 @@ Z_95 = float(special.ndtri(0.975))  # two-sided 5 %, or one-sided 2.5 %
 Z_80 = float(special.ndtri(0.80))  # 80 % power
 FEW_PAIRS = 10  # below this many differing pairs the central limit theorem is no guide
 EXACT_PAIRS = 16  # up to here all 2**16 sign patterns are counted
+FEW_VALUES = 1000  # up to here counted values are written out
 
 Clusters = Sequence[Hashable | None]
 
@@ -68,13 +70,8 @@ def mean_estimate(values: Sequence[float], clusters: Clusters | None = None) -> 
     if n == 0:
         return Estimate(math.nan, math.nan, math.nan, math.nan, 0)
     mean, stderr = float(scores.mean()), _standard_error(scores, codes)
-    if _is_binary(scores) or (_in_unit(scores) and np.ptp(scores) == 0):
-        low, high = _wilson(mean, _effective_rows(scores, codes))
-    else:
-        low, high = _student(mean, stderr, codes.max())
-        if _in_unit(scores):
-            low, high = max(low, 0.0), min(high, 1.0)
-    return Estimate(mean, stderr, low, high, n)
+    rows, even = _effective_rows(scores, codes), bool(np.ptp(scores) == 0)
+    return _estimate(n, mean, stderr, int(codes.max()) + 1, rows, _is_binary(scores), _in_unit(scores), even)
 
 
 def paired_difference(
@@ -100,18 +97,53 @@ def paired_difference(
         return Difference(math.nan, math.nan, math.nan, math.nan, math.nan, 0, math.nan)
     mean, stderr = float(gaps.mean()), _standard_error(gaps, codes)
     binary, unit = _is_binary(new) and _is_binary(old), _in_unit(new) and _in_unit(old)
-    differing = np.count_nonzero(gaps)
-    low, high = _student(mean, stderr, codes.max())
-    error = stderr
-    if unit:
-        low, high = max(low, -1.0), min(high, 1.0)
-    if binary or (unit and differing < FEW_PAIRS):
-        rows = _effective_rows(gaps, codes)
-        better, worse = np.mean(gaps > 0) * rows, np.mean(gaps < 0) * rows
-        tango = -_tango_upper(worse, better, rows), _tango_upper(better, worse, rows)
-        low, high = tango if binary or not differing else (min(low, tango[0]), max(high, tango[1]))
-        error = float(np.fmax(stderr, (high - low) / 2 / Z_95))
-    return Difference(mean, stderr, low, high, _p_value(gaps, codes, binary), n, (Z_95 + Z_80) * error)
+    better, worse = int(np.sum(gaps > 0)), int(np.sum(gaps < 0))
+    rows, p = _effective_rows(gaps, codes), _p_value(gaps, codes, binary)
+    return _difference(n, mean, stderr, int(codes.max()) + 1, rows, binary, unit, better, worse, p)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What `n` scores (or differences) in `groups` clusters add up to: enough for a mean and how sure it is.
+
+    Where cluster g has n_g rows that add up to S_g, `group_squares` is the sum of S_g^2, `group_products` of n_g S_g
+    and `group_sizes` of n_g^2; a row without a cluster is a cluster. `low` and `high` are the extremes. `binary` says
+    that all scores (of differences, both sides') are 0 or 1, `unit` that they lie from 0 to 1.
+    """
+
+    n: int
+    total: float
+    squares: float
+    low: float
+    high: float
+    binary: bool
+    unit: bool
+    groups: int
+    group_squares: float
+    group_products: float
+    group_sizes: float
+
+
+def estimate_from_sums(sums: Sums) -> Estimate:
+    """`mean_estimate` of scores that are too many to hold; equal to it but for rounding."""
+    if sums.n == 0:
+        return Estimate(math.nan, math.nan, math.nan, math.nan, 0)
+    mean, stderr, rows = _figures(sums)
+    even = sums.low == sums.high
+    return _estimate(sums.n, mean, stderr, sums.groups, rows, sums.binary, sums.unit, even)
+
+
+def difference_from_sums(sums: Sums, better: int, worse: int, counts: Sequence[tuple[float, int]]) -> Difference:
+    """`paired_difference` of pairs that are too many to hold; equal to it but for rounding.
+
+    `sums` are over the differences, rounded to 12 decimals as there: `better` are above and `worse` below zero.
+    `counts` says how many clusters (without clusters, how many rows) have each sum of differences.
+    """
+    if sums.n == 0:
+        return Difference(math.nan, math.nan, math.nan, math.nan, math.nan, 0, math.nan)
+    mean, stderr, rows = _figures(sums)
+    p = _p_from_counts(counts, sums.binary and sums.groups == sums.n)
+    return _difference(sums.n, mean, stderr, sums.groups, rows, sums.binary, sums.unit, better, worse, p)
 
 
 def prompts_needed(difference: Difference, margin: float) -> int | None:
@@ -148,6 +180,16 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that at least one of k answers is right, when c of n were: 1 - C(n-c, k) / C(n, k) [Chen]."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def pass_hat_k(n: int, c: int, k: int) -> float:
+    """The chance that all of k answers are right, when c of n were: C(c, k) / C(n, k) [Yao]."""
+    return math.comb(c, k) / math.comb(n, k)
+
+
 def percentile(values: Sequence[float], q: float) -> float:
     """The q-th percentile (0 to 100), interpolated linearly as numpy does; NaN where there are no values."""
     array, _ = _checked(values, None)
@@ -166,6 +208,59 @@ def _checked(values: Sequence[float], clusters: Clusters | None) -> tuple[np.nda
     numbers: dict[Hashable, int] = {}
     keys = [("row", i) if cluster is None else ("cluster", cluster) for i, cluster in enumerate(clusters)]
     return array, np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=int)
+
+
+def _estimate(
+    n: int, mean: float, stderr: float, groups: int, rows: float, binary: bool, unit: bool, even: bool
+) -> Estimate:
+    """`rows` is the effective number of rows; `even` says that all scores are equal."""
+    if binary or (unit and even):
+        low, high = _wilson(mean, rows)
+    else:
+        low, high = _student(mean, stderr, groups - 1)
+        if unit:
+            low, high = max(low, 0.0), min(high, 1.0)
+    return Estimate(mean, stderr, low, high, n)
+
+
+def _difference(
+    n: int,
+    mean: float,
+    stderr: float,
+    groups: int,
+    rows: float,
+    binary: bool,
+    unit: bool,
+    better: int,
+    worse: int,
+    p_value: float,
+) -> Difference:
+    low, high = _student(mean, stderr, groups - 1)
+    error, differing = stderr, better + worse
+    if unit:
+        low, high = max(low, -1.0), min(high, 1.0)
+    if binary or (unit and differing < FEW_PAIRS):
+        more, less = better / n * rows, worse / n * rows
+        tango = -_tango_upper(less, more, rows), _tango_upper(more, less, rows)
+        low, high = tango if binary or not differing else (min(low, tango[0]), max(high, tango[1]))
+        error = float(np.fmax(stderr, (high - low) / 2 / Z_95))
+    return Difference(mean, stderr, low, high, p_value, n, (Z_95 + Z_80) * error)
+
+
+def _figures(sums: Sums) -> tuple[float, float, float]:
+    """Mean, standard error and effective number of rows, as from the scores themselves."""
+    n, groups, mean = sums.n, sums.groups, sums.total / sums.n
+    even = sums.low == sums.high
+    plain = _spread(n, n, sums.squares - mean * sums.total, even)
+    residuals = sums.group_squares - 2 * mean * sums.group_products + mean**2 * sums.group_sizes
+    stderr = plain if groups == n else _spread(n, groups, residuals, even)
+    return (sums.low if even else mean), stderr, _independent_rows(n, groups, plain, stderr)
+
+
+def _spread(n: int, groups: int, squared_residuals: float, even: bool) -> float:
+    if groups < 2:
+        return math.nan
+    return 0.0 if even else math.sqrt(groups / (groups - 1) * max(squared_residuals, 0.0)) / n
 
 
 def _is_binary(scores: np.ndarray) -> bool:
@@ -193,10 +288,11 @@ def _effective_rows(values: np.ndarray, codes: np.ndarray) -> float:
     tell their own spread badly [Korn]; between 1 and n. Without any spread, the number of clusters.
     """
     n, groups = values.size, int(codes.max()) + 1
-    if groups in (1, n):
-        return float(groups)
-    plain, clustered = _standard_error(values, np.arange(n)), _standard_error(values, codes)
-    if plain == 0:
+    return _independent_rows(n, groups, _standard_error(values, np.arange(n)), _standard_error(values, codes))
+
+
+def _independent_rows(n: int, groups: int, plain: float, clustered: float) -> float:
+    if groups in (1, n) or plain == 0:
         return float(groups)
     t_ratio = special.stdtrit(n - 1, 0.975) / special.stdtrit(groups - 1, 0.975)
     return float(np.clip(n * (plain * t_ratio / max(clustered, 1e-12)) ** 2, 1, n))
@@ -250,6 +346,41 @@ def _p_value(gaps: np.ndarray, codes: np.ndarray, binary: bool) -> float:
     ranks = stats.rankdata(np.abs(gaps))[gaps != 0]
     signs = 1 - 2 * (np.arange(2**differing)[:, None] >> np.arange(differing) & 1)
     return float(np.mean(np.abs(signs @ ranks) >= abs(np.sign(gaps[gaps != 0]) @ ranks) - 1e-9))
+
+
+def _p_from_counts(counts: Sequence[tuple[float, int]], binary: bool) -> float:
+    """`_p_value` of values that are given with how often each is there.
+
+    Up to FEW_VALUES they are written out. Beyond, the signed-rank test's normal curve is reckoned from the counts, as
+    scipy has it: ranks with [Pratt]'s zeros, a variance corrected for ties, no correction for continuity.
+    """
+    from scipy import stats
+
+    values = np.array([value for value, _ in counts], dtype=float)
+    times = np.array([number for _, number in counts], dtype=float)
+    differing = int(times[values != 0].sum())
+    if differing == 0:
+        return 1.0
+    if binary:
+        return float(stats.binomtest(int(times[values > 0].sum()), differing, 0.5).pvalue)
+    n = float(times.sum())
+    if n <= FEW_VALUES:
+        written_out = np.repeat(values, times.astype(int))
+        return _p_value(written_out, np.arange(written_out.size), False)
+    sizes, places = np.unique(np.abs(values), return_inverse=True)
+    ties = np.bincount(places, weights=times)
+    ranks = (np.cumsum(ties) - (ties - 1) / 2)[places]
+    zeros = n - differing
+    if differing <= EXACT_PAIRS:
+        kept = np.repeat(np.where(values > 0, 1, -1) * ranks, (times * (values != 0)).astype(int))
+        signs = 1 - 2 * (np.arange(2**differing)[:, None] >> np.arange(differing) & 1)
+        return float(np.mean(np.abs(signs @ np.abs(kept)) >= abs(kept.sum()) - 1e-9))
+    positive = float(np.sum(ranks * times * (values > 0)))
+    mean = (n * (n + 1) - zeros * (zeros + 1)) / 4
+    variance = (n * (n + 1) * (2 * n + 1) - zeros * (zeros + 1) * (2 * zeros + 1)) / 24
+    tied = ties[sizes > 0]
+    variance -= float(np.sum(tied * (tied**2 - 1))) / 48
+    return float(2 * special.ndtr(-abs(positive - mean) / math.sqrt(variance)))
 
 
 def _prompts_to_tell(n: int, stderr: float, distance: float) -> int | None:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from slm.errors import BadInput
@@ -169,6 +170,7 @@ EMPTY_DIFFERENCE = Difference(NAN, NAN, NAN, NAN, NAN, 0, NAN)
         (Threshold("rows_failed", max=0.0), {"rows_failed": NAN}, {}, "the value is nan"),
     ],
 )
+@pytest.mark.fault("gates: unknown metric")
 def test_what_is_missing_never_passes_and_never_counts_as_a_regression(threshold, metrics, differences, reason):
     check = only(decide((threshold,), metrics, differences))
     assert (check.state, check.reason, check.prompts_needed) == ("inconclusive", reason, None)
@@ -255,9 +257,10 @@ def test_two_equal_models_pass_once_enough_prompts_were_asked():
         ("3: {min: 1}", "gate.yaml: a metric is called 3; write a name such as exact_match/mean"),
         (
             "a: {maxdrop: 1}",
-            "gate.yaml: 'a': unknown keyword 'maxdrop' (did you mean 'max_drop'?); there are min, max, max_drop",
+            "gate.yaml: 'a': unknown keyword 'maxdrop' (did you mean 'max_drop'?); "
+            "there are min, max, max_drop, min_ratio, max_ratio",
         ),
-        ("a: {1: 1}", "gate.yaml: 'a': unknown keyword 1; there are min, max, max_drop"),
+        ("a: {1: 1}", "gate.yaml: 'a': unknown keyword 1; there are min, max, max_drop, min_ratio, max_ratio"),
         ("a: {min: 1e-1}", "gate.yaml: 'a': `min` is '1e-1', not a number; write 0.1"),
         ("a: {min: 2E-7}", "gate.yaml: 'a': `min` is '2E-7', not a number; write 0.0000002"),
         ("a: {min: '0.6'}", "gate.yaml: 'a': `min` is '0.6', not a number; write 0.6"),
@@ -276,9 +279,97 @@ def test_two_equal_models_pass_once_enough_prompts_were_asked():
     ],
     ids=lambda value: value[:30],
 )
+@pytest.mark.fault("gates: bad YAML", 'gates: "0.8" as text', "gates: NaN", "gates: duplicate key")
 def test_a_bad_thresholds_file_gets_one_line_with_the_value_and_the_remedy(text, message):
     with pytest.raises(BadInput) as caught:
         read_thresholds(text, "gate.yaml")
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+RATIOS = """
+output_tokens_per_second: {min_ratio: 0.9}
+latency_seconds/p95: {max_ratio: 1.1}
+"""
+
+
+@pytest.mark.parametrize(
+    ("speed", "latency", "baseline", "states"),
+    [
+        (95.0, 1.0, {"output_tokens_per_second": 100.0, "latency_seconds/p95": 1.0}, ("pass", "pass")),
+        (89.0, 1.2, {"output_tokens_per_second": 100.0, "latency_seconds/p95": 1.0}, ("regress", "regress")),
+        (89.0, 1.2, {"latency_seconds/p95": 0.0}, ("inconclusive", "inconclusive")),
+        (89.0, 1.2, None, ("inconclusive", "inconclusive")),
+    ],
+)
+def test_a_cost_is_held_against_the_baselines_by_its_ratio(speed, latency, baseline, states):
+    metrics = {"rows": 24.0, "output_tokens_per_second": speed, "latency_seconds/p95": latency}
+    verdict = decide(read_thresholds(RATIOS, "gate.yaml"), metrics, {}, baseline)
+    assert tuple(check.state for check in verdict.checks) == states
+
+
+def test_a_score_has_no_ratio():
+    metrics = {"rows": 24.0, "contains": estimate(0.4, 0.6)}
+    check = only(decide((Threshold("contains/mean", min_ratio=0.9),), metrics, {}, {"contains/mean": 0.5}))
+    assert (check.state, check.reason) == (
+        "inconclusive",
+        "min_ratio is for single figures; a score is held by max_drop",
+    )
+
+
+@pytest.mark.parametrize(
+    ("rules", "line"),
+    [
+        ("{min_ratio: 0}", "a ratio is 0; write one above zero, such as 1.1 for a tenth more"),
+        ("{max_ratio: -1}", "a ratio is -1; write one above zero, such as 1.1 for a tenth more"),
+        ("{min_ratio: 2, max_ratio: 1}", "`min_ratio` 2 is above `max_ratio` 1; swap them"),
+    ],
+)
+def test_a_ratio_that_means_nothing_is_refused(rules, line):
+    with pytest.raises(BadInput, match="") as refused:
+        read_thresholds(f"a: {rules}", "gate.yaml")
+    assert str(refused.value) == f"gate.yaml: 'a': {line}"
+
+
+def simulated(drop: float, n: int, evaluations: int = 500) -> dict[str, float]:
+    """Rates of the verdicts on max_drop 0.05, where 60 % of answers are right and the candidate truly loses `drop`.
+
+    One prompt in eight changes sides by chance, as between two precisions of one model.
+    """
+    generator = np.random.default_rng(20261122)
+    states = []
+    for _ in range(evaluations):
+        baseline = generator.random(n) < 0.6
+        worse, better = (0.0625 + drop / 2) / 0.6, (0.0625 - drop / 2) / 0.4
+        chance = generator.random(n)
+        candidate = np.where(baseline, chance >= worse, chance < better)
+        gap = paired_difference(candidate.astype(float), baseline.astype(float))
+        metrics = {"rows": float(n), "contains": mean_estimate(candidate.astype(float))}
+        threshold = Threshold("contains/mean", max_drop=0.05)
+        states.append(decide((threshold,), metrics, {"contains": gap}).state)
+    return {state: states.count(state) / evaluations for state in ("pass", "regress", "inconclusive")}
+
+
+# 500 evaluations: a rate of 2.5 % is seen within 0.4 % and 5 %, one of 80 % within 75 % and 85 % (binomial, 99.9 %).
+def test_of_500_evaluations_without_a_difference_8_in_10_pass_at_the_size_that_is_advised():
+    seen = simulated(0.0, n=393)  # ((1.96 + 0.84) * sqrt(1/8) / 0.05)^2: what prompts_needed says
+    assert seen["pass"] >= 0.75
+    assert seen["regress"] <= 0.005
+
+
+def test_of_500_evaluations_with_a_drop_of_the_whole_margin_1_in_40_passes_and_1_in_40_regresses():
+    seen = simulated(0.05, n=393)
+    assert seen["pass"] <= 0.05
+    assert seen["regress"] <= 0.05
+
+
+def test_of_500_evaluations_with_twice_the_margin_lost_8_in_10_regress_and_none_passes():
+    seen = simulated(0.10, n=393)
+    assert seen["regress"] >= 0.75
+    assert seen["pass"] == 0
+
+
+def test_few_prompts_are_inconclusive_and_not_wrong():
+    seen = simulated(0.0, n=24)
+    assert seen["inconclusive"] >= 0.95 and seen["regress"] <= 0.05

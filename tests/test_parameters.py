@@ -113,6 +113,7 @@ def test_help_and_a_typo_answer_without_importing_anything_heavy(name):
         ("evaluate", "--alias=champion", "error: alias: needs thresholds, and one registered version in model_uris"),
     ],
 )
+@pytest.mark.fault("parameters: a typo, one line and no run")
 def test_bad_input_is_one_line_exit_2_and_no_run(tmp_path, name, option, line):
     done = entry_point(name, option, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
     assert (done.code, done.out) == (2, "")

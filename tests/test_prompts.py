@@ -108,6 +108,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("suffix", [*FORMATS, ".YAML", ".yml"])
 @pytest.mark.parametrize("disguise", ["plain", "bom", "crlf"])
+@pytest.mark.fault("prompt sets: BOM", "prompt sets: CRLF")
 def test_every_format_line_end_and_byte_order_mark_gives_the_same_set(read, suffix, disguise):
     text = FORMATS[".yaml" if suffix.lower() == ".yml" else suffix.lower()]
     data = text.replace("\n", "\r\n" if disguise == "crlf" else "\n").encode(
@@ -249,6 +250,13 @@ def test_a_quoted_csv_cell_may_span_lines_and_the_line_named_is_where_its_row_st
         ([{"x" * 500: 1}], "set.jsonl line 1: unknown field 'xxx"),
     ],
 )
+@pytest.mark.fault(
+    "prompt sets: duplicate ids",
+    "prompt sets: missing and extra columns",
+    "prompt sets: null and numbers where text belongs",
+    "prompt sets: lone surrogate",
+    "prompt sets: NUL",
+)
 def test_a_bad_row_is_named_with_its_line_its_value_and_the_remedy(read, rows, message):
     assert complaint(read, jsonl(*rows)).startswith(message)
 
@@ -323,6 +331,13 @@ def test_a_bad_row_is_named_with_its_line_its_value_and_the_remedy(read, rows, m
     ],
     ids=lambda value: ascii(value[:24]),
 )
+@pytest.mark.fault(
+    "prompt sets: empty",
+    "prompt sets: header only",
+    "prompt sets: invalid UTF-8",
+    "prompt sets: NaN",
+    "prompt sets: bad JSON on line k",
+)
 def test_a_bad_file_is_named_with_its_place_and_the_remedy(read, content, suffix, message):
     assert complaint(read, content, suffix).startswith(message)
 
@@ -336,6 +351,7 @@ def test_a_bad_file_is_named_with_its_place_and_the_remedy(read, content, suffix
         ("a\0b.jsonl", "cannot be read: embedded null byte"),
     ],
 )
+@pytest.mark.fault("prompt sets: missing", "prompt sets: a directory")
 def test_a_path_that_cannot_be_read_says_why(tmp_path, name, ending):
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(BadInput) as caught:
@@ -343,6 +359,7 @@ def test_a_path_that_cannot_be_read_says_why(tmp_path, name, ending):
     assert str(caught.value) == f"{tmp_path / name}: {ending}"
 
 
+@pytest.mark.fault("prompt sets: a pipe")
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     import os
 

@@ -1,5 +1,6 @@
 """Means, differences and intervals against published figures, scipy and statsmodels."""
 
+import itertools
 import math
 
 import numpy as np
@@ -16,6 +17,8 @@ from slm.statistics import (
     holm,
     mean_estimate,
     paired_difference,
+    pass_at_k,
+    pass_hat_k,
     percentile,
     prompts_needed,
     prompts_to_settle,
@@ -384,3 +387,17 @@ def test_percentiles_are_numpys_and_missing_ones_are_nan():
     assert percentile([1.0, 2.0, 3.0, 4.0], 95) == pytest.approx(np.percentile([1, 2, 3, 4], 95))
     assert percentile([2.0], 95) == 2.0
     assert math.isnan(percentile([], 50))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+@pytest.mark.parametrize("right", range(6))
+def test_pass_at_k_and_pass_hat_k_count_the_draws_of_k_answers(right, k):
+    draws = list(itertools.combinations([1] * right + [0] * (5 - right), k))
+    assert pass_at_k(5, right, k) == pytest.approx(np.mean([any(draw) for draw in draws]))
+    assert pass_hat_k(5, right, k) == pytest.approx(np.mean([all(draw) for draw in draws]))
+
+
+@pytest.mark.parametrize(("n", "right", "k"), [(200, 57, 10), (200, 3, 100), (20, 19, 5)])
+def test_pass_at_k_is_the_published_product(n, right, k):
+    """Chen et al. 2021, figure 3: 1 - prod(1 - k / i) over i from n - c + 1 to n."""
+    assert pass_at_k(n, right, k) == pytest.approx(1 - np.prod(1 - k / np.arange(n - right + 1, n + 1)))

@@ -1,0 +1,670 @@
+"""The report as one HTML page: verdict, figures that are drawn, flipped prompts, and every answer to search.
+
+One file that fetches nothing: figures are SVG made here, answers are JSON in the page that its own script lists. What
+prompts, models and scorers say reaches the page as text only. What was not measured is left out of a drawing and told
+as n/a. The rows to draw are shared with slm/plots.py. Nothing is measured, read or logged here but the template.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from slm import scoring
+from slm.gate import Check
+from slm.report import MISSING, Report
+from slm.scoring import OVERALL, Sample, ScoredModel
+from slm.statistics import Difference, mean_estimate, percentile
+
+DATA_CHARACTERS = 20_000_000  # of the answers' JSON; a page much larger than this is slow to open
+LABEL = 24  # characters of a model's name in a figure
+CURVE_POINTS = 200  # per latency curve
+COST = (
+    # label, metric, which way is better
+    ("output tokens/s", "output_tokens_per_second", "higher"),
+    ("latency p50", "latency_seconds/p50", "lower"),
+    ("latency p95", "latency_seconds/p95", "lower"),
+    ("model load", "model_load_seconds", "lower"),
+    ("peak memory", "peak_memory_bytes", "lower"),
+    ("model size", "model_bytes", "lower"),
+)
+# Okabe and Ito's colours, which the colour-blind tell apart; on a dark page, lighter ones of the same hue.
+COLOURS = ("#0072b2", "#c04a00", "#00805d", "#a8457f", "#946800", "#2b7fa8")
+DARK_COLOURS = ("#5ab4f0", "#ff9a5c", "#35d0a0", "#ee9fcb", "#f0c040", "#9bd7ff")
+# One more than the colours, so that the pair repeats only after 42 models. SVG paths around (0, 0).
+SHAPES = {
+    "o": "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z",
+    "s": "M-4.5-4.5h9v9h-9z",
+    "^": "M0-6L5.8 4.5H-5.8z",
+    "D": "M0-6.2L6.2 0 0 6.2-6.2 0z",
+    "v": "M0 6L5.8-4.5H-5.8z",
+    "P": "M-1.9-5.5h3.8v3.6h3.6v3.8h-3.6v3.6h-3.8v-3.6h-3.6v-3.8h3.6z",
+    "h": "M0-6L5.2-3V3L0 6-5.2 3V-3z",
+}
+DASHES = ("none", "7 4", "2 3", "9 3 2 3")
+STATES = {"regress": "\u2717", "inconclusive": "?", "pass": "\u2713", "none": "\u2013"}  # the worst first
+GATE_SHAPES = {
+    "pass": SHAPES["o"],
+    "regress": "M-5-5L5 5M-5 5L5-5",
+    "inconclusive": SHAPES["D"],
+    "none": "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z",
+}
+REPEATED = re.compile(r"(.+)/pass_(at|hat)_(\d+)", re.DOTALL)
+# Controls but tab and newline, marks that turn the direction of text, zero-width ones, and what UTF-8 can't hold.
+UNSEEN = re.compile(
+    "\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufffe\uffff\ud800-\udfff]"
+)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One model's value in one row of a figure, with its 95 % interval; a missing value is NaN, and is not drawn."""
+
+    model: int
+    mean: float
+    low: float
+    high: float
+    n: int
+    told: str = ""  # of a difference, in a word or two
+    detail: str = ""
+
+    @property
+    def missing(self) -> bool:
+        return math.isnan(self.mean)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one scorer says of each model; `limits` are the gate's for it, by keyword."""
+
+    name: str
+    marks: tuple[Mark, ...]
+    limits: dict[str, float]
+
+    @property
+    def label(self) -> str:
+        return scorer_label(self.name)
+
+    @property
+    def prompts(self) -> str:
+        counts = [mark.n for mark in self.marks if not mark.missing] or [0]
+        fewest, most = min(counts), max(counts)
+        told = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+        return f"{told} prompt{'' if told == '1' else 's'}"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A scale from `low` to `high`; `at` gives a value's place on it in per cent."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+
+    def at(self, value: float) -> float:
+        share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
+        return round(100 * share, 2)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How one model's latencies spread: (seconds, per cent of the answers that took no longer), rising."""
+
+    model: int
+    points: tuple[tuple[float, float], ...]
+    p50: float
+    p95: float
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One run in a history: when, what and how it was judged."""
+
+    when: str
+    run_id: str
+    version: str
+    gate: str
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Trend:
+    """One metric of one model over runs, this one last."""
+
+    model: int
+    name: str
+    moments: tuple[Moment, ...]
+    limits: dict[str, float]
+
+    @property
+    def label(self) -> str:
+        return scorer_label(self.name)
+
+    def at(self, place: int) -> float:
+        """Where a moment stands, in per cent of the width: runs are evenly spaced, whenever they were."""
+        return round(100 * (place + 0.5) / len(self.moments), 2)
+
+    def unbroken(self) -> list[list[int]]:
+        """The places of moments that follow one another with a value; a line is drawn through each such part."""
+        parts = [[]]
+        for place, moment in enumerate(self.moments):
+            if math.isnan(moment.mean):
+                parts.append([])
+            else:
+                parts[-1].append(place)
+        return [part for part in parts if part]
+
+
+def render(report: Report) -> str:
+    """The page, as text that UTF-8 can hold."""
+    import jinja2
+
+    source = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_finalize)
+    environment.filters |= {"number": _number, "gap": _gap, "p_value": _p_value, "safe_json": _safe_json}
+    scores, gaps, curves = score_rows(report), difference_rows(report), latency_curves(report)
+    flipped = flips(report)
+    answers = answer_data(report, flipped)
+    return environment.from_string(source).render(
+        report=report,
+        headline=headline(report),
+        remarks=findings(report)[1 if report.verdict.state == "none" else 0 :],
+        checks=sorted(checks(report), key=lambda entry: list(STATES).index(entry[1].state)),
+        styles=[model_style(place) for place in range(len(report.models))],
+        labels=[short_label(model.model.label) for model in report.models],
+        states=STATES,
+        gate_shapes=GATE_SHAPES,
+        MISSING=MISSING,
+        scores=scores,
+        tagged=tag_rows(report),
+        score_axis=score_axis(scores),
+        gaps=gaps,
+        gap_axis=gap_axis(gaps),
+        costs=cost_rows(report),
+        curves=curves,
+        latency_axis=latency_axis(curves),
+        dashes=DASHES,
+        trends=[(trend, trend_axis(trend)) for trend in trends(report)],
+        flipped=flipped,
+        answers=answers,
+        script_hash=_script_hash(source),
+    )
+
+
+# What is said ---------------------------------------------------------------------------------------------------------
+
+
+def headline(report: Report) -> str:
+    """The verdict in words: what holds, what broke, what it would take, or what was found without a gate."""
+    state, judged = report.verdict.state, checks(report)
+    concerned = [(place, check) for place, check in judged if check.state == state]
+    if state == "none":
+        return f"No gate. {findings(report)[0]}"
+    if state == "pass":
+        return "Pass: the one rule holds" if len(judged) == 1 else f"Pass: {len(judged)} of {len(judged)} rules hold"
+    if state == "regress":
+        more = len(concerned) - 1
+        rest = f"; {more} more {'rule is' if more == 1 else 'rules are'} broken" if more else ""
+        return f"Regress: {_broken(report, *concerned[0])}{rest}"
+    unknown = [(place, check) for place, check in concerned if check.prompts_needed is None]
+    if unknown:
+        place, check = unknown[0]
+        return f"Inconclusive: {_whose(report, place)}{check.metric}: {check.reason}"
+    needed = max(check.prompts_needed for _, check in concerned)
+    asked = getattr(report.prompt_set, "rows", len(report.prompt_set.prompts))  # of many, a sample is at hand
+    return f"Inconclusive: it takes about {needed:,} prompts, and {asked:,} were asked"
+
+
+def findings(report: Report) -> list[str]:
+    """One sentence per model that was compared; without a baseline, one per model."""
+    if report.baseline is None or len(report.models) == 1:
+        return [_alone(model) for model in report.models] or ["No model was scored"]
+    baseline = report.models[report.baseline].model.label
+    return [
+        _compared(model.model.label, baseline, compared.get(OVERALL))
+        for place, (model, compared) in enumerate(zip(report.models, report.differences, strict=True))
+        if place != report.baseline
+    ]
+
+
+def checks(report: Report) -> list[tuple[int, Check]]:
+    """Every rule of the gate with the place of the model that it was put to."""
+    return [(place, check) for place, verdict in enumerate(report.verdicts) for check in verdict.checks]
+
+
+def _alone(model: ScoredModel) -> str:
+    found = model.estimates.get(OVERALL)
+    if found is None or math.isnan(found.mean):
+        return f"{model.model.label}: no answer was scored"
+    interval = f"95 % interval {_number(found.ci95_low)} to {_number(found.ci95_high)}"
+    return f"{model.model.label} scores {_number(found.mean)}, {interval}, on {found.n:,} prompts"
+
+
+def _compared(candidate: str, baseline: str, gap: Difference | None) -> str:
+    if gap is None or gap.n == 0:
+        return f"{candidate} and {baseline} can't be compared: no prompt was scored for both"
+    if gap.mean == 0:
+        return f"{candidate} scores the same as {baseline} on {gap.n:,} prompts"
+    seen = f"{candidate} scores {_amount(gap.mean)} {'less' if gap.mean < 0 else 'more'} than {baseline}"
+    if gap.ci95_low <= 0 <= gap.ci95_high:
+        return f"{seen}, which {gap.n:,} prompts can't tell from chance"
+    interval = f"{_gap(gap.ci95_low)} to {_gap(gap.ci95_high)}"
+    return f"{seen}, and the 95 % interval, {interval}, leaves out 0 (p {_p_value(gap.p_value)})"
+
+
+def _broken(report: Report, place: int, check: Check) -> str:
+    name, keyword, limit = check.metric.removesuffix("/mean"), *_rule(check)
+    whose = _whose(report, place)
+    if keyword == "max_drop":
+        fall = -report.differences[place][name].mean
+        return f"{whose}{check.metric} fell by {_amount(fall)}, and {limit:g} is allowed"
+    if name in report.models[place].estimates and name != check.metric:
+        mean = report.models[place].estimates[name].mean
+        return f"{whose}{check.metric} is {_number(mean)}, {'below' if keyword == 'min' else 'above'} {limit:g}"
+    return f"{whose}{check.metric}: {check.reason}"
+
+
+def _whose(report: Report, place: int) -> str:
+    """Names the model where the gate was put to several."""
+    several = sum(bool(verdict.checks) for verdict in report.verdicts) > 1
+    return f"{report.models[place].model.label}: " if several else ""
+
+
+def _rule(check: Check) -> tuple[str, float]:
+    keyword, limit = check.rule.split()
+    return keyword, float(limit)
+
+
+# What is drawn --------------------------------------------------------------------------------------------------------
+
+
+def scorer_label(name: str) -> str:
+    scorer, repeated = _parted(name)
+    if repeated:
+        return f"{repeated}, {'over all' if scorer == OVERALL else scorer}"
+    return "score, over all" if name == OVERALL else name
+
+
+def scorer_names(models: Sequence[ScoredModel]) -> list[str]:
+    """The overall score first, then its pass@k and pass^k where prompts were repeated; no other scorer's of these."""
+    named = {name for model in models for name in model.estimates}
+    return sorted((name for name in named if not _parted(name)[1] or _parted(name)[0] == OVERALL), key=_overall_first)
+
+
+def _overall_first(name: str) -> tuple:
+    return name != OVERALL, _parted(name)[0] != OVERALL, name
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """A scorer, and what of its repeats: `score/pass_at_4` is score, pass@4."""
+    match = REPEATED.fullmatch(name)
+    if match is None:
+        return name, ""
+    return match[1], f"pass{'@' if match[2] == 'at' else '^'}{match[3]}"
+
+
+def score_rows(report: Report) -> list[Row]:
+    """Per scorer, each model's mean."""
+    return [
+        Row(
+            name,
+            tuple(
+                Mark(place, math.nan, math.nan, math.nan, 0)
+                if found is None
+                else Mark(place, found.mean, found.ci95_low, found.ci95_high, found.n)
+                for place, model in enumerate(report.models)
+                for found in [model.estimates.get(name)]
+            ),
+            _limits(report, name, ("min", "max")),
+        )
+        for name in scorer_names(report.models)
+    ]
+
+
+def tag_rows(report: Report) -> list[Row]:
+    """Per tag, each model's overall score over the prompts that have it; a prompt counts under each of its tags."""
+    clusters = {prompt.id: prompt.cluster for prompt in report.prompt_set.prompts}
+    overall = [scoring.values_by_scorer(model.samples).get(OVERALL, {}) for model in report.models]
+    rows = []
+    for tag in sorted({tag for prompt in report.prompt_set.prompts for tag in prompt.tags}):
+        tagged = [prompt.id for prompt in report.prompt_set.prompts if tag in prompt.tags]
+        found = [{id: values[id] for id in tagged if id in values} for values in overall]
+        estimates = [mean_estimate(list(values.values()), [clusters[id] for id in values]) for values in found]
+        marks = tuple(
+            Mark(place, each.mean, each.ci95_low, each.ci95_high, each.n) for place, each in enumerate(estimates)
+        )
+        rows.append(Row(tag, marks, {}))
+    return rows
+
+
+def difference_rows(report: Report) -> list[Row]:
+    """Per scorer, each candidate minus the baseline."""
+    rows = []
+    adjusted = [scoring.holm_p_values(compared) for compared in report.differences]
+    for name in scorer_names(report.models):
+        marks = tuple(
+            Mark(place, gap.mean, gap.ci95_low, gap.ci95_high, gap.n, _told(gap, p), _detail(gap, p))
+            for place, compared in enumerate(report.differences)
+            if name in compared
+            for gap, p in [(compared[name], adjusted[place].get(name))]
+        )
+        if marks:
+            rows.append(Row(name, marks, _limits(report, name, ("max_drop",))))
+    return rows
+
+
+def cost_rows(report: Report) -> list[dict]:
+    """Per figure of cost, each model's value, its share of the largest, and its ratio to the baseline's."""
+    rows = []
+    for label, metric, better in COST:
+        values = [model.metrics.get(metric) for model in report.models]
+        largest = max((value for value in values if value is not None), default=0)
+        against = None if report.baseline is None else values[report.baseline]
+        cells = [
+            {
+                "text": MISSING if value is None else _cost(metric, value),
+                "share": None if value is None or not largest else round(100 * value / largest, 2),
+                "ratio": f"{value / against:.2f}\u00d7" if value and against and place != report.baseline else "",
+            }
+            for place, value in enumerate(values)
+        ]
+        rows.append({"label": label, "better": better, "cells": cells})
+    return rows
+
+
+def latency_curves(report: Report) -> list[Curve]:
+    """Of each model with an answer; failed ones are left out."""
+    curves = []
+    for place, model in enumerate(report.models):
+        seconds = sorted(sample.latency_seconds for sample in model.samples if sample.error is None)
+        count = len(seconds)
+        if count:
+            ranks = sorted({round((count - 1) * step / (CURVE_POINTS - 1)) for step in range(CURVE_POINTS)})
+            points = tuple((seconds[rank], 100 * (rank + 1) / count) for rank in ranks)
+            curves.append(Curve(place, points, percentile(seconds, 50), percentile(seconds, 95)))
+    return curves
+
+
+def trends(report: Report) -> list[Trend]:
+    """Per model and metric that earlier runs have; the overall score first."""
+    found = []
+    for place, earlier in enumerate(report.history):
+        for name in sorted((name for name in earlier if earlier[name]), key=_overall_first):
+            moments = [
+                Moment(_date(point.start), point.run_id, point.version, _state(point.gate), *_interval(point))
+                for point in earlier[name]
+            ]
+            now = report.models[place].estimates.get(name)
+            if now is not None:
+                moments.append(Moment("this run", "", "", report.verdicts[place].state, *_interval(now)))
+            found.append(Trend(place, name, tuple(moments), _limits(report, name, ("min", "max"))))
+    return found
+
+
+def score_axis(rows: Sequence[Row]) -> Axis:
+    """From 0 to 1, and further where a scorer goes further."""
+    values = [value for row in rows for mark in row.marks for value in (mark.mean, mark.low, mark.high)]
+    return _axis(*_span([0.0, 1.0, *values]))
+
+
+def gap_axis(rows: Sequence[Row]) -> Axis:
+    """Around zero, as far to one side as to the other."""
+    values = [value for row in rows for mark in row.marks for value in (mark.mean, mark.low, mark.high)]
+    drops = [limit for row in rows for limit in row.limits.values()]
+    reach = max(abs(value) for value in _span([0.05, *values, *drops]))
+    return _axis(-reach, reach)
+
+
+def latency_axis(curves: Sequence[Curve]) -> Axis:
+    return _axis(0.0, max((curve.points[-1][0] for curve in curves), default=1.0))
+
+
+def trend_axis(trend: Trend) -> Axis:
+    values = [value for moment in trend.moments for value in (moment.mean, moment.low, moment.high)]
+    low, high = _span([*values, *trend.limits.values()])
+    return _axis(low, high if high > low else low + 0.1)
+
+
+def model_style(place: int) -> dict:
+    """Colour and shape of the model in that place, the same in every figure."""
+    marker = list(SHAPES)[place % len(SHAPES)]
+    colour = place % len(COLOURS)
+    return {"colour": COLOURS[colour], "dark": DARK_COLOURS[colour], "marker": marker, "path": SHAPES[marker]}
+
+
+def short_label(label: str) -> str:
+    """A model's name for a figure."""
+    return shortened(label.removeprefix("models:/"), LABEL)
+
+
+def shortened(text: str, characters: int) -> str:
+    """In one line, and cut in the middle: URIs and names of scorers differ at the start and at the end."""
+    line = " ".join(text.split())
+    head, tail = characters // 2 - 2, characters - characters // 2 + 1
+    return line if len(line) <= characters else f"{line[:head]}\u2026{line[-tail:]}"
+
+
+def _limits(report: Report, name: str, keywords: Iterable[str]) -> dict[str, float]:
+    rules = [_rule(check) for _, check in checks(report) if check.metric == f"{name}/mean"]
+    return {keyword: limit for keyword, limit in rules if keyword in keywords}
+
+
+def _told(gap: Difference, adjusted: float | None) -> str:
+    """Worse or better where interval and p-value say so; perhaps, where the interval alone does."""
+    word = "worse" if gap.ci95_high < 0 else "better" if gap.ci95_low > 0 else ""
+    if not word:
+        return "can't tell"
+    return word if (gap.p_value if adjusted is None else adjusted) < 0.05 else f"perhaps {word}"
+
+
+def _detail(gap: Difference, adjusted: float | None) -> str:
+    pairs = f"{gap.n:,} pair{'' if gap.n == 1 else 's'}"
+    corrected = (
+        "" if adjusted is None or adjusted == gap.p_value else f" ({_p_value(adjusted).lstrip('= ')} after Holm)"
+    )
+    return f"p {_p_value(gap.p_value)}{corrected}, {pairs}, detectable {_number(gap.detectable)}"
+
+
+def _state(gate: str) -> str:
+    """A run that was never judged has no state of its own."""
+    return gate if gate in STATES else "none"
+
+
+def _interval(entry) -> tuple[float, float, float]:
+    return entry.mean, entry.ci95_low, entry.ci95_high
+
+
+def _span(values: Iterable[float]) -> tuple[float, float]:
+    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    return min(finite), max(finite)
+
+
+def _axis(low: float, high: float) -> Axis:
+    """Four or five round steps that take in `low` and `high`."""
+    rough = (high - low) / 4 or 0.25
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    ticks = tuple(round(step * place, 12) for place in range(first, max(last, first + 1) + 1))
+    return Axis(ticks[0], ticks[-1], ticks)
+
+
+# Flipped prompts and answers ------------------------------------------------------------------------------------------
+
+
+def flips(report: Report) -> dict[int, list[dict]]:
+    """Per candidate, the prompts whose score by any scorer changed against the baseline, the largest loss first."""
+    if report.baseline is None:
+        return {}
+    baseline, found = report.models[report.baseline], {}
+    for place, model in enumerate(report.models):
+        if place == report.baseline:
+            continue
+        ours, theirs = (scoring.values_by_scorer(each.samples).get(OVERALL, {}) for each in (model, baseline))
+        changed: dict[str, dict] = {}
+        asked_for = {name for sample in model.samples for name in sample.scores}
+        for name, flipped in scoring.flips(model, baseline).items():
+            if name not in asked_for:
+                continue  # over all, or over repeats
+            for direction in ("worse", "better"):
+                for key in getattr(flipped, direction):
+                    gap = round(ours[key] - theirs[key], 12)
+                    entry = changed.setdefault(key, {"id": key, "gap": gap, "worse": [], "better": []})
+                    entry[direction].append(name)
+        found[place] = sorted(changed.values(), key=lambda entry: entry["gap"])
+    return found
+
+
+def answer_data(report: Report, flipped: dict[int, list[dict]]) -> dict:
+    """What the page's script lists: prompts once each, answers with the places of their prompt and model.
+
+    Where it would be more than DATA_CHARACTERS, the failed answers and the flipped prompts' are kept first, then the
+    wrong ones; `left_out` counts those that aren't there.
+    """
+    asked = [
+        (turn, place, sample) for place, model in enumerate(report.models) for turn, sample in enumerate(model.samples)
+    ]
+    samples = [entry[1:] for entry in sorted(asked, key=lambda entry: entry[:2])]  # a prompt's answers side by side
+    answers, rows = _kept(report, samples, {entry["id"] for entries in flipped.values() for entry in entries})
+    prompts = {id: place for place, id in enumerate(dict.fromkeys(samples[turn][1].id for turn in sorted(answers)))}
+    return {
+        "models": [
+            {
+                "label": model.model.label,
+                "short": short_label(model.model.label),
+                "baseline": place == report.baseline,
+                "path": model_style(place)["path"],
+            }
+            for place, model in enumerate(report.models)
+        ],
+        "scorers": [name for name in scorer_names(report.models) if name in _asked_for(report)],
+        "prompts": [rows[id] for id in prompts],
+        "answers": [answers[turn] | {"prompt": prompts[samples[turn][1].id]} for turn in sorted(answers)],
+        "flips": [
+            {**entry, "model": place, "prompt": prompts[entry["id"]]}
+            for place, entries in flipped.items()
+            for entry in entries
+            if entry["id"] in prompts
+        ],
+        "left_out": len(samples) - len(answers),
+    }
+
+
+def _kept(report: Report, samples: list[tuple[int, Sample]], changed: set[str]) -> tuple[dict[int, dict], dict]:
+    """What fits into DATA_CHARACTERS, the most urgent first: answers by their turn, and their prompts by id."""
+    known = {prompt.id: prompt for prompt in report.prompt_set.prompts}
+    answers, prompts, size = {}, {}, 0
+    for turn in sorted(range(len(samples)), key=lambda turn: _urgency(samples[turn][1], changed)):
+        place, sample = samples[turn]
+        answer, prompt = _answer_row(place, sample), _prompt_row(sample, known.get(sample.id))
+        new = [answer] if sample.id in prompts else [answer, prompt]
+        size += sum(len(json.dumps(row, ensure_ascii=False)) for row in new)
+        if size > DATA_CHARACTERS:
+            break
+        answers[turn], prompts[sample.id] = answer, prompt
+    return answers, prompts
+
+
+def _asked_for(report: Report) -> set[str]:
+    return {name for model in report.models for sample in model.samples for name in sample.scores}
+
+
+def _answer_row(place: int, sample: Sample) -> dict:
+    return {
+        "model": place,
+        "repeat": sample.repeat,
+        "output": sample.output,
+        "finish_reason": sample.finish_reason,
+        "prompt_tokens": sample.prompt_tokens,
+        "output_tokens": sample.output_tokens,
+        "latency_seconds": round(sample.latency_seconds, 3),
+        "scores": {name: _finite(value) for name, value in sample.scores.items()},
+        "reasons": sample.reasons,
+        "error": sample.error,
+    }
+
+
+def _prompt_row(sample: Sample, prompt) -> dict:
+    return {
+        "id": sample.id,
+        "messages": sample.messages,
+        "expected": sample.expected,
+        "cluster": None if prompt is None else prompt.cluster,
+        "tags": [] if prompt is None else list(prompt.tags),
+    }
+
+
+def _urgency(sample: Sample, changed: set[str]) -> int:
+    if sample.error is not None or sample.id in changed:
+        return 0
+    return 1 if any(value is None or value < 1 for value in sample.scores.values()) else 2
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value
+
+
+# As text --------------------------------------------------------------------------------------------------------------
+
+
+def visible(text: str) -> str:
+    """With control characters, marks that turn text around and lone surrogates written out as [U+0000]."""
+    return UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
+
+
+def _finalize(value: object) -> object:
+    """What the template prints, made visible; Markup, which macros return, has been already."""
+    return visible(value) if type(value) is str else value
+
+
+def _safe_json(data: object):
+    """JSON for a script element: `<` can't end it, and lone surrogates are escaped."""
+    from markupsafe import Markup
+
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Markup(re.sub("[<\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text))
+
+
+def _script_hash(source: str) -> str:
+    """For the content security policy: only this script runs, whatever an answer holds."""
+    script = re.search("<script>(.*?)</script>", source, re.DOTALL)[1]
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _number(value: float, sign: str = "") -> str:
+    """Two decimals; where these would tell 0 of what isn't, one digit."""
+    if math.isnan(value):
+        return MISSING
+    form = ".1g" if 0 < abs(value) < 0.005 else ".2f"
+    return f"{value:{sign}{form}}".replace("inf", "\u221e")
+
+
+def _gap(value: float) -> str:
+    return _number(value, "+")
+
+
+def _amount(value: float) -> str:
+    return _number(abs(value))
+
+
+def _p_value(p: float) -> str:
+    if math.isnan(p):
+        return MISSING
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
+
+
+def _cost(metric: str, value: float) -> str:
+    if metric.endswith("_bytes"):
+        return f"{value / 1e6:,.0f} MB"
+    return f"{value:,.1f}" if metric.endswith("per_second") else f"{value:,.2f} s"
+
+
+def _date(start: float) -> str:
+    return datetime.fromtimestamp(start, UTC).strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,674 @@
+"""The report's page and figures: what they say, that no answer can do harm, and the page in a real browser."""
+
+import base64
+import hashlib
+import html
+import io
+import json
+import math
+import re
+import shutil
+import time
+from dataclasses import fields, replace
+from html.parser import HTMLParser
+
+import pytest
+
+from slm import gate, plots, report_page, scoring
+from slm.loading import LoadedModel
+from slm.prompts import Prompt, PromptSet, ScorerCall
+from slm.report import Point, Report
+from slm.statistics import Estimate
+
+SCRIPT = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=2><!--"
+HOSTILE = f"{SCRIPT} '\" & \x00\x1b[31m \u202egnp.exe \ud800 {{{{ 7 * 7 }}}} {{% raw %}}"
+
+
+def prompt(place: int, **changes) -> Prompt:
+    content = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Question {place}?"})
+    kept = Prompt(f"id-{place}", content, None, (f"yes {place}",), (ScorerCall("contains", {}),), None, ("easy",))
+    return replace(kept, **changes)
+
+
+def sample(asked: Prompt, model: str, scores: dict, **changes) -> scoring.Sample:
+    reasons = {name: f"{name} says {value}" for name, value in scores.items()}
+    answer = scoring.Sample(
+        id=asked.id,
+        repeat=0,
+        model=model,
+        messages=list(asked.messages),
+        expected=list(asked.expected),
+        output=f"Answer of {model} to {asked.id}",
+        finish_reason="stop",
+        prompt_tokens=12,
+        output_tokens=3,
+        latency_seconds=0.5,
+        scores=scores,
+        reasons=reasons,
+        error=None,
+    )
+    return replace(answer, **changes)
+
+
+def scored(label: str, samples: list, prompt_set: PromptSet, **metrics) -> scoring.ScoredModel:
+    model = LoadedModel(**dict.fromkeys(field.name for field in fields(LoadedModel)) | {"label": label, "uri": label})
+    failed = sum(answer.error is not None for answer in samples)
+    told = {"rows": float(len(samples)), "rows_failed": float(failed), "rows_unscored": 0.0} | metrics
+    return scoring.ScoredModel(model, tuple(samples), scoring.estimate(tuple(samples), prompt_set), told, 0)
+
+
+def report(ours: list, theirs: list | None = None, thresholds: str = "", **changes) -> Report:
+    """A candidate's scores, and a baseline's, each a list of {scorer: value} by prompt."""
+    prompts = tuple(prompt(place) for place in range(len(ours)))
+    prompt_set = PromptSet("smoke", "prompts/smoke.jsonl", prompts, "5ha" + "0" * 61)
+    models = [
+        scored(label, [sample(asked, label, scores) for asked, scores in zip(prompts, each, strict=True)], prompt_set)
+        for label, each in (("new", ours), ("old", theirs))
+        if each is not None
+    ]
+    baseline = None if theirs is None else 1
+    compared = ({}, {}) if theirs is None else (scoring.differences(*models, prompt_set), {})
+    rules = gate.read_thresholds(thresholds, "gate.yaml") if thresholds else ()
+    verdict = gate.decide(rules, models[0].metrics | models[0].estimates, compared[0])
+    verdicts = (verdict, gate.Verdict("none", ()))[: len(models)]
+    history, facts = ({},) * len(models), {"date": "2026-01-02", "run": "abc123"}
+    made = Report(
+        "new on smoke", prompt_set, tuple(models), verdict, verdicts, baseline, compared[: len(models)], history, facts
+    )
+    return replace(made, **changes)
+
+
+def values(*scores: float | None) -> list[dict]:
+    return [{"contains": score} for score in scores]
+
+
+RIGHT, WRONG = values(*[1.0] * 200), values(*[0.0] * 200)
+FEW, FEW_WORSE = values(1, 1, 0, 1), values(1, 0, 0, 1)
+
+
+def page_data(page: str) -> dict:
+    return json.loads(re.search('<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+class Text(HTMLParser):
+    """The tags of a page, and its text without scripts and styles."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.attributes, self.words, self.silent = [], [], [], False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.silent = tag in ("script", "style")
+
+    def handle_endtag(self, tag):
+        self.silent = False
+
+    def handle_data(self, data):
+        if not self.silent:
+            self.words.append(data)
+
+
+def words(page: str) -> str:
+    return " ".join(" ".join(Text(page).words).split())
+
+
+# What it says --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (report(RIGHT, RIGHT, "score/mean: {min: 0.9}\nrows_failed: {max: 0}"), "Pass: 2 of 2 rules hold"),
+        (report(RIGHT, None, "score/mean: {min: 0.9}"), "Pass: the one rule holds"),
+        (
+            report(WRONG, RIGHT, "score/mean: {max_drop: 0.02, min: 0.5}"),
+            "Regress: score/mean is 0.00, below 0.5; 1 more rule is broken",
+        ),
+        (report(WRONG, RIGHT, "score/mean: {max_drop: 0.02}"), "Regress: score/mean fell by 1.00, and 0.02 is allowed"),
+        (report(RIGHT, None, "rows: {max: 3}"), "Regress: rows: 200 is above 3"),
+        (
+            report(FEW, None, "contains/mean: {min: 0.5}"),
+            "Inconclusive: it takes about 32 prompts, and 4 were asked",
+        ),
+        (
+            report(FEW, None, "score/mean: {max_drop: 0.1}"),
+            "Inconclusive: score/mean: there is no baseline; name one",
+        ),
+        (report(FEW_WORSE, FEW), "No gate. new scores 0.25 less than old, which 4 prompts can't tell from chance"),
+        (report(FEW, FEW), "No gate. new scores the same as old on 4 prompts"),
+        (
+            report(RIGHT, WRONG),
+            "No gate. new scores 1.00 more than old, and the 95 % interval, +0.96 to +1.00, leaves out 0 (p < 0.001)",
+        ),
+        (report(FEW), "No gate. new scores 0.75, 95 % interval 0.30 to 0.95, on 4 prompts"),
+        (report(values(None)), "No gate. new: no answer was scored"),
+        (report(values(1), values(None)), "No gate. new and old can't be compared: no prompt was scored for both"),
+    ],
+)
+def test_the_verdict_is_told_in_words(made, said):
+    assert report_page.headline(made) == said
+    assert said in words(report_page.render(made))
+
+
+def test_a_rule_is_shown_with_its_state_its_model_and_its_reason():
+    told = words(report_page.render(report(FEW_WORSE, FEW, "score/mean: {max_drop: 0.1}")))
+    assert "? inconclusive score/mean max_drop 0.1 new -0.250, 95 % interval" in told
+
+
+def test_a_broken_rule_names_its_model_where_several_were_judged():
+    made = report(WRONG, RIGHT, "score/mean: {min: 0.5}")
+    both = replace(made, baseline=None, differences=({}, {}), verdicts=(made.verdict, made.verdict))
+    assert report_page.headline(both).startswith("Regress: new: score/mean is 0.00, below 0.5; 1 more")
+
+
+def test_the_top_tells_prompt_set_and_facts():
+    told = words(report_page.render(report(FEW)))
+    assert "prompt set smoke, 4 prompts its SHA-256 5ha0000000000000 date 2026-01-02 run abc123" in told
+
+
+def test_scores_and_differences_stand_as_numbers_beside_their_drawings():
+    page = report_page.render(report(FEW_WORSE, FEW, "score/mean: {max_drop: 0.1}"))
+    told = words(page)
+    assert "0.50 [0.15, 0.85]" in told and "0.75 [0.30, 0.95]" in told
+    assert "-0.25 [-0.70, +0.36] can't tell p = 1.00, 4 pairs, detectable 0.76, allowed -0.1" in told
+    labels = [value for name, value in Text(page).attributes if name == "aria-label"]
+    assert "score, over all, new: 0.50 [0.15, 0.85]" in labels
+    assert any(label.startswith("score, over all, new: -0.25 [-0.70, +0.36], can't tell") for label in labels)
+    assert page.count('class="limit"') == 1  # the margin, on the one row that has a rule
+
+
+def test_the_overall_score_comes_first():
+    rows = report_page.score_rows(report([{"alpha": 1.0, "zeta": 0.0}] * 3))
+    assert [row.name for row in rows] == ["score", "alpha", "zeta"]
+
+
+def test_repeated_prompts_have_their_pass_at_k_under_the_overall_score():
+    made = report(FEW)
+    names = ("score", "contains", "score/pass_at_4", "score/pass_hat_4", "contains/pass_at_4")
+    estimates = dict.fromkeys(names, Estimate(0.5, 0.1, 0.3, 0.7, 4))
+    rows = report_page.score_rows(replace(made, models=(replace(made.models[0], estimates=estimates),)))
+    assert [row.label for row in rows] == ["score, over all", "pass@4, over all", "pass^4, over all", "contains"]
+
+
+def test_of_several_scorers_p_is_also_told_after_holm():
+    ours, theirs = [{"a": 1.0, "b": 1.0}] * 40, [{"a": 0.0, "b": 1.0}] * 40
+    details = {row.name: row.marks[0].detail for row in report_page.difference_rows(report(ours, theirs))}
+    assert details["a"].startswith("p < 0.001 (< 0.001 after Holm), 40 pairs")
+    assert details["score"].startswith("p < 0.001, 40 pairs")
+
+
+def test_each_tag_has_the_score_of_its_prompts():
+    made = report(FEW)
+    prompts = (prompt(0, tags=("maths", "hard")), prompt(1, tags=("maths",)), prompt(2, tags=("hard",)), prompt(3))
+    made = replace(made, prompt_set=replace(made.prompt_set, prompts=prompts))
+    found = [(row.name, row.marks[0].mean, row.prompts) for row in report_page.tag_rows(made)]
+    assert found == [("easy", 1.0, "1 prompt"), ("hard", 0.5, "2 prompts"), ("maths", 1.0, "2 prompts")]
+    assert "By tag" in words(report_page.render(made))
+    assert "By tag" not in words(report_page.render(report(FEW)))  # a single tag says nothing new
+
+
+@pytest.mark.parametrize(
+    ("label", "short"),
+    [
+        ("onnx int4", "onnx int4"),
+        ("models:/phi3@champion", "phi3@champion"),
+        ("models:/phi-3-mini-4k-instruct-onnx-int4/17", "phi-3-mini\u2026-onnx-int4/17"),
+    ],
+)
+def test_a_long_name_is_cut_in_the_middle(label, short):
+    assert report_page.short_label(label) == short and len(short) <= 24
+
+
+def test_what_was_not_measured_is_told_and_not_drawn():
+    made = report([{"a": 1.0}, {"a": 0.0}], [{"b": 1.0}, {"b": 0.5}])
+    page = report_page.render(made)
+    row = next(row for row in report_page.score_rows(made) if row.name == "a")
+    assert [mark.missing for mark in row.marks] == [False, True]
+    drawing = re.search(r'aria-label="a, old: n/a">(.*?)</svg>\s*</td>', page, re.DOTALL)[1]
+    assert 'class="shape"' not in drawing and 'class="interval"' not in drawing
+    assert "model size lower is better new n/a old n/a" in words(page)
+    assert 'class="bar' not in page
+
+
+def test_a_cost_is_told_in_its_unit_and_against_the_baseline():
+    made = report(FEW, FEW)
+    costs = ({"output_tokens_per_second": 129.04, "model_bytes": 117.4e6}, {"output_tokens_per_second": 64.52})
+    models = tuple(replace(m, metrics=m.metrics | cost) for m, cost in zip(made.models, costs, strict=True))
+    rows = {row["label"]: row["cells"] for row in report_page.cost_rows(replace(made, models=models))}
+    assert rows["output tokens/s"] == [
+        {"text": "129.0", "share": 100.0, "ratio": "2.00\u00d7"},
+        {"text": "64.5", "share": 50.0, "ratio": ""},
+    ]
+    assert [cell["text"] for cell in rows["model size"]] == ["117 MB", "n/a"]
+    assert [cell["share"] for cell in rows["model size"]] == [100.0, None]
+
+
+def test_latency_is_drawn_from_answers_that_did_not_fail():
+    made = report(FEW)
+    samples = list(made.models[0].samples)
+    samples[0] = replace(samples[0], latency_seconds=99.0, error={"type": "refused", "message": "no"})
+    samples[1] = replace(samples[1], latency_seconds=2.0)
+    made = replace(made, models=(scored("new", samples, made.prompt_set),))
+    (curve,) = report_page.latency_curves(made)
+    assert curve.points == ((0.5, pytest.approx(100 / 3)), (0.5, pytest.approx(200 / 3)), (2.0, 100.0))
+    assert report_page.latency_axis([curve]).high == 2.0
+
+
+def test_a_run_in_which_all_failed_has_a_page():
+    made = report(values(None, None), values(None, None))
+    failure = {"type": "refused", "message": "too long"}
+    samples = [replace(answer, error=failure, output="") for answer in made.models[0].samples]
+    made = replace(made, models=(scored("new", samples, made.prompt_set), made.models[1]))
+    page = report_page.render(made)
+    assert "No answer was scored." in words(page)
+    assert [answer["error"] for answer in page_data(page)["answers"]].count(failure) == 2
+
+
+def test_an_interval_without_bounds_is_drawn_to_the_edge():
+    made = report(FEW)
+    estimates = {"score": Estimate(0.5, math.nan, -math.inf, math.inf, 1)}
+    page = report_page.render(replace(made, models=(replace(made.models[0], estimates=estimates),)))
+    assert "0.50 [-\u221e, \u221e]" in words(page)
+    assert 'class="interval" x1="0.0%" x2="100.0%"' in page
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0, 1, (0, 0.25, 0.5, 0.75, 1)),
+        (0, 18.5, (0, 5, 10, 15, 20)),
+        (-0.32, 0.32, (-0.4, -0.2, 0, 0.2, 0.4)),
+        (0.2, 0.2, (0, 0.25)),
+        (0, 0.004, (0, 0.001, 0.002, 0.003, 0.004)),
+    ],
+)
+def test_an_axis_has_round_steps_that_take_in_its_ends(low, high, ticks):
+    axis = report_page._axis(low, high)
+    assert axis.ticks == pytest.approx(ticks)
+    assert (axis.at(axis.low), axis.at(axis.high)) == (0, 100)
+
+
+def test_flipped_prompts_come_with_the_largest_loss_first_and_name_their_scorers():
+    ours = [{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 0.0}, {"a": 1.0, "b": 0.0}, {"a": 1.0, "b": 1.0}]
+    theirs = [{"a": 0.0, "b": 0.0}, {"a": 1.0, "b": 1.0}, {"a": 0.0, "b": 1.0}, {"a": 1.0, "b": 1.0}]
+    page = report_page.render(report(ours, theirs))
+    assert page_data(page)["flips"] == [
+        {"id": "id-1", "gap": -1.0, "worse": ["a", "b"], "better": [], "model": 0, "prompt": 1},
+        {"id": "id-2", "gap": 0.0, "worse": ["b"], "better": ["a"], "model": 0, "prompt": 2},
+        {"id": "id-0", "gap": 0.5, "worse": [], "better": ["a"], "model": 0, "prompt": 0},
+    ]
+    assert "1 worse, 1 better, 1 both" in words(page)
+
+
+def test_every_answer_is_in_the_page_with_its_conversation():
+    data = page_data(report_page.render(report(FEW_WORSE, FEW)))
+    assert [(answer["model"], answer["prompt"]) for answer in data["answers"][:3]] == [(0, 0), (1, 0), (0, 1)]
+    assert len(data["answers"]) == 8 and data["left_out"] == 0
+    assert data["prompts"][1] == {
+        "id": "id-1",
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Question 1?"}],
+        "expected": ["yes 1"],
+        "cluster": None,
+        "tags": ["easy"],
+    }
+    assert data["answers"][2] == {
+        "model": 0,
+        "repeat": 0,
+        "output": "Answer of new to id-1",
+        "finish_reason": "stop",
+        "prompt_tokens": 12,
+        "output_tokens": 3,
+        "latency_seconds": 0.5,
+        "scores": {"contains": 0},
+        "reasons": {"contains": "contains says 0"},
+        "error": None,
+        "prompt": 1,
+    }
+
+
+def test_where_answers_are_too_many_the_flipped_and_wrong_are_kept_and_the_rest_is_counted(monkeypatch):
+    made = report(values(*[1] * 30, 0, 1, 0), values(*[1] * 30, 1, 1, 0))
+    monkeypatch.setattr(report_page, "DATA_CHARACTERS", 2500)
+    page = report_page.render(made)
+    data = page_data(page)
+    kept = {data["prompts"][answer["prompt"]]["id"] for answer in data["answers"]}
+    assert {"id-30", "id-32"} <= kept and len(json.dumps(data["answers"])) < 2500
+    assert data["left_out"] == 66 - len(data["answers"]) > 0
+    assert f"{data['left_out']} answers are left out of this page" in words(page)
+    assert "samples.jsonl has all" in words(page)
+
+
+def history(*means: float) -> tuple[Point, ...]:
+    states = ("pass", "regress", "inconclusive", "none")
+    return tuple(
+        Point(f"{place:032x}", 1.77e9 + place * 86400, str(place + 1), states[place % 4], mean, mean - 0.1, mean + 0.1)
+        for place, mean in enumerate(means)
+    )
+
+
+def test_history_ends_with_this_run_and_is_there_only_if_there_is_any():
+    made = report(FEW)
+    assert 'id="history"' not in report_page.render(made)
+    made = replace(made, history=({"contains": (), "score": history(0.5, 0.6, math.nan, 0.7)},))
+    (trend,) = report_page.trends(made)
+    assert [moment.when for moment in trend.moments[:1]] == ["2026-02-02 02:40"]
+    assert (trend.moments[-1].when, trend.moments[-1].mean) == ("this run", 0.75)
+    assert trend.unbroken() == [[0, 1], [3, 4]]  # the line has a gap where a run has no value
+    page = report_page.render(made)
+    assert page.count('class="now"') == 1
+    assert "version 2, gate regress: 0.60 [0.50, 0.70]" in page
+
+
+# That it does no harm ------------------------------------------------------------------------------------------------
+
+
+def hostile_report() -> Report:
+    made = report(FEW_WORSE, FEW, "score/mean: {max_drop: 0.1}")
+    messages = ({"role": "system", "content": HOSTILE}, {"role": "user", "content": HOSTILE})
+    asked = (prompt(0, id=f"x{HOSTILE}", messages=messages, cluster=HOSTILE, tags=(HOSTILE,), expected=(HOSTILE,)),)
+    prompt_set = PromptSet(HOSTILE, HOSTILE, asked + made.prompt_set.prompts[1:], "0" * 64)
+    models = []
+    for model in made.models:
+        bad = sample(asked[0], HOSTILE, dict(model.samples[0].scores), output=HOSTILE)
+        if model is made.models[1]:
+            bad = replace(bad, error={"type": HOSTILE, "message": HOSTILE})
+        rest = [replace(answer, output=HOSTILE, reasons={"contains": HOSTILE}) for answer in model.samples[1:]]
+        models.append(scored(f"{model.model.label} {HOSTILE}", [bad, *rest], prompt_set))
+    check = replace(made.verdict.checks[0], reason=HOSTILE, metric=f"score{HOSTILE}")
+    verdict = gate.Verdict("inconclusive", (check,))
+    return replace(
+        made,
+        title=HOSTILE,
+        prompt_set=prompt_set,
+        models=tuple(models),
+        verdict=verdict,
+        verdicts=(verdict, made.verdicts[1]),
+        facts={HOSTILE: HOSTILE},
+        history=({"score": (replace(history(0.5)[0], version=HOSTILE),)}, {}),
+    )
+
+
+@pytest.mark.fault("security: markup from models and prompts")
+def test_nothing_that_a_model_or_a_prompt_says_becomes_markup():
+    made = hostile_report()
+    page = report_page.render(made)
+    page.encode("utf-8")
+    assert Text(page).tags.count("script") == 2 and "img" not in Text(page).tags
+    assert not [name for name, _ in Text(page).attributes if name.startswith("on")]
+    assert "49" not in re.search("<h1>(.*?)</h1>", page)[1]  # {{ 7 * 7 }} stays as it is
+    data = page_data(page)
+    assert data["answers"][0]["output"] == HOSTILE == data["prompts"][0]["messages"][0]["content"]
+    assert data["answers"][1]["error"] == {"type": HOSTILE, "message": HOSTILE}
+    assert data["answers"][2]["reasons"] == {"contains": HOSTILE}
+
+
+def test_what_can_not_be_seen_is_written_out():
+    page = report_page.render(hostile_report())
+    heading = html.unescape(re.search("<h1>(.*?)</h1>", page)[1])
+    assert "[U+0000][U+001B][31m [U+202E]gnp.exe [U+D800]" in heading
+    body = page.split('<script type="application/json"')[0]
+    assert not re.search("[\x00-\x08\x1b\u202e\ud800]", body)
+    assert report_page.visible("a\tb\r\nc \u05d0 \U0001f600") == "a\tb\r\nc \u05d0 \U0001f600"
+
+
+def test_the_policy_lets_only_the_pages_own_script_run_and_nothing_be_fetched():
+    page = report_page.render(report(FEW))
+    script = re.search("<script>(.*?)</script>", page, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = re.search('Content-Security-Policy" content="(.*?)"', page)[1]
+    assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
+    assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", page)
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2.2's relative luminance."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize(("colours", "page"), [(report_page.COLOURS, "#ffffff"), (report_page.DARK_COLOURS, "#14171b")])
+def test_marks_stand_out_from_the_page_and_no_two_models_look_the_same(colours, page):
+    for colour in colours:
+        light, dark = sorted((luminance(colour), luminance(page)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 3  # WCAG 2.2, 1.4.11
+    styles = [report_page.model_style(place) for place in range(42)]
+    assert len({(style["colour"], style["path"]) for style in styles}) == 42
+
+
+# The same as matplotlib's --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("made", [report(FEW_WORSE, FEW, "score/mean: {max_drop: 0.1}"), hostile_report()])
+def test_the_figures_are_drawn_without_a_display(made):
+    drawn = plots.figures(replace(made, title=f"{made.title} $x_{{$"))  # a dollar sign is no formula
+    assert list(drawn) == ["scores", "differences", "latency"]
+    for figure in drawn.values():
+        image = io.BytesIO()
+        figure.savefig(image, format="png")
+        assert image.getvalue().startswith(b"\x89PNG")
+
+
+def test_a_figure_shows_each_mean_and_leaves_out_what_is_missing():
+    drawn = plots.figures(report([{"a": 1.0}, {"a": 0.0}], [{"b": 1.0}, {"b": 0.5}]))
+    means = [line.get_xdata()[0] for line in drawn["scores"].axes[0].lines if line.get_linestyle() == "None"]
+    assert means == [0.5, 0.75, 0.5, 0.75]  # score of both, a of one, b of the other
+    assert list(plots.figures(report(values(None)))) == ["latency"]
+
+
+# In a browser --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Chromium without a screen, which finds no host."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in programs:
+        pytest.skip("chromium and chromedriver are not installed: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for flag in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-dev-shm-usage",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "window-size=1200,900",
+        "host-resolver-rules=MAP * ~NOTFOUND",
+        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(programs[1]))
+    driver.get("data:,")  # away from the browser's own first page, which fetches much
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Writes a report's page and opens it; afterwards, nothing was complained of and nothing fetched."""
+
+    def open_page(made: Report):
+        path = tmp_path / "report.html"
+        path.write_text(report_page.render(made), encoding="utf-8")
+        browser.get(path.as_uri())
+        return browser
+
+    browser.get_log("performance")
+    yield open_page
+    assert browser.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    fetched = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
+    assert fetched == {(tmp_path / "report.html").as_uri()}
+
+
+def until(browser, said: str) -> None:
+    """Waits for the count to say so."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 20, 0.05).until(lambda _: browser.find_element("id", "count").text == said)
+
+
+def search(browser, query: str) -> None:
+    box = browser.find_element("id", "query")
+    box.clear()
+    box.send_keys(query)
+
+
+def choose(browser, name: str, option: str) -> None:
+    from selenium.webdriver.support.ui import Select
+
+    Select(browser.find_element("id", name)).select_by_visible_text(option)
+
+
+def clear(browser) -> None:
+    browser.find_element("css selector", "button[type=reset]").click()
+
+
+def emulate(browser, **media) -> None:
+    features = [{"name": "prefers-color-scheme", "value": media.get("scheme", "light")}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media.get("media", ""), "features": features})
+
+
+@pytest.mark.slow
+def test_answers_are_searched_filtered_and_opened(opened):
+    from selenium.webdriver.common.keys import Keys
+
+    made = report([{"contains": 1.0}, {"contains": 0.0}, {"f1": 0.4}, {"f1": None}], [{"contains": 1.0}] * 4)
+    prompts = (prompt(0, tags=("hard",)), *(prompt(place, cluster="geo") for place in (1, 2, 3)))
+    page = opened(replace(made, prompt_set=replace(made.prompt_set, prompts=prompts)))
+    until(page, "8 of 8 answers")
+    for query, said in (("QUESTION 1", 2), ("answer of old", 4), ("f1 says", 2), ("id-3", 2), ("nowhere", 0)):
+        search(page, query)
+        until(page, f"{said} of 8 answers")
+    assert page.find_element("id", "rows").text == "No answer matches."
+    clear(page)
+    until(page, "8 of 8 answers")
+    for name, option, said in (
+        ("model", "new", 4),
+        ("scorer", "f1", 2),
+        ("state", "partial", 1),
+        ("state", "wrong", 1),
+        ("state", "unscored", 1),
+        ("group", "tag: hard", 2),
+        ("group", "cluster: geo", 6),
+    ):
+        choose(page, name, option)
+        until(page, f"{said} of 8 answers")
+        clear(page)
+        until(page, "8 of 8 answers")
+    page.find_element("id", "flips-only").click()
+    until(page, "2 of 8 answers")
+    clear(page)
+    until(page, "8 of 8 answers")
+    summary = page.find_elements("css selector", ".answer > summary")[2]
+    summary.send_keys(Keys.ENTER)
+    page.implicitly_wait(20)  # the body is made when it is opened
+    body = page.find_element("css selector", ".answer[open] .body").text
+    for part in ("system\nBe brief.", "user\nQuestion 1?", "expected\nyes 1", "Answer of new to id-1", "cluster geo"):
+        assert part in body
+    assert "0.00 wrong contains contains says 0.0" in body
+    page.find_element("css selector", ".answer[open] .body button").click()
+    until(page, "2 of 8 answers to the prompt id-1")
+    page.find_element("tag name", "body").send_keys("/")
+    assert page.switch_to.active_element.get_attribute("id") == "query"
+
+
+@pytest.mark.slow
+def test_flipped_prompts_stand_side_by_side_with_the_worse_first(opened):
+    page = opened(report(values(*[1, 0] * 15), values(*[0, 1] * 15)))
+    cards = page.find_elements("css selector", ".flips .card")
+    assert len(cards) == 10
+    first = cards[0].text
+    for part in ("-1.00", "worse by contains", "Answer of new to id-1", "Answer of old to id-1", "contains says 1"):
+        assert part in first
+    assert len({side.rect["y"] for side in cards[0].find_elements("css selector", ".pair > div")}) == 1
+    page.find_element("css selector", ".flips > button").click()
+    assert len(page.find_elements("css selector", ".flips .card")) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.fault("security: script tags in the report, in a browser")
+def test_what_a_model_says_is_shown_and_never_run(opened):
+    page = opened(hostile_report())
+    until(page, "8 of 8 answers")
+    search(page, "nowhere")
+    until(page, "0 of 8 answers")
+    search(page, "<img src=x onerror")
+    until(page, "8 of 8 answers")
+    page.execute_script("document.querySelectorAll('.answer > summary').forEach((summary) => summary.click())")
+    time.sleep(0.3)
+    assert page.execute_script("return [typeof window.pwned, document.images.length]") == ["undefined", 0]
+    shown = page.find_element("css selector", ".answer[open] .said.output").text
+    assert SCRIPT in shown and "[U+0000][U+001B][31m [U+202E]gnp.exe [U+D800]" in shown
+
+
+@pytest.mark.slow
+def test_five_thousand_answers_filter_at_once(opened):
+    scores = [1.0, 0.0, 0.5, None, 1.0]
+    page = opened(report(values(*scores * 500), values(*[1.0] * 2500)))
+    until(page, "5,000 of 5,000 answers")
+    assert len(page.find_elements("css selector", "#rows .answer")) == 50
+    search(page, "id-249")
+    until(page, "22 of 5,000 answers")  # 249 and 2490 to 2499, twice
+    seconds = page.execute_script(
+        "const start = performance.now(); refresh(); return (performance.now() - start) / 1000"
+    )
+    assert seconds < 0.5
+    clear(page)
+    until(page, "5,000 of 5,000 answers")
+    choose(page, "state", "wrong")
+    until(page, "500 of 5,000 answers")
+    page.find_element("id", "next").click()
+    assert page.find_element("id", "page").text == "51 to 100 of 500"
+    assert page.find_element("css selector", "#rows .id").text == "id-251"
+
+
+@pytest.mark.slow
+def test_the_page_is_dark_where_that_is_preferred_fits_a_phone_and_prints(opened):
+    made = report(FEW_WORSE, FEW, "score/mean: {max_drop: 0.1}", history=({"score": history(0.4, 0.5)}, {}))
+    page = opened(made)
+    background = "return getComputedStyle(document.body).backgroundColor"
+    try:
+        emulate(page, scheme="dark")
+        assert page.execute_script(background) == "rgb(20, 23, 27)"
+        emulate(page)
+        assert page.execute_script(background) == "rgb(255, 255, 255)"
+        size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        assert page.execute_script("return document.documentElement.scrollWidth") <= 400
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        emulate(page, media="print", scheme="dark")
+        assert page.execute_script(background) == "rgb(255, 255, 255)"
+        assert not page.find_element("css selector", ".filters").is_displayed()
+        assert page.find_element("css selector", "#scores .plot").is_displayed()
+    finally:
+        emulate(page)
+    printed = page.execute_cdp_cmd("Page.printToPDF", {})
+    assert base64.b64decode(printed["data"]).startswith(b"%PDF")
+
+
+@pytest.mark.slow
+def test_without_scripts_the_page_still_has_its_verdict_and_figures(opened, browser):
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        page = opened(report(FEW_WORSE, FEW))
+        # the driver's own questions are scripts as well: the page is read as a document
+        root = page.execute_cdp_cmd("DOM.getDocument", {"depth": -1})["root"]["nodeId"]
+        shown = page.execute_cdp_cmd("DOM.getOuterHTML", {"nodeId": root})["outerHTML"]
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    assert 'id="browser" class="hidden"' in shown
+    assert "The answers are listed by a script, which is off here." in words(shown)
+    assert "No gate. new scores 0.25 less than old" in words(shown) and 'class="shape"' in shown
