@@ -1,0 +1,166 @@
+"""How fast the wrappers generate, against the least that others put around the same weights.
+
+The embedded model, prompts/general.jsonl, greedy, 64 tokens at most; a figure is tokens per second, end tokens
+included. Every peer is first tried at several batch sizes, and stands at its best. What a wrapper still holds of an
+earlier round's prompts is dropped before each, since a prompt set is asked once.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import peers
+from benchmarks.ratios import Row, best, in_turn, ratios
+from slm import checkpoints, onnx_export, prompts
+from slm.chat_model import SmallLanguageModel, physical_cores
+
+BATCH_SIZES = (8, 16, 32)
+
+
+class Context:
+    """What MLflow hands to load_context."""
+
+    def __init__(self, **artifacts):
+        self.artifacts, self.model_config = {name: str(folder) for name, folder in artifacts.items()}, {}
+
+
+def wrapper(**artifacts) -> SmallLanguageModel:
+    model = SmallLanguageModel()
+    model.load_context(Context(**artifacts))
+    return model
+
+
+def questions() -> list[dict]:
+    rows = prompts.read_prompt_set(Path("prompts/general.jsonl"), "general").prompts
+    return [{"messages": list(row.messages), "max_tokens": peers.MAX_TOKENS} for row in rows]
+
+
+def forget(model: SmallLanguageModel) -> None:
+    if hasattr(model._runtime, "_idle"):
+        model._runtime._idle = None
+
+
+def speed(generate: Callable[[], int]) -> float:
+    start = time.perf_counter()
+    return generate() / (time.perf_counter() - start)
+
+
+def answered(model: SmallLanguageModel, rows: list[dict]) -> Callable[[], float]:
+    """Tokens per second of a set asked at once, through predict."""
+
+    def generate() -> int:
+        return sum(answer["usage"]["completion_tokens"] for answer in model.predict(None, rows))
+
+    return lambda: forget(model) or speed(generate)
+
+
+def asked_singly(model: SmallLanguageModel, rows: list[dict]) -> Callable[[], float]:
+    def generate() -> int:
+        return sum(model.predict(None, [row])[0]["usage"]["completion_tokens"] for row in rows)
+
+    return lambda: forget(model) or speed(generate)
+
+
+def over_onnx() -> list[Row]:
+    """The ONNX wrapper against onnxruntime-genai and llama.cpp."""
+    source = checkpoints.find("smollm2-135m-instruct")
+    model = wrapper(onnx=onnx_export.export(source.fetch(), "int4", "cpu").folder)
+    folder, threads = onnx_export.export(source.fetch(), "int4", "cpu").folder, physical_cores()
+    rows = questions()
+    ids = [model.prepare(row)[0].prompt for row in rows]
+    few = slice(0, None, 5)  # for what is asked one at a time
+    bare = peers.BareLoop(folder, threads)
+    batch_size = int(
+        best({str(size): lambda size=size: speed(lambda: bare.generate(ids[:32], size)) for size in BATCH_SIZES})
+    )
+    file = checkpoints._packaged_file(checkpoints.EMBEDDED[source.name])
+    repack = peers.llama_cpp_repacks(file)
+    single = peers.LlamaCpp(file, threads, 1, repack)
+    several = {size: peers.LlamaCpp(file, threads, size, repack) for size in (1, *BATCH_SIZES)}
+    sequences = int(
+        best({str(size): lambda size=size: speed(lambda: several[size].generate(ids[:32])) for size in several})
+    )
+
+    first = in_turn(
+        {
+            "ours": answered(model, rows[:32]),
+            "bare": lambda: speed(lambda: bare.generate(ids[:32], batch_size)),
+        }
+    )
+    whole = in_turn(
+        {
+            "set": answered(model, rows),
+            "llama.cpp": lambda: speed(lambda: several[sequences].generate(ids)),
+        }
+    )
+    one = in_turn(
+        {
+            "ours": asked_singly(model, rows[few]),
+            "llama.cpp": lambda: speed(lambda: single.generate(ids[few])),
+        }
+    )
+    long = [[7 + turn, *(ids[0] * 40)[:999]] for turn in range(10)]  # no two begin alike
+
+    def first_token(turn: int) -> float:
+        row = model.prepare({"messages": rows[0]["messages"], "max_tokens": 1})[0]
+        row.prompt = long[turn]
+        start = time.perf_counter()
+        next(model.stream([row]))
+        return time.perf_counter() - start
+
+    def bare_first_token(turn: int) -> float:
+        return 1 / speed(lambda: bare.generate([long[turn]], 1, max_tokens=1))
+
+    waited = [(bare_first_token(turn), first_token(turn)) for turn in range(len(long))]
+    return [
+        Row(
+            "ONNX predict, 32 chat prompts",
+            f"bare onnxruntime-genai loop, batches of {batch_size}",
+            0.97,
+            ratios(first["ours"], first["bare"]),
+        ),
+        Row("ONNX, prompt set", "the same, one prompt at a time", 1.5, ratios(whole["set"], one["ours"])),
+        Row("ONNX, one prompt at a time", "llama.cpp, one at a time", 1.0, ratios(one["ours"], one["llama.cpp"])),
+        Row("ONNX, prompt set", f"llama.cpp, {sequences} sequences", 1.3, ratios(whole["set"], whole["llama.cpp"])),
+        Row(
+            "ONNX, first token of 1,000",
+            "bare onnxruntime-genai loop",
+            0.97,
+            tuple(theirs / ours for theirs, ours in waited),
+        ),
+    ]
+
+
+def over_transformers(scratch: Path) -> list[Row]:
+    """The pipeline wrapper against transformers and mlflow; the ONNX wrapper against it."""
+    checkpoint = checkpoints.find("smollm2-135m-instruct").fetch()
+    model = wrapper(checkpoint=checkpoint.folder)
+    onnx = {
+        precision: wrapper(onnx=onnx_export.export(checkpoint, precision, "cpu").folder)
+        for precision in ("int4", "int8")
+    }
+    rows = questions()[::3]
+    ids = [model.prepare(row)[0].prompt for row in rows]
+    plain, stock = peers.Generate(checkpoint.folder), peers.StockChat(checkpoint.folder, scratch)
+    batch_size = int(
+        best({str(size): lambda size=size: speed(lambda: plain.generate(ids[:32], size)) for size in BATCH_SIZES})
+    )
+    figures = in_turn(
+        {
+            "pipeline": answered(model, rows),
+            "generate": lambda: speed(lambda: plain.generate(ids, batch_size)),
+            "stock": lambda: speed(lambda: stock.generate([row["messages"] for row in rows[::10]])),
+            **{precision: answered(other, rows) for precision, other in onnx.items()},
+        }
+    )
+    fastest = max(onnx, key=lambda precision: max(figures[precision]))
+    return [
+        Row(
+            "pipeline, prompt set",
+            f"transformers generate, batches of {batch_size}",
+            0.95,
+            ratios(figures["pipeline"], figures["generate"]),
+        ),
+        Row("pipeline, prompt set", "mlflow's stock llm/v1/chat", 3.0, ratios(figures["pipeline"], figures["stock"])),
+        Row(f"ONNX {fastest}, prompt set", "pipeline, fp32", 5.0, ratios(figures[fastest], figures["pipeline"])),
+    ]

@@ -1,0 +1,103 @@
+"""What logging a model costs beside copying its files: bytes written, time, memory.
+
+Each measurement runs in a process of its own, into a local store beside the checkpoint, imports done before the clock
+starts. Bytes are those the process wrote (proc(5), io, wchar); memory is the peak above what was resident before. One
+model is the checkpoint beside a file of 1.6 GB, to part what grows with the bytes from what doesn't.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.ratios import Row, in_turn, ratios
+from slm import cache, checkpoints, onnx_export
+
+PROBE = """
+import json, sys, time
+from pathlib import Path
+from slm import cache, checkpoints, loading, model_logging, tracking
+name, folder, scratch = sys.argv[1:]
+mlflow = tracking.quiet_mlflow()
+mlflow.set_tracking_uri(f"sqlite:///{scratch}/mlflow.db")
+files = [path for path in Path(folder).iterdir()]
+manifest = {path.name: cache.FileRecord("0" * 64, path.stat().st_size) for path in files}
+checkpoint = checkpoints.Checkpoint(name, Path(folder), "benchmark", "", manifest)
+generation = {"max_tokens": 64, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": []}
+found = mlflow.get_experiment_by_name("logging")
+experiment = found.experiment_id if found else mlflow.create_experiment("logging", artifact_location=f"{scratch}/store")
+def written():
+    return int(next(line for line in open("/proc/self/io") if line.startswith("wchar")).split()[1])
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) * 1024
+with mlflow.start_run(experiment_id=experiment):
+    loading.reset_peak_memory()
+    before, bytes, start = resident(), written(), time.perf_counter()
+    if name == "onnx":
+        model_logging.log_onnx(checkpoint, "chat", generation, "fp32")
+    else:
+        model_logging.log_pipeline(checkpoint, generation)
+    seconds = time.perf_counter() - start
+    print(json.dumps([seconds, written() - bytes, loading.peak_memory_bytes() - before]))
+"""
+
+
+def measure() -> list[Row]:
+    checkpoint = checkpoints.find("smollm2-135m-instruct").fetch()
+    rows = []
+    with tempfile.TemporaryDirectory(dir=cache.root()) as scratch:
+        large = Path(scratch) / "large"
+        shutil.copytree(checkpoint.folder, large)
+        with (large / "model-2.safetensors").open("wb") as file:
+            for _ in range(24):
+                file.write(os.urandom(2**20) * 64)
+        folders = {
+            "pipeline": checkpoint.folder,
+            "pipeline, large": large,
+            "onnx": onnx_export.export(checkpoint, "fp32", "cpu").folder,
+        }
+        probe(scratch, "pipeline", checkpoint.folder)  # makes the store's tables
+        for name, folder in folders.items():
+            rows += costs(name, folder, scratch)
+    return rows
+
+
+def costs(name: str, folder: Path, scratch: str) -> list[Row]:
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    logged: list[tuple[float, int, int]] = []
+
+    def log() -> float:
+        logged.append(probe(scratch, name, folder))
+        shutil.rmtree(f"{scratch}/store")
+        return logged[-1][0]
+
+    turns = in_turn({"log": log, "cp": lambda: copied(folder, Path(scratch))})
+    written = tuple(bytes / size for _, bytes, _ in logged)
+    label = f"logging, {name}, {size / 1e9:.1f} GB"
+    if name == "onnx":
+        limit, against, unit, memory = 200, "", "MB", tuple(peak / 1e6 for *_, peak in logged)
+    else:
+        limit, against, unit, memory = 0.3, "its bytes", "", tuple(peak / size for *_, peak in logged)
+    return [
+        Row(f"{label}: time", "cp -r", 1.5, ratios(turns["log"], turns["cp"]), at_most=True),
+        Row(f"{label}: bytes written", "its bytes", 1.05, written, at_most=True),
+        Row(f"{label}: peak memory", against, limit, memory, at_most=True, unit=unit),
+    ]
+
+
+def probe(scratch: str, name: str, folder: Path) -> tuple[float, int, int]:
+    command = [sys.executable, "-c", PROBE, name, str(folder), scratch]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return tuple(json.loads(done.stdout.splitlines()[-1]))
+
+
+def copied(folder: Path, scratch: Path) -> float:
+    start = time.perf_counter()
+    subprocess.run(["cp", "-rL", str(folder), str(scratch / "copy")], check=True)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(scratch / "copy")
+    return seconds
