@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # no model logged h
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+FAULTS = pytest.StashKey[dict[str, dict[str, str]]]()  # fault -> test -> outcome
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,46 @@ def call(*command, cwd=REPOSITORY, timeout=600, **environment) -> Finished:
 
 def entry_point(name: str, *options: str, **environment) -> Finished:
     return call(sys.executable, "-m", f"entrypoints.{name}", *options, **environment)
+
+
+def pytest_configure(config):
+    config.stash[FAULTS] = {}
+
+
+def pytest_collection_modifyitems(config, items):
+    """Notes which faults the tests cover, each in one to many tests."""
+    for item in items:
+        for marker in item.iter_markers("fault"):
+            for name in marker.args:
+                config.stash[FAULTS].setdefault(name, {})[item.nodeid] = "not run"
+
+
+def pytest_deselected(items):
+    for item in items:
+        for tests in item.config.stash[FAULTS].values():
+            tests.pop(item.nodeid, None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.when == "call" or report.outcome != "passed":
+        for tests in item.config.stash[FAULTS].values():
+            if item.nodeid in tests and tests[item.nodeid] in ("not run", "passed"):
+                tests[item.nodeid] = report.outcome
+    return report
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The table of faults: each by name, and how many of them were survived in every test of theirs."""
+    table = {name: set(tests.values()) for name, tests in config.stash[FAULTS].items() if tests}
+    if table and not config.option.collectonly:
+        survived = [name for name, outcomes in table.items() if outcomes == {"passed"}]
+        terminalreporter.section(f"faults: {len(survived)} of {len(table)}")
+        for name, outcomes in sorted(table.items()):
+            state = "passed" if outcomes == {"passed"} else ", ".join(sorted(outcomes - {"passed"}))
+            terminalreporter.write_line(f"{state:8} {name}")
+        terminalreporter.write_line(f"faults: {len(survived)} of {len(table)}")
 
 
 @pytest.fixture(scope="session")
@@ -81,21 +123,15 @@ def tracking(tmp_path, monkeypatch):
     mlflow.set_tracking_uri(None)
 
 
-@pytest.fixture(scope="session")
-def tracking_server(tmp_path_factory):
-    """A `mlflow server` over HTTP, which stores artifacts itself; gives its URI."""
-    folder = tmp_path_factory.mktemp("server")
+@contextmanager
+def serving(folder: Path, *options: str, **environment):
+    """A `mlflow server` on loopback, with its log and what it stores in `folder`; gives its URI, and stops it."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination",
-        str(folder / "store"),
-    ]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # its workers would take the cores
+    jobs = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # its workers would take the cores
     with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+        outputs = {"stdout": log, "stderr": log, "start_new_session": True}
+        server = subprocess.Popen([*command, *options], cwd=folder, env=os.environ | jobs | environment, **outputs)
     uri = f"http://127.0.0.1:{port}"
     try:
         for _ in range(240):
@@ -109,6 +145,15 @@ def tracking_server(tmp_path_factory):
     finally:
         os.killpg(server.pid, 15)
         server.wait(30)
+
+
+@pytest.fixture(scope="session")
+def tracking_server(tmp_path_factory):
+    """A `mlflow server` over HTTP, which stores artifacts itself; gives its URI."""
+    folder = tmp_path_factory.mktemp("server")
+    store = f"--backend-store-uri=sqlite:///{folder}/mlflow.db", f"--artifacts-destination={folder}/store"
+    with serving(folder, *store) as uri:
+        yield uri
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_the_example_prompt_set_row_and_gate_are_valid(tmp_path):
     file = tmp_path / "set.jsonl"
     file.write_text(re.search(r"```json\n(.*?)```", README, re.DOTALL)[1])
     assert len(read_prompt_set(file, "").prompts) == 1
-    assert len(read_thresholds(re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1], "gate.yaml")) == 4
+    assert len(read_thresholds(re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1], "gate.yaml")) == 5
 
 
 def test_the_printed_table_has_the_lines_that_the_program_prints():
