@@ -9,15 +9,13 @@ again. Not covered: streams, the Responses API, addresses with a query (Azure's)
 """
 
 import os
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from urllib.parse import urlsplit
 
+from slm import side_by_side
 from slm.errors import BadInput, Unavailable
 
 THREADS = 8  # rows asked at the same time, where nobody says
@@ -80,15 +78,20 @@ def connect(uri: str) -> Endpoint:
     return _deployment(uri) if uri.startswith("endpoints:/") else _openai(uri)
 
 
-def answers(endpoint: Endpoint, requests: list[dict], threads: int = 0) -> Iterator[tuple[int, dict | str, float]]:
+def answers(
+    endpoint: Endpoint, requests: list[dict], threads: int = 0, row_timeout: float = 0.0
+) -> Iterator[tuple[int, dict | str, float]]:
     """Yields (place, the answer's body or why there is none, seconds) in the order they come.
 
-    `threads` requests are under way at a time (0: THREADS). A row's seconds hold its tries and the server's queue.
+    `threads` requests are under way at a time (0: THREADS). A row's seconds hold its tries and the server's queue, and
+    `row_timeout` (0: none) limits them.
 
     Raises:
         Unavailable: the server is gone; what was not answered stays unanswered.
     """
-    for place, (body, seconds) in _side_by_side(partial(_timed, endpoint.ask), requests, threads or THREADS):
+    ask = partial(_timed, endpoint.ask)
+    for place, found in side_by_side.answered(ask, requests, threads or THREADS, row_timeout):
+        body, seconds = (str(found), row_timeout) if isinstance(found, side_by_side.TookTooLong) else found
         if isinstance(body, Exception):
             if _status(body) == 401:
                 raise _failure(endpoint.uri, body)
@@ -177,29 +180,6 @@ def _try(endpoint: Endpoint) -> None:
     body = endpoint.ask({endpoint.column: content} | endpoint.fixed | neutral)
     if not isinstance(body, dict) or not body.get("choices"):
         raise BadInput(f"{endpoint.uri} does not answer in OpenAI's form, but {str(body)!r:.80}")
-
-
-def _side_by_side(function: Callable, items: list, threads: int) -> Iterator[tuple[int, object]]:
-    """Yields (place, function(item)) as they come, from threads that nothing waits for when it is left."""
-    waiting, done = queue.SimpleQueue(), queue.SimpleQueue()
-    for place, item in enumerate(items):
-        waiting.put((place, item))
-
-    def work():
-        with suppress(queue.Empty):
-            while True:
-                place, item = waiting.get_nowait()
-                done.put((place, function(item)))
-
-    for _ in range(min(threads, len(items))):
-        threading.Thread(target=work, daemon=True).start()
-    try:
-        for _ in items:
-            yield done.get()
-    finally:
-        with suppress(queue.Empty):  # nothing more is asked
-            while True:
-                waiting.get_nowait()
 
 
 def _timed(ask: Callable[[dict], dict], request: dict) -> tuple[dict | Exception, float]:

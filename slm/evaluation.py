@@ -152,12 +152,15 @@ def score_model(
     asked_for = reproduction.asked(environment.describe(), prompt_set, options, repeats, asked.sha256)
     with tracking.child_run(label) as child, ExitStack() as stack:
         if getattr(args, "engine", "local") == "spark":
-            scored, sent = _score_on_spark(label, uri, prompt_set, asked_for, reuse, child.info.run_id)
+            scored, sent = _score_on_spark(
+                label, uri, prompt_set, asked_for, reuse, child.info.run_id, args.row_timeout
+            )
             model = scored.model
         else:
             with console.step(f"Loading {label}"):
                 folder = stack.enter_context(tracking.local_copy(uri))  # a stranger's may read files later on
-                model = loading.load(label, uri, folder, {name: options.get(name) for name in ("dtype", "device")})
+                settings = {name: options.get(name) for name in ("dtype", "device")}
+                model = loading.load(label, uri, folder, settings | {"row_timeout": args.row_timeout})
             with console.progress(f"Scoring {label}", len(prompt_set.prompts) * repeats) as advance:
                 score_answer = stack.enter_context(scorer_calls.opened(asked, resume))
                 scored = scoring.score(model, prompt_set, options, repeats, reuse, advance, score_answer)
@@ -184,13 +187,15 @@ def score_model(
     return scoring.release(replace(scored, record=record)), child.info.run_id
 
 
-def _score_on_spark(label: str, uri: str, prompt_set, asked_for: dict, reuse: str, run_id: str) -> tuple:
+def _score_on_spark(
+    label: str, uri: str, prompt_set, asked_for: dict, reuse: str, run_id: str, row_timeout: float
+) -> tuple:
     """What Spark's workers make of a model; and what the shown prompts were sent to it as."""
     from slm import spark
 
     if not prompt_set.is_whole:  # its prompts are a sample
         asked_for["prompts"] = {"rows": prompt_set.rows, "sha256": prompt_set.sha256}
-    job = spark.job(label, uri, prompt_set, asked_for["parameters"])
+    job = spark.job(label, uri, prompt_set, asked_for["parameters"], row_timeout)
     with console.step(f"Loading {label} on a worker"):
         model = spark.described(prompt_set, job)
     fingerprint = reproduction.fingerprint(asked_for, model.identity)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slm import cache, chat_model, endpoints, forms, model_logging, reproduction, tracking
+from slm import cache, chat_model, endpoints, forms, model_logging, reproduction, side_by_side, tracking
 from slm.errors import BadInput
 from slm.prompts import Prompt
 
@@ -33,6 +33,7 @@ class LoadedModel:
     wrapper: object | None  # ours, when the model was logged here
     form: forms.Form
     ask: Callable[["LoadedModel", list[dict], int], Iterator[tuple[int, dict]]]  # rows, batch size -> place, answer
+    row_timeout: float  # seconds after which a row that has no answer has failed; 0: none
     sha256: str  # "" for an endpoint: unknown
     bytes: int
     load_seconds: float
@@ -59,12 +60,15 @@ class LoadedModel:
 def load(label: str, uri: str, folder: Path | None, settings: dict) -> LoadedModel:
     """Loads the model in `folder` (what `uri` names), overriding its settings where these have a value.
 
+    `settings` may also hold `row_timeout`, which is the caller's and not the model's.
+
     Raises:
         BadInput: it is no pyfunc, its files were changed, or its form isn't understood.
         Unavailable: an endpoint doesn't answer, or refuses the key.
     """
+    row_timeout = float(settings.get("row_timeout") or 0)
     if endpoints.is_endpoint(uri):
-        return _load_endpoint(label, uri)
+        return _load_endpoint(label, uri, row_timeout)
     import mlflow
 
     try:
@@ -98,6 +102,7 @@ def load(label: str, uri: str, folder: Path | None, settings: dict) -> LoadedMod
         wrapper=wrapper,
         form=form,
         ask=_ask_wrapper if ours else _ask_pyfunc,
+        row_timeout=row_timeout,
         sha256=sha256,
         bytes=description.model_size_bytes or 0,
         load_seconds=seconds,
@@ -186,15 +191,33 @@ def row_of(model: LoadedModel, prompt: Prompt, repeat: int, generation: dict) ->
 
 
 def _ask_wrapper(model: LoadedModel, rows: list[dict], batch_size: int) -> Iterator[tuple[int, dict]]:
-    for place, [answer] in model.wrapper.answers(rows, {}, batch_size):
-        yield place, vars(answer)
+    """Rows are generated together: where none is finished for `row_timeout` seconds, all that are left have failed."""
+    found = model.wrapper.answers(rows, {}, batch_size)
+    if not model.row_timeout:
+        for place, [answer] in found:
+            yield place, vars(answer)
+        return
+    left = set(range(len(rows)))
+    try:
+        for place, [answer] in side_by_side.drawn(found, model.row_timeout):
+            left.remove(place)
+            yield place, vars(answer)
+    except side_by_side.TookTooLong as late:
+        for place in sorted(left):
+            yield place, _failed(str(late), model.row_timeout)
 
 
 def _ask_pyfunc(model: LoadedModel, rows: list[dict], batch_size: int) -> Iterator[tuple[int, dict]]:
     """One call per row; texts go `batch_size` to a call where the user asked for that.
 
-    A call that raises, or answers another number of rows, is made again row by row: only the bad row fails.
+    A call that raises, or answers another number of rows, is made again row by row: only the bad row fails. With a
+    `row_timeout`, each row is a call of its own, in a thread that is left behind when it takes longer.
     """
+    if model.row_timeout:
+        for place, found in side_by_side.answered(lambda row: _predicted(model, [row])[0], rows, 1, model.row_timeout):
+            late = isinstance(found, side_by_side.TookTooLong)
+            yield place, _failed(str(found), model.row_timeout) if late else found
+        return
     size = 1 if model.is_chat else max(batch_size, 1)
     for first in range(0, len(rows), size):
         batch = rows[first : first + size]
@@ -234,7 +257,7 @@ def _predicted(model: LoadedModel, rows: list[dict]) -> list[dict]:
     return [answer | {"seconds": seconds} for answer in found]
 
 
-def _load_endpoint(label: str, uri: str) -> LoadedModel:
+def _load_endpoint(label: str, uri: str, row_timeout: float) -> LoadedModel:
     start = time.perf_counter()
     endpoint = endpoints.connect(uri)
     slots = {name: forms.Slot(theirs) for name, theirs in endpoint.fields.items()}
@@ -248,6 +271,7 @@ def _load_endpoint(label: str, uri: str) -> LoadedModel:
         wrapper=None,
         form=form,
         ask=_ask_endpoint,
+        row_timeout=row_timeout,
         sha256="",
         bytes=0,
         load_seconds=seconds,
@@ -257,7 +281,8 @@ def _load_endpoint(label: str, uri: str) -> LoadedModel:
 
 
 def _ask_endpoint(model: LoadedModel, rows: list[dict], batch_size: int) -> Iterator[tuple[int, dict]]:
-    for place, body, seconds in endpoints.answers(model.pyfunc, [row["row"] for row in rows], batch_size):
+    bodies = [row["row"] for row in rows]
+    for place, body, seconds in endpoints.answers(model.pyfunc, bodies, batch_size, model.row_timeout):
         try:
             answer = _failed(body, seconds) if isinstance(body, str) else forms.answer_of(body) | {"seconds": seconds}
         except Exception as error:  # a server of any make: what it says wrongly is its row's failure

@@ -89,6 +89,9 @@ PARAMETERS = (
         "model that judges: openai:/name, endpoints:/name, models:/name/1 or http://host/v1#model",
     ),
     Parameter("timeout", 0, ALL, "seconds after which the run is ended, its answers kept; 0: none", low=0, high=10**7),
+    Parameter(
+        "row_timeout", 0, ALL, "seconds after which a row without an answer has failed; 0: none", low=0, high=10**6
+    ),
     Parameter("repeats", 1, ("evaluate",), "answers per prompt", low=1, high=1000),
     Parameter("engine", "local", ("evaluate",), "where prompts are answered", ("local", "spark")),
     Parameter("spark_master", "", ("evaluate",), "of engine=spark: spark://host:7077, …; empty: all cores here"),

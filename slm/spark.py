@@ -93,6 +93,7 @@ class Job:
     repeats: int
     threads: int
     scorers: tuple
+    row_timeout: float = 0.0
     run_id: str = ""
     earlier: tuple[tuple[int, str], ...] = ()  # buckets that an earlier run finished, and its id
     last_shown: tuple[int, str] | None = None
@@ -454,7 +455,7 @@ def _asked(spec: tuple) -> scorer_calls.Asked:
 # Answering
 
 
-def job(label: str, uri: str, prompt_set: SparkPromptSet, parameters: dict) -> Job:
+def job(label: str, uri: str, prompt_set: SparkPromptSet, parameters: dict, row_timeout: float = 0.0) -> Job:
     """What workers are told of the model that `uri` (resolved) names; `parameters` are of generation, and repeats."""
     mlflow = tracking.quiet_mlflow()
     spark = prompt_set.frame.sparkSession
@@ -468,6 +469,7 @@ def job(label: str, uri: str, prompt_set: SparkPromptSet, parameters: dict) -> J
         repeats=parameters["repeats"],
         threads=int(spark.conf.get("spark.task.cpus", "1")),
         scorers=prompt_set.scorers,
+        row_timeout=row_timeout,
         last_shown=prompt_set.last_shown,
     )
 
@@ -658,7 +660,8 @@ def _answers_in(folder: str) -> Iterator[None]:
 
 def _model(job: Job) -> tuple[loading.LoadedModel, bool]:
     """The job's model, loaded once in this process; and whether this process fetched it."""
-    settings = {name: job.generation.get(name) for name in ("dtype", "device")} | {"threads": job.threads}
+    settings = {name: job.generation.get(name) for name in ("dtype", "device")}
+    settings |= {"threads": job.threads, "row_timeout": job.row_timeout}
     _client(job)
     return _loaded(job.label, job.uri, job.model_key, tuple(settings.items()))
 

@@ -91,6 +91,13 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"faults: {len(survived)} of {len(table)}")
 
 
+@pytest.fixture(autouse=True)
+def _no_experiment_is_left_set():
+    """mlflow.set_experiment writes into the environment, where every later test and its processes would find it."""
+    yield
+    assert "MLFLOW_EXPERIMENT_ID" not in os.environ
+
+
 @pytest.fixture(scope="session")
 def checkpoint():
     from slm import checkpoints
@@ -124,9 +131,9 @@ def tracking(tmp_path, monkeypatch):
 
 
 @contextmanager
-def serving(folder: Path, *options: str, **environment):
+def serving(folder: Path, *options: str, port: int = 0, end: int = 15, **environment):
     """A `mlflow server` on loopback, with its log and what it stores in `folder`; gives its URI, and stops it."""
-    port = free_port()
+    port = port or free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     jobs = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # its workers would take the cores
     with (folder / "log").open("w") as log:
@@ -143,7 +150,7 @@ def serving(folder: Path, *options: str, **environment):
                 time.sleep(0.5)
         yield uri
     finally:
-        os.killpg(server.pid, 15)
+        os.killpg(server.pid, end)
         server.wait(30)
 
 

@@ -57,8 +57,8 @@ def store(tmp_path_factory):
                 name=name, python_model=str(folder / f"{name}.py"), pip_requirements=[], signature=text
             )
             models[name] = logged.model_uri
-    for name in ("hang", "eat"):
-        rows = [{"id": word, "prompt": word, "expected": "x"} for word in ("first", name)]
+    for name, words in (("hang", ("first", "hang")), ("eat", ("first", "eat")), ("stuck", ("first", "hang", "last"))):
+        rows = [{"id": word, "prompt": word, "expected": "x"} for word in words]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     yield uri, models, folder
     mlflow.set_tracking_uri(None)
@@ -94,6 +94,16 @@ def test_a_row_that_hangs_is_ended_by_the_timeout_and_the_answers_before_it_are_
     assert states(store) == [("KILLED", "stopped by timeout=5")] * 2
     [kept] = (tmp_path / "cache" / "answers").glob("*.jsonl")
     assert kept.read_text(encoding="utf-8").count('"asked"') == 1
+
+
+@pytest.mark.fault("process: a row that hangs, given up by row_timeout")
+def test_a_row_that_hangs_fails_by_the_row_timeout_and_the_others_are_answered(store, tmp_path):
+    options_given = options(store, "deaf", "stuck", row_timeout=2)
+    done = entry_point("evaluate", *options_given, **names(store, tmp_path))
+    assert done.code == 0, done.err
+    found = {line["id"]: (line["output"], line["error"] and line["error"]["message"]) for line in samples(store)}
+    late = ("", "no answer within 2 s (row_timeout)")
+    assert found == {"first": ("first", None), "hang": late, "last": ("last", None)}
 
 
 @pytest.mark.fault("process: a row that no signal reaches")

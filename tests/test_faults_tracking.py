@@ -41,8 +41,7 @@ def copier(tracking_server, tmp_path_factory):
     prompts = folder / "copies.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     mlflow.set_tracking_uri(tracking_server)
-    mlflow.set_experiment("faults")
-    with mlflow.start_run():
+    with mlflow.start_run(experiment_id=mlflow.create_experiment("faults")):  # set_experiment would outlast the file
         mlflow.pyfunc.log_model(
             name="copier",
             python_model=str(folder / "model.py"),
@@ -217,7 +216,8 @@ def test_a_deleted_experiment_is_one_line_before_anything_is_loaded(copier, serv
 # kill -9 at the worst moment: the proxy kills when a request comes
 
 
-def killed(proxy, folder: Path, command: list[str], method: str, path: str, which: range) -> None:
+def killed(proxy, folder: Path, command: list[str], method: str, path: str, which: range) -> int:
+    """Runs a command that is killed when it asks for `path`; gives its process id."""
     process = []
 
     def kill():
@@ -230,6 +230,7 @@ def killed(proxy, folder: Path, command: list[str], method: str, path: str, whic
     process.append(subprocess.Popen([sys.executable, "-m", *command], cwd=REPOSITORY, env=full, **output))
     assert process[0].wait(120) == -signal.SIGKILL
     proxy.faults.clear()
+    return process[0].pid
 
 
 @pytest.mark.fault("process: kill -9 between the verdict and the alias")
@@ -239,14 +240,14 @@ def test_a_run_that_was_killed_before_it_set_the_alias_sets_it_the_second_time(r
     options = {"thresholds": gate, "alias": "served", "prompts": copier, "traces": "false"}
     command = ["entrypoints.evaluate", "--model_uris=models:/faulty/1"]
     command += [f"--{name}={value}" for name, value in options.items()]
-    killed(proxy, tmp_path, command, "POST", "registered-models/alias", range(1))
+    pid = killed(proxy, tmp_path, command, "POST", "registered-models/alias", range(1))
     assert "served" not in server.get_registered_model("faulty").aliases
     code, out = run(**options)
     assert code == 0 and "8 of 8 answers are reused" in out, out
     assert server.get_registered_model("faulty").aliases["served"] == "1"
     assert len(server.search_model_versions("name = 'faulty'")) == 1
     running = server.search_runs([server.get_experiment_by_name("faults").experiment_id], "status = 'RUNNING'")
-    assert running == []
+    assert [run for run in running if f'"pid": {pid},' in run.data.tags["process"]] == []
 
 
 @pytest.mark.fault("process: kill -9 while logging, and after registering: no half model, no second version")

@@ -73,9 +73,9 @@ def log_echo(store, folder: Path, code: str, **log) -> str:
     return store[1].pyfunc.log_model(name="echo", python_model=str(path), pip_requirements=[], **log).model_uri
 
 
-def load(uri: str) -> loading.LoadedModel:
+def load(uri: str, **settings) -> loading.LoadedModel:
     uri = tracking.resolve(uri)
-    return loading.load("label", uri, None if endpoints.is_endpoint(uri) else tracking.download(uri), {})
+    return loading.load("label", uri, None if endpoints.is_endpoint(uri) else tracking.download(uri), settings)
 
 
 def signature(*columns, params=None):
@@ -529,6 +529,28 @@ def test_answers_come_in_the_order_they_finish_and_rows_are_asked_side_by_side(s
     order = [row.id for (row, _), _ in loading.answers(model, wanted, GENERATION)]
     assert time.perf_counter() - start < 2  # and not 7 times half a second
     assert order[0] == "1" and sorted(order) == [str(place) for place in range(8)]
+
+
+@pytest.mark.fault("process: an endpoint's row that hangs, given up by row_timeout")
+def test_an_endpoints_row_that_hangs_fails_alone_by_the_row_timeout(server):
+    model = load(f"{server.address}/one/v1", row_timeout=1)
+    wanted = [prompt(f"{place}", f"user: {text}") for place, text in enumerate(["endless", "a", "endless", "b", "c"])]
+    for threads in (1, 8):
+        answers = asked(model, wanted, GENERATION | {"batch_size": threads})
+        late = {id: answer["error"] for id, answer in answers.items() if answer["error"]}
+        assert late == {"0": "no answer within 1 s (row_timeout)", "2": "no answer within 1 s (row_timeout)"}
+
+
+def test_a_model_of_ours_that_hangs_fails_what_is_left_by_the_row_timeout(store, int4_export):
+    from slm import model_logging
+
+    logged = model_logging.log_onnx(int4_export, "chat", GENERATION, "int4")
+    model = load(logged.model_uri, row_timeout=1)
+    one = [prompt("plain", "user: Hello")]
+    assert asked(model, one)["plain"]["error"] == ""
+    with model.wrapper._lock:  # as a runtime that never comes back holds it
+        found = asked(model, one)["plain"]
+    assert (found["text"], found["error"]) == ("", "no answer within 1 s (row_timeout)")
 
 
 def test_nothing_more_is_asked_once_the_caller_has_gone(server):

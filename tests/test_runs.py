@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, call
+from conftest import REPOSITORY, call, free_port, serving
+from test_servers import database
 
 from slm import runs
 
@@ -54,10 +56,12 @@ def copiers(tmp_path_factory):
     return folder
 
 
-def start(copiers: Path, skill: int, uri: str, experiment: str, folder: Path, **environment) -> subprocess.Popen:
+def start(
+    copiers: Path, skill: int, uri: str, experiment: str, folder: Path, resume: str = "false", **environment
+) -> subprocess.Popen:
     """An `evaluate` of one copier, going on."""
     command = [sys.executable, "-m", "entrypoints.evaluate", f"--model_uris={copiers}/copier-{skill}"]
-    command += [f"--prompts={copiers}/numbers.jsonl", "--resume=false", "--traces=false"]
+    command += [f"--prompts={copiers}/numbers.jsonl", f"--resume={resume}", "--traces=false"]
     own = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_EXPERIMENT_NAME": experiment, "PHI3_MLFLOW_CACHE": str(folder)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | own | environment, **pipes)
@@ -91,6 +95,7 @@ def family(client, out: str):
 
 
 @pytest.mark.slow
+@pytest.mark.fault("tracking: six first starts at once")
 def test_six_first_starts_on_a_fresh_sqlite_file_all_succeed_each_with_its_own_figures(copiers, tmp_path):
     import mlflow
 
@@ -144,6 +149,65 @@ def test_two_runs_at_once_on_one_server_keep_to_themselves(copiers, tracking_ser
         folder = client.download_artifacts(child.info.run_id, "evaluation", str(tmp_path))
         samples = Path(folder, "samples.jsonl").read_text().splitlines()
         assert sum(json.loads(line)["scores"]["exact_match"] for line in samples) == skill
+
+
+@pytest.mark.slow
+@pytest.mark.fault("process: two runs at once on one cache")
+def test_two_runs_of_one_model_at_once_on_one_cache_are_both_whole_and_leave_it_whole(
+    copiers, tracking_server, tmp_path
+):
+    import mlflow
+
+    client, names = mlflow.MlflowClient(tracking_server), (tracking_server, "one cache", tmp_path)
+    hold = tmp_path / "go"
+    first = start(copiers, 4, *names, resume="true", WAIT_FOR=str(hold))
+    waiting(first, hold)  # it has the answers' file open
+    second = ended(start(copiers, 4, *names, resume="true"))
+    hold.touch()
+    for out in (second, ended(first)):
+        assert family(client, out)[1].data.metrics["exact_match/mean"] == 0.4
+    assert "10 of 10 answers are reused" in ended(start(copiers, 4, *names, resume="true"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Restarts under way
+
+
+@pytest.mark.slow
+@pytest.mark.fault("tracking: the server killed and started again under way")
+def test_a_server_that_is_killed_and_started_again_under_way_costs_nothing(copiers, tmp_path):
+    import mlflow
+
+    port, hold = free_port(), tmp_path / "go"
+    store = f"--backend-store-uri=sqlite:///{tmp_path}/mlflow.db", f"--artifacts-destination={tmp_path}/store"
+    with serving(tmp_path, *store, port=port, end=signal.SIGKILL) as uri:
+        process = start(copiers, 5, uri, "restarted", tmp_path, WAIT_FOR=str(hold))
+        waiting(process, hold)
+    with serving(tmp_path, *store, port=port) as uri:
+        hold.touch()
+        parent, child = family(mlflow.MlflowClient(uri), ended(process))
+        assert {parent.info.status, child.info.status} == {"FINISHED"}
+        assert child.data.metrics["exact_match/mean"] == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.fault("tracking: PostgreSQL restarted under way")
+def test_a_database_that_is_restarted_under_way_costs_nothing(copiers, tmp_path):
+    import mlflow
+
+    hold = tmp_path / "go"
+    with database() as (address, running), ExitStack() as before:
+        before.enter_context(running())
+        store = f"--backend-store-uri={address}", f"--artifacts-destination={tmp_path}/store"
+        with serving(tmp_path, *store) as uri:
+            process = start(copiers, 5, uri, "restarted", tmp_path, WAIT_FOR=str(hold))
+            waiting(process, hold)
+            before.close()
+            with running():
+                hold.touch()
+                parent, child = family(mlflow.MlflowClient(uri), ended(process))
+                assert {parent.info.status, child.info.status} == {"FINISHED"}
+                assert child.data.metrics["exact_match/mean"] == 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -47,9 +47,9 @@ def until(answers, process):
     raise AssertionError("no answer in a minute")
 
 
-@pytest.fixture(scope="module")
-def postgresql():
-    """A PostgreSQL of its own; gives the URI of an empty database."""
+@contextmanager
+def database():
+    """A PostgreSQL, not started; gives the URI of an empty database, and what runs it while a block lasts."""
     found = shutil.which("initdb") or max(Path("/usr/lib/postgresql").glob("*/bin/initdb"), default=None)
     assert found, "no PostgreSQL: install Debian's postgresql, or put its initdb on PATH"
     binaries = Path(found).resolve().parent
@@ -58,16 +58,28 @@ def postgresql():
     if account:
         shutil.chown(folder, "postgres", "postgres")
     data, port = folder / "data", free_port()
-    try:
-        initdb = [binaries / "initdb", "-D", data, "-U", "mlflow", "-A", "trust", "--no-sync", "-E", "UTF8"]
-        subprocess.run([str(word) for word in initdb], check=True, capture_output=True, cwd=folder, **account)
+
+    @contextmanager
+    def running():
         command = [binaries / "postgres", "-D", data, "-h", "127.0.0.1", "-p", port, "-k", folder, "-F"]
         with stopped_after(command, signal.SIGINT, cwd=folder, **account) as process:
             ready = [str(binaries / "pg_isready"), "-h", "127.0.0.1", "-p", str(port)]
             until(lambda: subprocess.run(ready, capture_output=True).returncode == 0, process)
-            yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+            yield
+
+    try:
+        initdb = [binaries / "initdb", "-D", data, "-U", "mlflow", "-A", "trust", "--no-sync", "-E", "UTF8"]
+        subprocess.run([str(word) for word in initdb], check=True, capture_output=True, cwd=folder, **account)
+        yield f"postgresql://mlflow@127.0.0.1:{port}/postgres", running
     finally:
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def postgresql():
+    """A PostgreSQL that runs; gives the URI of an empty database."""
+    with database() as (uri, running), running():
+        yield uri
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,8 @@ def many(count: int) -> list[Sample]:
 
 def write(mlflow, samples, prompts=(), seconds=60, model_id=None):
     """Writes the samples for a run of their own; what was logged, and the traces read back, the oldest last."""
-    experiment = mlflow.set_experiment("traces").experiment_id
+    known = mlflow.get_experiment_by_name("traces")
+    experiment = known.experiment_id if known else mlflow.create_experiment("traces")
     run_id = mlflow.MlflowClient().create_run(experiment).info.run_id
     logged = traces.log(samples, prompts, run_id, experiment, model_id, time.time(), seconds)
     found = mlflow.search_traces(locations=[experiment], run_id=run_id, max_results=500, return_type="list")
