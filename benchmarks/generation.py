@@ -76,7 +76,7 @@ def over_onnx() -> list[Row]:
     file = checkpoints._packaged_file(checkpoints.EMBEDDED[source.name])
     repack = peers.llama_cpp_repacks(file)
     single = peers.LlamaCpp(file, threads, 1, repack)
-    several = {size: peers.LlamaCpp(file, threads, size, repack) for size in (1, *BATCH_SIZES)}
+    several = {size: peers.LlamaCpp(file, threads, size, repack) for size in (1, 4, *BATCH_SIZES)}
     sequences = int(
         best({str(size): lambda size=size: speed(lambda: several[size].generate(ids[:32])) for size in several})
     )

@@ -73,6 +73,7 @@ class LlamaCpp:
         settings.n_ctx, settings.n_seq_max = sequences * span, sequences
         settings.n_batch = settings.n_ubatch = 2048
         settings.n_threads = settings.n_threads_batch = threads
+        settings.kv_unified, settings.flash_attn_type = True, 1  # 124 tokens/s with 8 sequences, where 83 without
         self._context = llama_cpp.llama_init_from_model(self._model, settings)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = llama_cpp.llama_batch_init(2048, 0, 1)

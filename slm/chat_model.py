@@ -523,7 +523,7 @@ class TransformersRuntime:
     """A causal LM of transformers, with a cache from which finished rows are dropped."""
 
     library = "transformers"
-    batch_size = 16
+    batch_size = 32
     refills = False
 
     def __init__(self, folder: Path, config: dict):
@@ -549,6 +549,8 @@ class TransformersRuntime:
         self._model.eval()
         if config.get("threads") and device == "cpu":
             torch.set_num_threads(int(config["threads"]))
+        if device == "cpu" and self._model.dtype in (torch.float32, torch.bfloat16):
+            self._thread.submit(self._pack).result()
         settings, defaults = self._model.config, self._model.generation_config
         end = defaults.eos_token_id if defaults.eos_token_id is not None else settings.eos_token_id
         self.end_tokens = frozenset(end if isinstance(end, list) else [end] if end is not None else [])
@@ -596,6 +598,27 @@ class TransformersRuntime:
 
     def alone_in_batch(self, prompt: list[int]) -> bool:
         return False
+
+    def _pack(self) -> None:
+        """Lays the weights of linear layers out for oneDNN, once: its product of a few rows is up to four times MKL's.
+
+        These are the operators that torch.compile makes of a frozen model's linear layers.
+        """
+        torch = self._torch
+        if not torch.backends.mkldnn.is_available():
+            return
+        reorder, linear = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+        embedded = self._model.get_input_embeddings().weight.data_ptr()
+
+        def packed(weight, bias, input):
+            return linear(input, weight, bias, "none", [], "")
+
+        with torch.inference_mode():
+            for layer in self._model.modules():
+                if type(layer) is torch.nn.Linear:
+                    layer.forward = functools.partial(packed, reorder(layer.weight.data, self.batch_size), layer.bias)
+                    if layer.weight.data_ptr() != embedded:  # else the embeddings are these very numbers
+                        layer.weight.data = layer.weight.data.new_empty(0)
 
     def _forward(self, ids, mask, positions, cache):
         """The logits of the last place, shape (rows, vocabulary), and the likeliest token of each row."""
