@@ -32,7 +32,7 @@ from mlflow.pyfunc import PythonModel
 
 DEFAULTS = {"max_tokens": 64, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": [], "n": 1}
 SPAN_STEP = 256  # keys and values are allocated for a multiple of this many tokens
-CHUNK = 512  # tokens of a prompt that go through a graph at once: attention's scratch grows with them
+SCRATCH_BYTES = 2**28  # of attention, which grow with the tokens of a prompt that go through a graph at once
 CACHE_BYTES = 2 * 2**30  # what the keys and values of one batch may take, padding included
 MOST_CHOICES = 16
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -297,7 +297,7 @@ class SlotRuntime:
         outputs = {entry.name: entry for entry in self._session.get_outputs()}
         self._logits_dtype = dtypes[outputs[names["logits"]].type]
         self._shape = (decoder["num_hidden_layers"], decoder["num_key_value_heads"], decoder["head_size"])
-        self._vocabulary = int(facts["vocab_size"])
+        self._heads, self._vocabulary = int(decoder["num_attention_heads"]), int(facts["vocab_size"])
         end = facts["eos_token_id"]
         self.end_tokens = frozenset(end if isinstance(end, list) else [end])
         self.context_length = int(facts["context_length"])
@@ -381,13 +381,17 @@ class SlotRuntime:
             held.copy(source, slot, begun)
         held.prompts[slot] = prompt[:begun]
         while begun < len(prompt):
-            end = min(begun + CHUNK, len(prompt))
+            end = min(begun + self._at_once(held.span), len(prompt))
             end -= len(prompt) - end == 1 and end - begun > 1
             binding = self._binding(held, slot, 1, "prompt")
             binding.bind_output(self._names["logits"], "cpu")  # nobody looks at them
             self._run(binding, prompt[None, begun:end], np.array([begun]))
             held.prompts[slot] = prompt[:end]
             begun = end
+
+    def _at_once(self, span: int) -> int:
+        """How many tokens of a prompt go through the graph together."""
+        return max(SCRATCH_BYTES // (4 * self._heads * span), 128)
 
     def _next(self, held: Slots, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """The logits that follow each row's last token, shape (rows, vocabulary)."""

@@ -158,15 +158,12 @@ def signature(schema: str, generation: dict) -> ModelSignature:
 
 def requirements(wrapper: str, scratch: Path) -> list[str]:
     """What serving needs, at the versions installed here; what these bring along is held by a constraints file."""
-    versions = {name: _version(name) for name in PACKAGES[wrapper]}
+    # torch's CPU and CUDA builds differ behind the plus
+    found = environment.closure(PACKAGES[wrapper])
+    lines = {name: f"{name}=={version.split('+')[0]}" for name, version in found.items()}
     constraints = scratch / "constraints.txt"
-    lines = [f"{name}=={_version(name)}\n" for name in sorted(environment.closure(versions))]
-    constraints.write_text("".join(lines), encoding="utf-8")
-    return [*(f"{name}=={version}" for name, version in versions.items()), f"-c {constraints}"]
-
-
-def _version(name: str) -> str:
-    return importlib.metadata.version(name).split("+")[0]  # torch's CPU and CUDA builds differ behind the plus
+    constraints.write_text("".join(f"{lines[name]}\n" for name in sorted(lines)), encoding="utf-8")
+    return [*(lines[name] for name in PACKAGES[wrapper]), f"-c {constraints}"]
 
 
 def _transformers_flavor(checkpoint: Checkpoint, save_weights: bool) -> dict:

@@ -46,9 +46,8 @@ def test_a_conversation_that_goes_on_is_answered_as_if_it_were_new(wrapper):
 def test_a_prompt_longer_than_a_chunk_is_answered_as_in_one_piece(wrapper, monkeypatch):
     row = {"messages": [{"role": "user", "content": "Count on from here: " + "1 2 3 4 5 " * 20}], "max_tokens": 12}
     whole = fresh(wrapper, row)
-    module = __import__("sys").modules[type(wrapper).__module__]
-    for size in (1, whole.prompt_tokens - 2, 64):  # the last piece would hold one token, were it not avoided
-        monkeypatch.setattr(module, "CHUNK", max(size, 2))
+    for size in (2, whole.prompt_tokens - 2, 64):  # the last piece would hold one token, were it not avoided
+        monkeypatch.setattr(wrapper._runtime, "_at_once", lambda span, size=size: size)
         assert fresh(wrapper, row).text == whole.text
 
 
