@@ -12,6 +12,7 @@ which runs the code that was logged with it: score no model whose author you don
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -84,6 +85,7 @@ def load(label: str, uri: str, folder: Path | None, settings: dict) -> LoadedMod
     known = description.flavors["python_function"].get("config") or {}
     override = {name: value for name, value in settings.items() if value and name in known}
     ours = forms.is_ours(description)
+    sys.dont_write_bytecode = True  # into the store's own folder, whose hash would be another one the next time
     try:
         pyfunc = mlflow.pyfunc.load_model(str(folder), model_config=override if ours else None)
     except Exception as error:

@@ -29,37 +29,41 @@ def answered(
     waiting, done = queue.SimpleQueue(), queue.SimpleQueue()
     for place, item in enumerate(items):
         waiting.put((place, item))
-    begun: dict[int, float] = {}  # place -> when
-    open_places = set(range(len(items)))
+    begun: dict[int, float] = {}  # places that are worked at -> since when; who takes one out says what became of it
+    owned = threading.Lock()
+
+    def taken(place: int) -> bool:
+        with owned:
+            return begun.pop(place, None) is not None
 
     def work():
         with suppress(queue.Empty):
             while True:
                 place, item = waiting.get_nowait()
                 begun[place] = time.monotonic()
-                done.put((place, function(item)))
-                if place not in open_places:  # it took too long, and another thread goes on
+                result = function(item)
+                if not taken(place):  # it took too long, and another thread goes on
                     return
+                done.put((place, result))
 
     def begin():
         threading.Thread(target=work, daemon=True).start()
 
     for _ in range(min(threads, len(items))):
         begin()
+    left = len(items)
     try:
-        while open_places:
+        while left:
+            since = min(list(begun.values()), default=time.monotonic())
             try:
-                place, result = done.get(timeout=_left(begun, open_places, seconds))
+                yield done.get(timeout=max(since + seconds - time.monotonic(), 0.001) if seconds else None)
+                left -= 1
             except queue.Empty:
-                late = [place for place in open_places if place in begun and _age(begun, place) >= seconds]
-                for place in late:
-                    open_places.discard(place)
-                    begin()
-                    yield place, TookTooLong(seconds)
-                continue
-            if place in open_places:
-                open_places.discard(place)
-                yield place, result
+                for place, since in list(begun.items()):
+                    if time.monotonic() - since >= seconds and taken(place):
+                        begin()
+                        yield place, TookTooLong(seconds)
+                        left -= 1
     finally:
         with suppress(queue.Empty):  # nothing more is asked
             while True:
@@ -72,36 +76,29 @@ def drawn(source: Iterable, seconds: float) -> Iterator:
     Raises:
         TookTooLong: nothing came for `seconds`.
     """
-    done, end = queue.SimpleQueue(), object()
+    done, end, left_alone = queue.SimpleQueue(), object(), threading.Event()
 
     def work():
         try:
             for item in source:
                 done.put((item, None))
+                if left_alone.is_set():
+                    return
+            done.put((end, None))
         except BaseException as error:
             done.put((None, error))
-        done.put((end, None))
 
     threading.Thread(target=work, daemon=True).start()
-    while True:
-        try:
-            item, error = done.get(timeout=seconds)
-        except queue.Empty:
-            raise TookTooLong(seconds) from None
-        if error is not None:
-            raise error
-        if item is end:
-            return
-        yield item
-
-
-def _age(begun: dict[int, float], place: int) -> float:
-    return time.monotonic() - begun[place]
-
-
-def _left(begun: dict[int, float], open_places: set[int], seconds: float) -> float | None:
-    """How long the one that has been at it longest may still take."""
-    if not seconds:
-        return None
-    ages = [_age(begun, place) for place in open_places if place in begun]
-    return max(seconds - max(ages, default=0.0), 0.001)
+    try:
+        while True:
+            try:
+                item, error = done.get(timeout=seconds)
+            except queue.Empty:
+                raise TookTooLong(seconds) from None
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        left_alone.set()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -239,6 +240,16 @@ def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(store, tmp_path):
     uri = log_echo(store, tmp_path, echo_models.NOT_LOADED, **log)
     with pytest.raises(BadInput, match=f"{uri} can't be loaded: no such library"):
         load(uri)
+
+
+def test_a_model_is_the_same_one_after_it_was_loaded_from_a_store_on_this_machine(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    uri = log_echo(store, tmp_path, echo_models.FUNCTION)
+    folder = tracking.download(uri)
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # MLflow's, when it was logged
+    first, second = load(uri), load(uri)
+    assert not (folder / "__pycache__").exists()
+    assert first.sha256 == second.sha256
 
 
 @pytest.mark.fault("models: no signature")
