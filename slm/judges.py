@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slm import cache, feedback, tracking
+from slm.environment import variables
 from slm.errors import BadInput, Unavailable
 from slm.prompts import Prompt, ScorerCall
 from slm.scorers import Score, did_you_mean, quoted
@@ -186,7 +187,7 @@ class Judge:
             self._reached = self._stack.enter_context(_reached(self.model))
         uri, environment = self._reached
         try:
-            with _environment(environment):
+            with variables(environment):  # MLflow's judges take address and key from there alone
                 judge = getattr(scorers, JUDGES[call.name].class_name)(model=uri, **call.options)
                 value = judge(**given)
         except Exception as error:
@@ -283,21 +284,6 @@ def _served(uri: str) -> Iterator[tuple[str, str, str]]:
         finally:
             server.should_exit = True
             thread.join()
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """MLflow's judges take address and key from the environment alone: set here, and put back as it was."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import tempfile
 import urllib.parse
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -571,7 +571,10 @@ def _answered(batches: Iterable, job: Job) -> Iterator:
     bucket_set = PromptSet("", "", tuple(_prompt(json.loads(row["canonical"])) for row in rows), "")
     model, fetched = _model(job)
     loading.reset_peak_memory()
-    with tempfile.TemporaryDirectory(prefix="phi3-mlflow-") as scratch, _answers_in(scratch):
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="phi3-mlflow-"))
+        # answers go to a folder of the bucket's own: the host's cache is shared, and would be read for every bucket
+        stack.enter_context(environment.variables({"PHI3_MLFLOW_CACHE": scratch}))
         if bucket in earlier:
             _take_over(job, earlier[bucket], bucket, bucket_set, model, Path(scratch))
         with scorer_calls.opened(_asked(job.scorers), False) as score_answer:
@@ -643,19 +646,6 @@ def _take_over(job: Job, run_id: str, bucket: int, bucket_set: PromptSet, model,
             answer = {name: row[name] for name in ("finish_reason", "prompt_tokens", "output_tokens")}
             kept.add(asked, answer | {"text": row["output"], "seconds": row["latency_seconds"], "error": ""}, seconds)
         kept.finish(peak)
-
-
-@contextmanager
-def _answers_in(folder: str) -> Iterator[None]:
-    """Keeps answers in a folder of the bucket's own: the host's cache is shared, and would be read for every bucket."""
-    before = os.environ.get("PHI3_MLFLOW_CACHE")
-    os.environ["PHI3_MLFLOW_CACHE"] = folder
-    try:
-        yield
-    finally:
-        os.environ.pop("PHI3_MLFLOW_CACHE")
-        if before is not None:
-            os.environ["PHI3_MLFLOW_CACHE"] = before
 
 
 def _model(job: Job) -> tuple[loading.LoadedModel, bool]:

@@ -15,15 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from slm import console, credentials, endpoints, runs, stopping, store
+from slm import console, credentials, endpoints, environment, runs, stopping, store
 from slm.errors import BadInput, Unavailable, exhausted
 from slm.stopping import Stopped
 
 HISTORY = 50  # earlier runs that a report looks back on
 VERDICT_CODES = {"none": 0, "pass": 0, "regress": 3, "inconclusive": 5}
-
-
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}  # with a store that failed
+# with a store that failed, and was waited for once already: with MLflow's own patience each call takes minutes
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
 _open_runs: list[str] = []
 
 
@@ -92,7 +91,7 @@ def _ending(active) -> Iterator["object"]:
         status, reason = "FAILED", exhausted(error) or _one_line(error)
         if isinstance(error, Stopped):
             status, reason = "KILLED", f"stopped by {error}"
-        with _impatience():  # the error is told, whatever the store says to its tag
+        with environment.variables(PATIENCE):  # the error is told, whatever the store says to its tag
             with suppress(Exception):
                 mlflow.MlflowClient().set_tag(run_id, "error", credentials.scrubbed(reason))
             with suppress(Exception):
@@ -107,23 +106,11 @@ def _ending(active) -> Iterator["object"]:
 def _end_open_runs(reason: str) -> None:
     """Ends what is open as KILLED, from whatever thread."""
     client = quiet_mlflow().MlflowClient()
-    with _impatience():
+    with environment.variables(PATIENCE):
         for run_id in reversed(_open_runs):
             with suppress(Exception):
                 client.set_tag(run_id, "error", f"stopped by {reason}")
                 client.set_terminated(run_id, "KILLED")
-
-
-@contextmanager
-def _impatience() -> Iterator[None]:
-    """With MLflow's own patience each call to a server that is gone takes minutes: it was waited for once already."""
-    before = {name: os.environ.get(name) for name in PATIENCE}
-    os.environ.update(PATIENCE)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def quiet_mlflow():
@@ -354,7 +341,8 @@ def _end_waiting_run(status: str, reason: str) -> None:
     run_id = os.environ.get("MLFLOW_RUN_ID")
     if not run_id:
         return
-    with _impatience(), suppress(Exception):  # the reason may be that the store can't be reached; the exit code stands
+    # the reason may be that the store can't be reached; the exit code stands
+    with environment.variables(PATIENCE), suppress(Exception):
         client = quiet_mlflow().MlflowClient()
         _scrub(client, client.get_run(run_id))
         client.set_tag(run_id, "error", credentials.scrubbed(reason))
