@@ -18,14 +18,15 @@ from rich.table import Table
 from slm import checkpoints, onnx_export, prompts, scorers
 from slm.chat_model import SmallLanguageModel
 
-EXPORTS = {
-    "fp32": ("fp32", {}),
-    "int8": ("int8", {}),
-    "int8, block 128": ("int8", {"block_size": "128"}),
+EXPORTS = {  # the builder's options, where its own precision is meant
+    "fp32": ("fp32", None),
+    "int8": ("int8", None),
+    "int8, the builder's, blocks of 32": ("int8", {}),
+    "int8, the builder's, blocks of 128": ("int8", {"block_size": "128"}),
+    "int4": ("int4", None),
     "int4 RTN": ("int4", {}),
     "int4 k-quant": ("int4", {"algo_config": "k_quant"}),
-    "int4 k-quant, mixed with int8": ("int4", {"algo_config": "k_quant_mixed"}),
-    "int4 k-quant, mixed, block 16": ("int4", {"algo_config": "k_quant_mixed", "block_size": "16"}),
+    "int4 k-quant, mixed, blocks of 16": ("int4", {"algo_config": "k_quant_mixed", "block_size": "16"}),
 }
 ROUNDS = 3
 
@@ -45,7 +46,8 @@ def main() -> None:
     checkpoint = checkpoints.find("smollm2-135m-instruct").fetch()
     models, sizes = {}, {}
     for name, (precision, options) in EXPORTS.items():
-        export = onnx_export.export(checkpoint, precision, "cpu", {"prune_lm_head": "true"} | options)
+        options = options if options is None else onnx_export.OPTIONS | options
+        export = onnx_export.export(checkpoint, precision, "cpu", options)
         sizes[name] = export.bytes
         models[name] = SmallLanguageModel()
         models[name].load_context(Context(export.folder))
@@ -65,7 +67,7 @@ def main() -> None:
         for name, speed in speeds.items():
             ratios[name].append(speed / speeds["fp32"])
 
-    table = Table(title=f"{checkpoint.name}, {len(rows)} prompts of {path.name}, batches of 16, CPU")
+    table = Table(title=f"{checkpoint.name}, {len(rows)} prompts of {path.name}, CPU")
     for column in ("export", "size", "speed / fp32", "equal answers", "equal text", "score", "score / fp32"):
         table.add_column(column, justify="left" if column == "export" else "right")
     reference = answers["fp32"]

@@ -26,7 +26,7 @@ def root() -> Path:
     """$PHI3_MLFLOW_CACHE, else phi3-mlflow in the user's cache folder."""
     given = os.environ.get("PHI3_MLFLOW_CACHE")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(given).expanduser() if given else base / "phi3-mlflow"
+    return (Path(given).expanduser() if given else base / "phi3-mlflow").absolute()
 
 
 def file_sha256(path: Path) -> str:

@@ -15,6 +15,8 @@ import datetime
 import functools
 import json
 import os
+import platform
+import re
 import threading
 import time
 import uuid
@@ -35,6 +37,8 @@ SPAN_STEP = 256  # keys and values are allocated for a multiple of this many tok
 SCRATCH_BYTES = 2**28  # of attention, which grow with the tokens of a prompt that go through a graph at once
 CACHE_BYTES = 2 * 2**30  # what the keys and values of one batch may take, padding included
 MOST_CHOICES = 16
+CPU_FACTS = Path("/proc/cpuinfo")
+EXACT_INTEGERS = ("session.x64quantprecision", "1")  # of onnxruntime: slower, and needed where integers saturate
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -222,7 +226,7 @@ def physical_cores() -> int:
     """The cores this process may use, hyperthreads not counted twice (proc(5), cpuinfo)."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     try:
-        blocks = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")
+        blocks = CPU_FACTS.read_text(encoding="utf-8").split("\n\n")
     except OSError:
         return len(allowed)
     cores = set()
@@ -231,6 +235,16 @@ def physical_cores() -> int:
         if facts.get("processor", "").isdigit() and int(facts["processor"]) in allowed:
             cores.add((facts.get("physical id"), facts.get("core id", facts["processor"])))
     return len(cores) or len(allowed)
+
+
+def integers_saturate() -> bool:
+    """Whether onnxruntime's products of unsigned and signed bytes clip their sums here: on x86 without VNNI."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        return re.search(r"\b(avx512_vnni|avx_vnni|amx_int8)\b", CPU_FACTS.read_text("utf-8")) is None
+    except OSError:
+        return True
 
 
 def onnx_runtime(folder: Path, config: dict):
@@ -286,6 +300,8 @@ class SlotRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = int(config.get("threads") or physical_cores())
         options.log_severity_level = 3
+        if integers_saturate():
+            options.add_session_config_entry(*EXACT_INTEGERS)
         decoder = facts["decoder"]
         path = folder / decoder["filename"]
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -456,6 +472,8 @@ class OnnxRuntime:
         facts = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         # its own default was one thread on two cores, at 0.6 of the speed
         ours = {"session_options": {"intra_op_num_threads": int(config.get("threads") or physical_cores())}}
+        if integers_saturate():
+            ours["session_options"] |= dict([EXACT_INTEGERS])
         window = facts["decoder"].get("sliding_window") or {}
         if window.get("layers") == []:
             # the builder (0.18) writes this for Phi-3: caches of two windows, for a graph whose layers have none

@@ -1,6 +1,7 @@
 """A checkpoint as an ONNX GenAI folder, by onnxruntime-genai's own model builder, kept in the cache.
 
-The options behind each precision were chosen by measurement: benchmarks/precision.py prints the table.
+For the CPU the builder's part is the graph in fp32, which it writes tensor by tensor; slm/quantization.py makes int4
+and int8 of it. What is behind each precision was chosen by measurement: benchmarks/precision.py prints the table.
 """
 
 import importlib.metadata
@@ -11,21 +12,19 @@ import sys
 import tempfile
 from pathlib import Path
 
-from slm import cache
-from slm.checkpoints import Checkpoint, failed
+from slm import cache, quantization
+from slm.checkpoints import REPOSITORY, Checkpoint, failed
 from slm.errors import BadInput
 
 # prune_lm_head: only the last place's logits are needed, so no head is computed over whole prompts
-OPTIONS = {
-    "int4": {"prune_lm_head": "true", "algo_config": "k_quant_mixed"},
-    "int8": {"prune_lm_head": "true"},
-    "fp32": {"prune_lm_head": "true"},
-    "fp16": {"prune_lm_head": "true"},
-    "bf16": {"prune_lm_head": "true"},
-}
+OPTIONS = {"prune_lm_head": "true"}
+K_QUANT = {"algo_config": "k_quant_mixed"}
 # windowed_kv_cache: caches as short as a layer's window fail for prompts of different lengths in one batch
 ALWAYS = {"windowed_kv_cache": "false"}
 PRECISIONS = {"cpu": ("int4", "int8", "fp32"), "cuda": ("int4", "int8", "fp16", "bf16", "fp32")}
+QUANTIZED = {"cpu": ("int4", "int8")}  # by slm/quantization.py
+# mixtures of experts, and checkpoints that are quantized already: theirs is the builder's own precision
+BUILDERS_OWN = {"num_local_experts", "num_experts", "quantization_config"}
 
 
 def check(precision: str, execution_provider: str) -> None:
@@ -40,12 +39,19 @@ def check(precision: str, execution_provider: str) -> None:
 def export(checkpoint: Checkpoint, precision: str, execution_provider: str, options: dict | None = None) -> Checkpoint:
     """The checkpoint exported once: a folder with genai_config.json, model.onnx and the tokenizer.
 
+    Where the builder's `options` are given, the precision is its own.
+
     Raises:
         BadInput: the builder doesn't know this architecture, or not in this precision.
     """
     check(precision, execution_provider)
-    options = ALWAYS | (OPTIONS[precision] if options is None else options)
     config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    quantized = (
+        options is None and precision in QUANTIZED.get(execution_provider, ()) and not BUILDERS_OWN & config.keys()
+    )
+    if options is None:
+        options = OPTIONS | (K_QUANT if precision == "int4" and not quantized else {})
+    options = ALWAYS | options
     added = _for_builder(config)
     recipe = {
         "checkpoint": checkpoint.sha256,
@@ -55,6 +61,8 @@ def export(checkpoint: Checkpoint, precision: str, execution_provider: str, opti
         "onnxruntime-genai": importlib.metadata.version("onnxruntime-genai"),
         "config": json.dumps(added, sort_keys=True),
     }
+    if quantized:
+        recipe |= {"quantization": quantization.RECIPE, "onnxruntime": importlib.metadata.version("onnxruntime")}
 
     def build(target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -64,16 +72,25 @@ def export(checkpoint: Checkpoint, precision: str, execution_provider: str, opti
                 (source / path.name).symlink_to(path.resolve())
             (source / "config.json").unlink()
             (source / "config.json").write_text(json.dumps(config | added), encoding="utf-8")
-            command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source)]
-            command += ["-o", str(target), "-p", precision, "-e", execution_provider, "-c", scratch]
+            built = Path(scratch) / "fp32" if quantized else target
+            command = ["onnxruntime_genai.models.builder", "-i", str(source), "-o", str(built), "-c", scratch]
+            command += ["-p", "fp32" if quantized else precision, "-e", execution_provider]
             command += ["--extra_options", *(f"{name}={value}" for name, value in options.items())]
-            environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            done = _python(command)
+            if quantized and not done.returncode:
+                done = _python(["slm.quantization", str(built), str(target), precision])
         if done.returncode:
             raise failed(f"model: {checkpoint.name} can't be exported in {precision}", done)
 
     folder, manifest = cache.folder(f"{checkpoint.name}-{precision}-{execution_provider}", recipe, build)
     return Checkpoint(checkpoint.name, folder, checkpoint.source, checkpoint.revision, manifest)
+
+
+def _python(module: list[str]) -> subprocess.CompletedProcess:
+    """A module's command, with its words, in a process of its own."""
+    environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", *module]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
 
 
 def _for_builder(config: dict) -> dict:

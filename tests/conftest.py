@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,6 +119,13 @@ def int4_export(checkpoint):
     return onnx_export.export(checkpoint, "int4", "cpu")
 
 
+@pytest.fixture(scope="session")
+def int8_export(checkpoint):
+    from slm import onnx_export
+
+    return onnx_export.export(checkpoint, "int8", "cpu")
+
+
 @pytest.fixture
 def tracking(tmp_path, monkeypatch):
     """An sqlite tracking store of the test's own; gives mlflow."""
@@ -131,27 +138,39 @@ def tracking(tmp_path, monkeypatch):
 
 
 @contextmanager
+def running(command: list[str], health: str, cwd: Path = REPOSITORY, output=None, end: int = 15, **environment):
+    """A server process, in a group of its own, from the moment it answers at `health`; the signal `end` stops it."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    full = os.environ | {"PATH": path} | environment
+    process = subprocess.Popen(command, cwd=cwd, env=full, stdout=output, stderr=output, start_new_session=True)
+    try:
+        for _ in range(600):
+            with suppress(OSError):
+                urllib.request.urlopen(health, timeout=1).close()
+                break
+            assert process.poll() is None, f"{command} ended with {process.poll()}"
+            time.sleep(0.2)
+        else:
+            raise AssertionError(f"{health} didn't answer within two minutes")
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, end)
+        process.wait(30)
+
+
+@contextmanager
 def serving(folder: Path, *options: str, port: int = 0, end: int = 15, **environment):
     """A `mlflow server` on loopback, with its log and what it stores in `folder`; gives its URI, and stops it."""
     port = port or free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    jobs = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # its workers would take the cores
-    with (folder / "log").open("w") as log:
-        outputs = {"stdout": log, "stderr": log, "start_new_session": True}
-        server = subprocess.Popen([*command, *options], cwd=folder, env=os.environ | jobs | environment, **outputs)
+    environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # its workers would take the cores
     uri = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=1)
-                break
-            except OSError:
-                assert server.poll() is None, (folder / "log").read_text()
-                time.sleep(0.5)
+    with (
+        (folder / "log").open("w") as log,
+        running([*command, *options], f"{uri}/health", cwd=folder, output=log, end=end, **environment),
+    ):
         yield uri
-    finally:
-        os.killpg(server.pid, end)
-        server.wait(30)
 
 
 @pytest.fixture(scope="session")

@@ -140,6 +140,49 @@ def test_both_wrappers_give_the_greedy_tokens_of_transformers(small_model):
         assert greedy(runtime, prompts, rooms, slots=2) == cut
 
 
+@pytest.mark.parametrize("small_model", ["phi-3, sliding"], indirect=True)
+def test_int4_has_the_very_weights_of_the_builders_own(small_model):
+    from slm import onnx_export, quantization
+
+    _, saved = small_model
+    ours = onnx_export.export(saved, "int4", "cpu").folder
+    theirs = onnx_export.export(saved, "int4", "cpu", onnx_export.OPTIONS | onnx_export.K_QUANT).folder
+    found = []
+    for graph in map(quantization.Graph, (ours, theirs)):
+        nodes = {node.output[0]: node for node in graph.model.graph.node if node.op_type == "MatMulNBits"}
+        facts = {
+            output: sorted((attribute.name, attribute.i) for attribute in node.attribute)
+            for output, node in nodes.items()
+        }
+        found.append((facts, {output: [*map(graph.array, node.input[1:])] for output, node in nodes.items()}))
+    (facts, weights), (their_facts, their_weights) = found
+    assert facts == their_facts and len(facts) == 3 * 5 + 1
+    for output, arrays in weights.items():
+        for ours, theirs in zip(arrays, their_weights[output], strict=True):
+            assert (ours.reshape(-1) == theirs.reshape(-1)).all(), output
+
+
+@pytest.mark.parametrize("small_model", ["phi-3, long", "qwen2", "gemma2, every other layer sliding"], indirect=True)
+def test_int8_stays_close_to_fp32_and_no_row_depends_on_another(small_model):
+    import numpy as np
+    import torch
+    from test_quantization import next_tokens
+
+    from slm import onnx_export
+    from slm.chat_model import onnx_runtime
+
+    _, saved = small_model
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(20, 49152, (length,), generator=generator).tolist() for length in LENGTHS]
+    folders = [onnx_export.export(saved, precision, "cpu").folder for precision in ("fp32", "int8")]
+    whole, integer = (next_tokens(folder, prompts) for folder in folders)
+    error = np.abs(whole - integer).mean() / whole.std()
+    assert 0 < error < 0.1
+    runtime = onnx_runtime(folders[1], {})
+    alone = [greedy(runtime, [prompt], [12])[0] for prompt in prompts]
+    assert greedy(runtime, prompts, [12] * 4) == greedy(runtime, prompts, [12] * 4, slots=2) == alone
+
+
 @pytest.mark.parametrize("described", [True, False])
 def test_a_folder_with_caches_as_short_as_the_window_is_answered_row_by_row(
     checkpoint, tmp_path, monkeypatch, described

@@ -23,7 +23,7 @@ GENERATION = {
 
 
 @pytest.fixture(scope="module")
-def logged(checkpoint, fp32_export, int4_export, tmp_path_factory):
+def logged(checkpoint, fp32_export, int8_export, int4_export, tmp_path_factory):
     """URIs of the wrappers, logged into one sqlite store."""
     import mlflow
 
@@ -36,6 +36,7 @@ def logged(checkpoint, fp32_export, int4_export, tmp_path_factory):
         uris = {
             "pipeline": model_logging.log_pipeline(checkpoint, GENERATION),
             "onnx fp32": model_logging.log_onnx(fp32_export, "chat", GENERATION, "fp32"),
+            "onnx int8": model_logging.log_onnx(int8_export, "chat", GENERATION, "int8"),
             "onnx int4": model_logging.log_onnx(int4_export, "chat", GENERATION, "int4"),
             "onnx prompt": model_logging.log_onnx(int4_export, "prompt", GENERATION, "int4"),
         }
@@ -174,7 +175,7 @@ def some_questions(count: int) -> list[dict]:
     return [{"messages": list(row.messages), "max_tokens": 24} for row in rows]
 
 
-@pytest.mark.parametrize("name", ["pipeline", "onnx fp32", "onnx int4"])
+@pytest.mark.parametrize("name", ["pipeline", "onnx fp32", "onnx int8", "onnx int4"])
 def test_batched_greedy_text_equals_one_by_one(models, name):
     wrapper = models[name].unwrap_python_model()
     questions = some_questions(16)

@@ -11,7 +11,7 @@ from slm.prompts import read_prompt_set
 PLACES = [{"role": "system", "content": "You know geography."}, {"role": "user", "content": "Where is Paris?"}]
 
 
-@pytest.fixture(params=["onnx fp32", "onnx int4"])
+@pytest.fixture(params=["onnx fp32", "onnx int8", "onnx int4"])
 def wrapper(models, request):  # noqa: F811
     wrapper = models[request.param].unwrap_python_model()
     wrapper._runtime._idle = None  # as if it were just loaded

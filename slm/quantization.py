@@ -1,0 +1,378 @@
+"""An ONNX GenAI folder in fp32, as onnxruntime-genai's builder writes it, quantized for the CPU: int4 or int8.
+
+    python -m slm.quantization FP32_FOLDER EMPTY_FOLDER int4|int8
+
+Weights are read from their file, quantized and written one product at a time, on all cores: the memory is that of the
+largest product, where the builder (0.18) holds the whole model in fp32.
+
+int4: MatMulNBits over blocks of 32 weights, each with a scale and a zero point by onnxruntime's k-quant; the head and
+the layers that llama.cpp holds for the most sensitive have 8 bits (what the builder calls k_quant_mixed).
+
+int8: both sides of a product keep one scale from end to end (W8A8), weights by output channel, activations by row,
+
+    row = max |x|,   q = QuantizeLinear(x / row),   y = MatMulIntegerToFloat(q, W) * row
+
+so that a row's sum is integer arithmetic throughout. The scale is the row's own: its numbers don't depend on the batch.
+What outliers among the activations cost is spread by SmoothQuant (arXiv:2211.10438): by channel, part of the largest
+values that a short conversation causes is divided out of the norm, or the projection, before a product, and multiplied
+into its weights. These are signed, which is twice as fast as unsigned; on x86 without VNNI their sums would saturate,
+so a session there needs session.x64quantprecision (chat_model.py sets it).
+
+Embeddings have 8 bits in blocks of 32 in both; in int4 they are the head's, where the checkpoint ties them. Products
+that are no MatMul with constant weights (mixtures of experts) stay in fp32.
+"""
+
+import json
+import re
+import shutil
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from slm import chat_model
+
+RECIPE = "1"  # another one whenever what is written changes
+BLOCK = 32
+ALPHA = 0.5  # how much of the activations' range goes to the weights
+SMALLEST = 1e-5  # of a channel's largest value
+SLICE = 2**19  # weights that are quantized at once: they stay in a core's cache
+ALIGNED = 64  # bytes
+NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
+CONVERSATION = (
+    "What is the capital of Italy?",
+    "The capital of Italy is Rome.",
+    "Add 17 and 26, then double it.",
+    "17 + 26 = 43, and twice 43 is 86. The answer is **86**.",
+    "Write a function that reverses a list.",
+    "```python\ndef reverse(items):\n    return items[::-1]\n```",
+    "Summarize: The river rose for three days. On the fourth the old bridge gave way; nobody was on it.",
+    "After three days of rising water the old bridge collapsed. No one was hurt.",
+    'Give me JSON with a name and an age: "Ada, 36".',
+    '{"name": "Ada", "age": 36}',
+    "Übersetze ins Englische: Der Zug kommt um acht Uhr an.",
+    "The train arrives at eight o'clock.",
+    "¿Por qué el cielo es azul?",
+    "Porque el aire dispersa más la luz azul que la roja.",
+    "List three uses of copper.",
+    "1. Electrical wiring\n2. Water pipes\n3. Cooking pots",
+)
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Factors by channel, from SmoothQuant; the names are those of a product's input or output, or a norm's weights."""
+
+    inputs: dict[str, np.ndarray]  # (K,): a product's weights are multiplied by these
+    outputs: dict[str, np.ndarray]  # (N,): and divided by these, where another product follows
+    norms: dict[str, np.ndarray]  # (K,): a norm's weights are divided by these
+
+
+class Graph:
+    """An ONNX GenAI folder's graph: its nodes by what they make and take, its tensors mapped from their file."""
+
+    def __init__(self, folder: Path):
+        import onnx
+
+        self.folder = folder
+        self.facts = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
+        self.file = folder / self.facts["filename"]
+        self.model = onnx.load(self.file, load_external_data=False)
+        self.tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        self.producers, self.consumers = {}, defaultdict(list)
+        for node in self.model.graph.node:
+            self.producers |= dict.fromkeys(filter(None, node.output), node)
+            for name in node.input:
+                self.consumers[name].append(node)
+        # by output: y (…, N) = x (…, K) times constant weights (K, N)
+        self.products = {
+            node.output[0]: node
+            for node in self.model.graph.node
+            if node.op_type == "MatMul" and len(getattr(self.tensors.get(node.input[1]), "dims", ())) == 2
+        }
+
+    def array(self, name: str) -> np.ndarray:
+        import onnx
+
+        tensor = self.tensors[name]
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            return onnx.numpy_helper.to_array(tensor)
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        dtype, shape = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims)
+        return np.memmap(self.folder / place["location"], dtype, "r", int(place.get("offset", 0)), shape)
+
+    def before_pruning(self, name: str) -> str:
+        """The norm's output of which the head takes the last place, where `name` is the head's input; else `name`."""
+        while self.producers[name].op_type in ("Gather", "Unsqueeze") and len(self.consumers[name]) == 1:
+            name = self.producers[name].input[0]
+        return name
+
+    def embedding(self, node) -> tuple[str, np.ndarray] | None:
+        """The name and the rows (vocabulary, channels) of what a Gather reads by token id; None for other nodes."""
+        if node.op_type != "Gather" or node.input[1] != "input_ids":
+            return None
+        made = self.producers.get(node.input[0])
+        tied = made is not None and made.op_type == "Transpose"  # of the head's weights
+        name = made.input[0] if tied else node.input[0]
+        if name not in self.tensors:
+            return None
+        rows = self.array(name).T if tied else self.array(name)
+        return (name, rows) if rows.ndim == 2 and rows.shape[1] % BLOCK == 0 else None
+
+
+class Writer:
+    """The nodes and tensors of a quantized graph on its way; large tensors go to their file at once."""
+
+    def __init__(self, data, location: str):
+        self._data, self._location = data, location
+        self.nodes, self.tensors = [], {}
+
+    def tensor(self, name: str, array: np.ndarray) -> str:
+        from onnx import TensorProto, helper, numpy_helper
+
+        if array.size < 256:
+            self.tensors[name] = numpy_helper.from_array(np.asarray(array), name)
+            return name
+        self._data.write(bytes(-self._data.tell() % ALIGNED))
+        tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self._location), ("offset", self._data.tell()), ("length", array.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        self._data.write(np.ascontiguousarray(array))
+        self.tensors[name] = tensor
+        return name
+
+    def node(self, operator: str, inputs: list[str], output: str, **words) -> str:
+        from onnx import helper
+
+        self.nodes.append(helper.make_node(operator, inputs, [output], name=f"{output}/{operator}", **words))
+        return output
+
+    def blocks(self, name: str, rows: np.ndarray, bits: int) -> list[str]:
+        """The names of a product's weights in blocks, their scales and zero points; written once, whoever asks."""
+        names = [f"{name}_{part}" for part in (f"Q{bits}", "scales", "zeros")]
+        if names[0] not in self.tensors:
+            for part, array in zip(names, blocks(rows, bits), strict=True):
+                self.tensor(part, array)
+        return names
+
+
+def quantize(source: Path, target: Path, precision: str) -> None:
+    """Writes the fp32 folder `source` into the empty folder `target`, in int4 or int8."""
+    import onnx
+
+    graph = Graph(source)
+    for path in source.iterdir():
+        if not path.name.startswith(graph.file.name):
+            shutil.copy(path, target / path.name)
+    embeddings = {node.output[0]: found for node in graph.model.graph.node if (found := graph.embedding(node))}
+    location = f"{graph.file.name}.data"
+    with (target / location).open("wb") as data:
+        writer = Writer(data, location)
+        product, norms = {"int4": _int4, "int8": _int8}[precision](
+            graph, writer, {name for name, _ in embeddings.values()}
+        )
+        for node in graph.model.graph.node:
+            if node.output[0] in embeddings:
+                _embed(writer, node, *embeddings[node.output[0]])
+            elif node.output[0] in graph.products:
+                product(node)
+            elif any(taker.output[0] not in embeddings for taker in graph.consumers[node.output[0]] or [node]):
+                writer.nodes.append(node)
+        for name in {name for node in writer.nodes for name in node.input} & graph.tensors.keys():
+            array = graph.array(name)
+            writer.tensor(name, array / norms[name] if name in norms else array)
+    content, opsets = graph.model.graph, graph.model.opset_import
+    del content.node[:], content.initializer[:]
+    content.node.extend(writer.nodes)
+    content.initializer.extend(writer.tensors.values())
+    if all(entry.domain != "com.microsoft" for entry in opsets):
+        opsets.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    onnx.save(graph.model, target / graph.file.name)
+
+
+def _embed(writer: Writer, node, name: str, rows: np.ndarray) -> None:
+    weights, scales, zeros = writer.blocks(name, rows, 8)
+    shape = writer.tensor(f"{name}_shape", np.array(rows.shape))
+    table = writer.node("Reshape", [weights, shape], f"{node.output[0]}/table")
+    words = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1, "domain": "com.microsoft"}
+    writer.node("GatherBlockQuantized", [table, node.input[1], scales, zeros], node.output[0], **words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# int4
+
+
+def _int4(graph: Graph, writer: Writer, embeddings: set[str]) -> tuple[Callable, dict]:
+    layers = graph.facts["num_hidden_layers"]
+
+    def product(node) -> None:
+        given, name = node.input
+        rows = graph.array(name).T
+        bits = 8 if name in embeddings or sensitive(node.name, layers) else 4
+        facts = {"N": rows.shape[0], "K": rows.shape[1], "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
+        inputs = [given, *writer.blocks(name, rows, bits)]
+        writer.node("MatMulNBits", inputs, node.output[0], domain="com.microsoft", **facts)
+
+    return product, {}
+
+
+def sensitive(name: str, layers: int) -> bool:
+    """Whether llama.cpp's Q4_K_M holds more bits for a product of this name (src/llama-quant.cpp, use_more_bits).
+
+    These are the head, and values and down projections in the first and the last eighth of the layers and in every
+    third between them.
+    """
+    found = re.fullmatch(r"/model/layers\.(\d+)/(attn/(qkv|v)_proj|mlp/down_proj)/MatMul", name)
+    if not found:
+        return name == "/lm_head/MatMul"
+    layer = int(found[1])
+    return layer < layers / 8 or layer >= 7 * layers / 8 or (layer - round(layers / 8)) % 3 == 2
+
+
+def blocks(rows: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights (N, K) by k-quant in blocks along K, as MatMulNBits takes them, on all cores.
+
+    Gives uint8 (N, blocks, BLOCK * bits / 8), the lower half of a byte first; scales (N, blocks), float32; and zero
+    points (N, blocks), or (N, blocks / 2 rounded up) where two share a byte.
+    """
+    from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
+
+    count = -(-rows.shape[1] // BLOCK)
+
+    def part(begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        values = np.zeros((end - begin, count * BLOCK), np.float32)
+        values[:, : rows.shape[1]] = rows[begin:end]
+        with np.errstate(divide="ignore", invalid="ignore"):  # a block of equal weights
+            integers, scales, zeros = quant_tensor_k_quant_cpu(values, bits, BLOCK)
+        integers = integers.astype(np.uint8).reshape(end - begin, count, BLOCK)
+        zeros = zeros.reshape(end - begin, count)
+        if bits == 4:
+            integers, zeros = (_pairs(array) for array in (integers, np.pad(zeros, ((0, 0), (0, count % 2)))))
+        return integers, scales.reshape(end - begin, count).astype(np.float32), zeros
+
+    return tuple(np.concatenate(arrays) for arrays in zip(*_in_parts(part, rows), strict=True))
+
+
+def _pairs(array: np.ndarray) -> np.ndarray:
+    return array[..., ::2] | array[..., 1::2] << 4
+
+
+def _in_parts(work: Callable, rows: np.ndarray) -> list:
+    """What `work` gives for parts of the rows, from their first to past their last, on all cores."""
+    step = max(SLICE // rows.shape[1], 1)
+    begins = range(0, len(rows), step)
+    with ThreadPoolExecutor(chat_model.physical_cores()) as pool:
+        return list(pool.map(work, begins, [min(begin + step, len(rows)) for begin in begins]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# int8
+
+
+def _int8(graph: Graph, writer: Writer, embeddings: set[str]) -> tuple[Callable, dict]:
+    balance = balanced(graph, peaks(graph))
+    unit = writer.tensor("int8.unit", np.float32(1 / 127))
+    zero, none = writer.tensor("int8.zero", np.uint8(128)), writer.tensor("int8.none", np.int8(0))
+    last = writer.tensor("int8.last", np.array([-1]))
+    quantized: dict[str, tuple[str, str]] = {}
+
+    def product(node) -> None:
+        (given, name), output = node.input, node.output[0]
+        if given not in quantized:
+            row = writer.node("ReduceMax", [writer.node("Abs", [given], f"{given}/size"), last], f"{given}/row")
+            even = writer.node("Div", [given, row], f"{given}/even")  # a row of zeros: NaN, and times 0 in the end
+            quantized[given] = writer.node("QuantizeLinear", [even, unit, zero], f"{given}/integers"), row
+        integers, row = quantized[given]
+        weights, scales = channels(graph.array(name).T, balance.inputs.get(given), balance.outputs.get(output))
+        sides = [integers, writer.tensor(f"{name}_W8", weights.T), unit, writer.tensor(f"{name}_scales_W8", scales)]
+        even = writer.node("MatMulIntegerToFloat", [*sides, zero, none], f"{output}/even", domain="com.microsoft")
+        writer.node("Mul", [even, row], output)
+
+    return product, balance.norms
+
+
+def channels(rows: np.ndarray, inputs: np.ndarray | None, outputs: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (N, K), times `inputs` (K,) and over `outputs` (N,), as int8, and their scales (N,)."""
+
+    def part(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        values = rows[begin:end].astype(np.float32)
+        if inputs is not None:
+            values *= inputs
+        if outputs is not None:
+            values /= outputs[begin:end, None]
+        scales = (np.maximum(np.abs(values).max(1), SMALLEST) / 127).astype(np.float32)
+        return np.rint(values / scales[:, None]).astype(np.int8), scales
+
+    return tuple(np.concatenate(arrays) for arrays in zip(*_in_parts(part, rows), strict=True))
+
+
+def balanced(graph: Graph, peaks: dict[str, np.ndarray]) -> Balance:
+    """The factors for every product that comes straight after a norm, or after another product times a gate.
+
+    `peaks` holds the largest magnitude of each channel of a product's input, by its name.
+    """
+    balance = Balance({}, {}, {})
+    for name, peak in peaks.items():
+        takers = [node for node in graph.products.values() if node.input[0] == name]
+        largest = np.max([np.abs(graph.array(node.input[1])).max(1) for node in takers], 0)
+        factor = np.maximum(peak, SMALLEST) ** ALPHA / np.maximum(largest, SMALLEST) ** (1 - ALPHA)
+        factor = factor.astype(np.float32)
+        made = graph.before_pruning(name)
+        count = len(takers) if made == name else 1
+        before = graph.producers[made]
+        if len(graph.consumers[made]) != count:
+            continue
+        if before.op_type in NORMS and made == before.output[0]:
+            weights = before.input[-1]
+            if weights in graph.tensors and len(graph.consumers[weights]) == 1:
+                balance.inputs[name] = balance.norms[weights] = factor
+        elif before.op_type == "Mul":
+            linear = [one for one in before.input if one in graph.products and len(graph.consumers[one]) == 1]
+            if len(linear) == 1 and graph.tensors[graph.products[linear[0]].input[1]].dims[1] == len(factor):
+                balance.inputs[name] = balance.outputs[linear[0]] = factor
+    return balance
+
+
+def peaks(graph: Graph) -> dict[str, np.ndarray]:
+    """The largest magnitude that each channel of the products' inputs, by name, takes over the conversation, (K,)."""
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+    from tokenizers import Tokenizer
+
+    watched = onnx.ModelProto()
+    watched.CopyFrom(graph.model)
+    watched.graph.initializer.append(numpy_helper.from_array(np.array([0, 1]), "places"))
+    found = {node.input[0]: graph.before_pruning(node.input[0]) for node in graph.products.values()}
+    for name in found.values():
+        watched.graph.node.append(helper.make_node("Abs", [name], [f"{name}/size"]))
+        reduce = helper.make_node("ReduceMax", [f"{name}/size", "places"], [f"{name}/peak"], keepdims=0)
+        watched.graph.node.append(reduce)
+        watched.graph.output.append(helper.make_tensor_value_info(f"{name}/peak", TensorProto.FLOAT, None))
+    file = graph.folder / "watched.onnx"
+    onnx.save(watched, file)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = chat_model.physical_cores()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_prepacking", "1")  # the weights stay mapped, none is copied
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    file.unlink()
+
+    messages = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(CONVERSATION)]
+    template, special_tokens = chat_model.read_chat_template(graph.folder)
+    text = chat_model.render(template, special_tokens, messages) if template else "\n".join(CONVERSATION)
+    tokenizer = Tokenizer.from_file(str(graph.folder / "tokenizer.json"))
+    ids = np.array([tokenizer.encode(text, add_special_tokens=not template).ids])
+    given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}
+    past = np.zeros((1, graph.facts["num_key_value_heads"], 0, graph.facts["head_size"]), np.float32)
+    given = {entry.name: given.get(entry.name, past) for entry in session.get_inputs()}
+    return dict(zip(found, session.run([f"{name}/peak" for name in found.values()], given), strict=True))
+
+
+if __name__ == "__main__":
+    quantize(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
