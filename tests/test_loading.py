@@ -7,15 +7,13 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import echo_models
 import pytest
-from conftest import REPOSITORY, entry_point, free_port
+from conftest import REPOSITORY, entry_point, free_port, running
 
 from slm import endpoints, loading, prompts, tracking
 from slm.errors import BadInput, Unavailable
@@ -602,26 +600,6 @@ def test_a_deployment_that_cannot_be_asked_is_refused(server, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(Unavailable, match="can't be reached"):
         tracking.resolve("endpoints:/chat")
-
-
-@contextmanager
-def running(command: list[str], health: str, **environment):
-    """A server process, from the moment it answers at `health`."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    full = os.environ | {"PATH": path} | environment
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=full, start_new_session=True)
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(health, timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None
-                time.sleep(0.2)
-        yield process
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait(30)
 
 
 @pytest.mark.slow

@@ -1,10 +1,8 @@
 """`serve` through the official openai client: a real server process over the logged int4 model, on loopback."""
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 import urllib.error
@@ -14,7 +12,7 @@ from contextlib import contextmanager
 
 import openai
 import pytest
-from conftest import REPOSITORY, entry_point, free_port
+from conftest import REPOSITORY, entry_point, free_port, running
 from test_chat_model import GENERATION, PARIS, some_questions
 
 NAME = "smollm2-135m-instruct"
@@ -51,28 +49,12 @@ def wrapper(store):
 
 @contextmanager
 def serving(store, **environment):
-    """A server process and its address; killed at the end where the test left it running."""
-    port = free_port()
-    command = [sys.executable, "-m", "entrypoints.serve", f"--model_uri={store[1]['chat']}", f"--port={port}"]
-    full = os.environ | {"MLFLOW_TRACKING_URI": store[0]} | environment
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=full, start_new_session=True)
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None
-                time.sleep(0.2)
-        yield process, f"http://127.0.0.1:{port}"
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(10)
+    """A server process and its address; stopped at the end where the test left it running."""
+    address = f"http://127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "entrypoints.serve", f"--model_uri={store[1]['chat']}"]
+    command.append(f"--port={address.rpartition(':')[2]}")
+    with running(command, f"{address}/health", MLFLOW_TRACKING_URI=store[0], **environment) as process:
+        yield process, address
 
 
 @pytest.fixture(scope="module")
@@ -376,15 +358,7 @@ def test_mlflows_gateway_in_front_passes_conversations_and_streams(address, clie
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "gateway", "start", "--port", str(port)]
     command += ["--config-path", str(tmp_path / "gateway.yaml")]
-    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None
-                time.sleep(0.2)
+    with running(command, f"http://127.0.0.1:{port}/health", cwd=tmp_path):
         turns = [*PARIS, {"role": "assistant", "content": "Paris."}, {"role": "user", "content": "And of Italy?"}]
         direct = content(ask(client, turns, max_tokens=12))
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as through:
@@ -392,6 +366,3 @@ def test_mlflows_gateway_in_front_passes_conversations_and_streams(address, clie
             assert content(answer) == direct
             stream = through.chat.completions.create(model="phi3", messages=turns, max_tokens=12, stream=True)
             assert "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices) == direct
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
