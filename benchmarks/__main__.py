@@ -5,7 +5,7 @@
 
 Without names all groups run, each in a process of its own so that none finds another's threads and memory: about half
 an hour on two cores, compiling llama-cpp-python not counted. `--full-size` adds a model of Phi-3-mini's shape, which
-takes 20 GB of memory and of disk. What was found, and why a row falls short, is in benchmarks/README.md.
+takes 20 GB of memory and 40 GB of disk. What was found, and why a row falls short, is in benchmarks/README.md.
 """
 
 import argparse

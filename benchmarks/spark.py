@@ -29,6 +29,7 @@ from benchmarks.overhead import server
 from slm import checkpoints, model_logging, onnx_export, tracking
 
 DELAY = 0.05  # seconds a row
+DRIVER = "512m"  # of heap, for --memory
 WAITING = """
 import time
 import mlflow
@@ -79,7 +80,12 @@ def speed(scratch: Path) -> None:
 
 
 def memory(scratch: Path) -> None:
-    """The driver's Python process and its JVM, at their peaks; the workers are processes of their own."""
+    """The driver's Python process and its JVM, at their peaks; the workers are processes of their own.
+
+    A JVM fills the heap it is allowed before it collects garbage (1 GB by Spark's default): so it is allowed DRIVER,
+    with which it either stays there or fails.
+    """
+    os.environ["SPARK_DRIVER_MEMORY"] = DRIVER
     table = Table(title="the driver's peak memory")
     for column in ("rows", "Python", "JVM", "rows/s", "seconds in all"):
         table.add_column(column, justify="right")

@@ -107,8 +107,10 @@ class Graph:
 
     def before_pruning(self, name: str) -> str:
         """The norm's output of which the head takes the last place, where `name` is the head's input; else `name`."""
-        while self.producers[name].op_type in ("Gather", "Unsqueeze") and len(self.consumers[name]) == 1:
-            name = self.producers[name].input[0]
+        node = self.producers.get(name)
+        while node is not None and node.op_type in ("Gather", "Unsqueeze") and len(self.consumers[name]) == 1:
+            name = node.input[0]
+            node = self.producers.get(name)
         return name
 
     def embedding(self, node) -> tuple[str, np.ndarray] | None:
@@ -173,9 +175,8 @@ def quantize(source: Path, target: Path, precision: str) -> None:
     location = f"{graph.file.name}.data"
     with (target / location).open("wb") as data:
         writer = Writer(data, location)
-        product, norms = {"int4": _int4, "int8": _int8}[precision](
-            graph, writer, {name for name, _ in embeddings.values()}
-        )
+        begin = {"int4": _int4, "int8": _int8}[precision]
+        product, norms = begin(graph, writer, {name for name, _ in embeddings.values()})
         for node in graph.model.graph.node:
             if node.output[0] in embeddings:
                 _embed(writer, node, *embeddings[node.output[0]])
@@ -183,7 +184,7 @@ def quantize(source: Path, target: Path, precision: str) -> None:
                 product(node)
             elif any(taker.output[0] not in embeddings for taker in graph.consumers[node.output[0]] or [node]):
                 writer.nodes.append(node)
-        for name in {name for node in writer.nodes for name in node.input} & graph.tensors.keys():
+        for name in sorted({name for node in writer.nodes for name in node.input} & graph.tensors.keys()):
             array = graph.array(name)
             writer.tensor(name, array / norms[name] if name in norms else array)
     content, opsets = graph.model.graph, graph.model.opset_import
@@ -277,8 +278,7 @@ def _in_parts(work: Callable, rows: np.ndarray) -> list:
 def _int8(graph: Graph, writer: Writer, embeddings: set[str]) -> tuple[Callable, dict]:
     balance = balanced(graph, peaks(graph))
     unit = writer.tensor("int8.unit", np.float32(1 / 127))
-    zero, none = writer.tensor("int8.zero", np.uint8(128)), writer.tensor("int8.none", np.int8(0))
-    last = writer.tensor("int8.last", np.array([-1]))
+    zero, last = writer.tensor("int8.zero", np.uint8(128)), writer.tensor("int8.last", np.array([-1]))
     quantized: dict[str, tuple[str, str]] = {}
 
     def product(node) -> None:
@@ -290,7 +290,9 @@ def _int8(graph: Graph, writer: Writer, embeddings: set[str]) -> tuple[Callable,
         integers, row = quantized[given]
         weights, scales = channels(graph.array(name).T, balance.inputs.get(given), balance.outputs.get(output))
         sides = [integers, writer.tensor(f"{name}_W8", weights.T), unit, writer.tensor(f"{name}_scales_W8", scales)]
-        even = writer.node("MatMulIntegerToFloat", [*sides, zero, none], f"{output}/even", domain="com.microsoft")
+        # each its own zero: where onnxruntime makes the weights unsigned, it makes another one of it by name
+        sides += [zero, writer.tensor(f"{name}_zero_W8", np.int8(0))]
+        even = writer.node("MatMulIntegerToFloat", sides, f"{output}/even", domain="com.microsoft")
         writer.node("Mul", [even, row], output)
 
     return product, balance.norms
@@ -324,8 +326,8 @@ def balanced(graph: Graph, peaks: dict[str, np.ndarray]) -> Balance:
         factor = factor.astype(np.float32)
         made = graph.before_pruning(name)
         count = len(takers) if made == name else 1
-        before = graph.producers[made]
-        if len(graph.consumers[made]) != count:
+        before = graph.producers.get(made)
+        if before is None or len(graph.consumers[made]) != count:
             continue
         if before.op_type in NORMS and made == before.output[0]:
             weights = before.input[-1]

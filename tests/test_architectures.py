@@ -9,6 +9,7 @@ fetches it, and nothing is compiled. Not covered: Gemma 3 inside its vision mode
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import entry_point
+from conftest import REPOSITORY, entry_point
 
 pytestmark = pytest.mark.slow
 
@@ -181,6 +182,23 @@ def test_int8_stays_close_to_fp32_and_no_row_depends_on_another(small_model):
     runtime = onnx_runtime(folders[1], {})
     alone = [greedy(runtime, [prompt], [12])[0] for prompt in prompts]
     assert greedy(runtime, prompts, [12] * 4) == greedy(runtime, prompts, [12] * 4, slots=2) == alone
+
+
+@pytest.mark.parametrize("small_model", ["qwen2"], indirect=True)
+def test_an_export_has_the_same_bytes_every_time(small_model, tmp_path):
+    from slm import cache, onnx_export
+
+    source = onnx_export.export(small_model[1], "fp32", "cpu").folder
+    for precision in ("int4", "int8"):
+        made = []
+        for seed in "12":  # the order of sets of names
+            target = tmp_path / f"{precision}-{seed}"
+            target.mkdir()
+            command = [sys.executable, "-m", "slm.quantization", str(source), str(target), precision]
+            subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
+            made.append(cache.manifest_of(target))
+        assert made[0] == made[1]
+        assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"} <= made[0].keys()
 
 
 @pytest.mark.parametrize("described", [True, False])

@@ -8,7 +8,7 @@ import pytest
 from conftest import REPOSITORY
 
 from slm import chat_model, quantization
-from slm.chat_model import SlotRuntime
+from slm.chat_model import OnnxRuntime, SlotRuntime
 from slm.prompts import read_prompt_set
 
 
@@ -27,14 +27,14 @@ def beginnings(fp32_export):
     return found
 
 
-def next_tokens(folder: Path, prompts: list[list[int]], **entries: str) -> np.ndarray:
+def next_tokens(folder: Path, prompts: list[list[int]], entries: dict[str, str] | None = None) -> np.ndarray:
     """Log probabilities of the token that follows each prompt, (prompts, vocabulary), by onnxruntime alone."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    for name, value in entries.items():
-        options.add_session_config_entry(name.replace("__", "."), value)
+    for entry in (entries or {}).items():
+        options.add_session_config_entry(*entry)
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     facts = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
     past = np.zeros((1, facts["num_key_value_heads"], 0, facts["head_size"]), np.float32)
@@ -73,8 +73,24 @@ def test_balancing_is_what_brings_int8_close(reference, beginnings, fp32_export,
     assert divergence(reference, next_tokens(tmp_path, beginnings)) > 0.04
 
 
-def test_sums_that_would_saturate_without_vnni_are_the_same_in_the_exact_mode(beginnings, int8_export):
-    exact = next_tokens(int8_export.folder, beginnings[:20], session__x64quantprecision="1")
+def test_the_exact_mode_for_processors_without_vnni_reaches_every_product_and_changes_no_number(
+    beginnings, int8_export, tmp_path
+):
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "exact.onnx")
+    options.add_session_config_entry(*chat_model.EXACT_INTEGERS)
+    model = str(int8_export.folder / "model.onnx")
+    onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(tmp_path / "exact.onnx", load_external_data=False).graph
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    products = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert len(products) == 30 * 5 + 1
+    assert {kinds[node.input[1]] for node in products} == {onnx.TensorProto.UINT8}  # those that can't saturate
+    exact = next_tokens(int8_export.folder, beginnings[:20], dict([chat_model.EXACT_INTEGERS]))
     assert np.array_equal(exact, next_tokens(int8_export.folder, beginnings[:20]))
 
 
@@ -105,6 +121,16 @@ def test_a_session_asks_for_exact_sums_on_x86_without_vnni_only(
     facts = json.loads((int8_export.folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
     SlotRuntime(int8_export.folder, {}, facts)
     assert asked == ({"session.x64quantprecision": "1"} if clipped else {})
+
+
+def test_onnxruntime_genai_takes_the_exact_mode_too(int8_export, beginnings, monkeypatch):
+    from test_architectures import greedy
+
+    found = []
+    for clipped in (True, False):
+        monkeypatch.setattr(chat_model, "integers_saturate", lambda clipped=clipped: clipped)
+        found.append(greedy(OnnxRuntime(int8_export.folder, {}), beginnings[:2], [6, 6]))
+    assert found[0] == found[1]
 
 
 def test_a_tensor_that_is_read_twice_is_written_once(int4_export):
