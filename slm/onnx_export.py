@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from slm import cache, quantization
+from slm import cache
 from slm.checkpoints import REPOSITORY, Checkpoint, failed
 from slm.errors import BadInput
 
@@ -62,6 +62,8 @@ def export(checkpoint: Checkpoint, precision: str, execution_provider: str, opti
         "config": json.dumps(added, sort_keys=True),
     }
     if quantized:
+        from slm import quantization
+
         recipe |= {"quantization": quantization.RECIPE, "onnxruntime": importlib.metadata.version("onnxruntime")}
 
     def build(target: Path) -> None:

@@ -221,7 +221,7 @@ def test_a_folder_with_caches_as_short_as_the_window_is_answered_row_by_row(
     if not described:
         monkeypatch.setattr(onnx_export, "_for_builder", lambda config: {})
         model.config.sliding_window = None
-    options = onnx_export.OPTIONS["fp32"] | {"windowed_kv_cache": "true"}
+    options = onnx_export.OPTIONS | {"windowed_kv_cache": "true"}
     export = onnx_export.export(checkpoints.find(str(folder)).fetch(), "fp32", "cpu", options)
     runtime = onnx_runtime(export.folder, {})
     assert isinstance(runtime, OnnxRuntime) == described  # SlotRuntime doesn't know such caches
