@@ -20,7 +20,7 @@ from slm.chat_model import physical_cores
 BARE_BATCH_SIZE = 16  # its best in benchmarks/generation.py
 
 
-def measure(scratch: Path) -> list[Row]:
+def measure(scratch: Path, provider: str) -> list[Row]:
     console.out.quiet = True
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     mlflow = tracking.quiet_mlflow()
@@ -29,7 +29,7 @@ def measure(scratch: Path) -> list[Row]:
     from slm import model_logging
 
     checkpoint = checkpoints.find("smollm2-135m-instruct").fetch()
-    export = onnx_export.export(checkpoint, "int4", "cpu")
+    export = onnx_export.export(checkpoint, "int4", provider)
     generation = {"max_tokens": peers.MAX_TOKENS, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": []}
     with mlflow.start_run():
         uris = {
@@ -55,7 +55,7 @@ def measure(scratch: Path) -> list[Row]:
 
     harness = {
         "onnxruntime-genai": lm_eval_model("onnxruntime-genai", pretrained=str(export.folder)),
-        "hf": lm_eval_model("hf", pretrained=str(checkpoint.folder), dtype="float32", batch_size=16, device="cpu"),
+        "hf": lm_eval_model("hf", pretrained=str(checkpoint.folder), dtype="float32", batch_size=16, device=provider),
     }
 
     def ask_harness(name: str) -> float:

@@ -61,11 +61,11 @@ def asked_singly(model: SmallLanguageModel, rows: list[dict]) -> Callable[[], fl
     return lambda: forget(model) or speed(generate)
 
 
-def over_onnx() -> list[Row]:
+def over_onnx(provider: str) -> list[Row]:
     """The ONNX wrapper against onnxruntime-genai and llama.cpp."""
     source = checkpoints.find("smollm2-135m-instruct")
-    model = wrapper(onnx=onnx_export.export(source.fetch(), "int4", "cpu").folder)
-    folder, threads = onnx_export.export(source.fetch(), "int4", "cpu").folder, physical_cores()
+    folder, threads = onnx_export.export(source.fetch(), "int4", provider).folder, physical_cores()
+    model = wrapper(onnx=folder)
     rows = questions()
     ids = [model.prepare(row)[0].prompt for row in rows]
     few = slice(0, None, 5)  # for what is asked one at a time
@@ -75,8 +75,9 @@ def over_onnx() -> list[Row]:
     )
     file = checkpoints._packaged_file(checkpoints.EMBEDDED[source.name])
     repack = peers.llama_cpp_repacks(file)
-    single = peers.LlamaCpp(file, threads, 1, repack)
-    several = {size: peers.LlamaCpp(file, threads, size, repack) for size in (1, 4, *BATCH_SIZES)}
+    gpu = provider == "cuda"
+    single = peers.LlamaCpp(file, threads, 1, repack, gpu)
+    several = {size: peers.LlamaCpp(file, threads, size, repack, gpu) for size in (1, 4, *BATCH_SIZES)}
     sequences = int(
         best({str(size): lambda size=size: speed(lambda: several[size].generate(ids[:32])) for size in several})
     )
@@ -131,17 +132,17 @@ def over_onnx() -> list[Row]:
     ]
 
 
-def over_transformers(scratch: Path) -> list[Row]:
+def over_transformers(scratch: Path, provider: str) -> list[Row]:
     """The pipeline wrapper against transformers and mlflow; the ONNX wrapper against it."""
     checkpoint = checkpoints.find("smollm2-135m-instruct").fetch()
     model = wrapper(checkpoint=checkpoint.folder)
     onnx = {
-        precision: wrapper(onnx=onnx_export.export(checkpoint, precision, "cpu").folder)
+        precision: wrapper(onnx=onnx_export.export(checkpoint, precision, provider).folder)
         for precision in ("int4", "int8")
     }
     rows = questions()[::3]
     ids = [model.prepare(row)[0].prompt for row in rows]
-    plain, stock = peers.Generate(checkpoint.folder), peers.StockChat(checkpoint.folder, scratch)
+    plain, stock = peers.Generate(checkpoint.folder, provider), peers.StockChat(checkpoint.folder, scratch)
     batch_size = int(
         best({str(size): lambda size=size: speed(lambda: plain.generate(ids[:32], size)) for size in BATCH_SIZES})
     )

@@ -9,7 +9,8 @@ from benchmarks.ratios import Row
 GROUPS = ("generation", "pipeline", "evaluation", "logging", "start")
 
 
-def rows_of(group: str) -> list[Row]:
+def rows_of(group: str, provider: str) -> list[Row]:
+    """A group's rows with everything on `provider`, cpu or cuda."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from benchmarks import evaluation, full_size, generation, logging_cost, start
     from slm import cache
@@ -17,11 +18,11 @@ def rows_of(group: str) -> list[Row]:
     cache.root().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache.root()) as scratch:
         measure = {
-            "generation": generation.over_onnx,
-            "pipeline": lambda: generation.over_transformers(Path(scratch)),
-            "evaluation": lambda: evaluation.measure(Path(scratch)),
+            "generation": lambda: generation.over_onnx(provider),
+            "pipeline": lambda: generation.over_transformers(Path(scratch), provider),
+            "evaluation": lambda: evaluation.measure(Path(scratch), provider),
             "logging": logging_cost.measure,
-            "start": start.measure,
-            "full size": lambda: full_size.measure(Path(scratch)),
+            "start": lambda: start.measure(provider),
+            "full size": lambda: full_size.measure(Path(scratch), provider),
         }
         return measure[group]()

@@ -60,7 +60,7 @@ class LlamaCpp:
     the weights out anew for this processor's widest instructions, which is llama.cpp's default.
     """
 
-    def __init__(self, file: Path, threads: int, sequences: int, repack: bool, span: int = 256):
+    def __init__(self, file: Path, threads: int, sequences: int, repack: bool, gpu: bool = False, span: int = 256):
         import llama_cpp
 
         self._api = llama_cpp
@@ -68,6 +68,7 @@ class LlamaCpp:
         llama_cpp.llama_log_set(_QUIET, None)
         model = llama_cpp.llama_model_default_params()
         model.use_extra_bufts = repack
+        model.n_gpu_layers = 999 if gpu else 0
         self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), model)
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max = sequences * span, sequences
@@ -128,12 +129,13 @@ def llama_cpp_repacks(file: Path) -> bool:
 class Generate:
     """transformers' own `generate`: padded on the left, rows of like length together."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, device: str):
         import torch
         import transformers
 
-        self._torch = torch
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self._torch, self._device = torch, device
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self._model = model.eval().to(device)
 
     def generate(self, prompts: list[list[int]], batch_size: int, max_tokens: int = MAX_TOKENS) -> int:
         count, end = 0, self._model.generation_config.eos_token_id
@@ -144,6 +146,7 @@ class Generate:
             ids = self._torch.tensor([[end] * (width - len(prompt)) + prompt for prompt in batch])
             mask = self._torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
             with self._torch.inference_mode():
+                ids, mask = ids.to(self._device), mask.to(self._device)
                 output = self._model.generate(
                     ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, pad_token_id=end
                 )
@@ -153,7 +156,7 @@ class Generate:
 
 
 class StockChat:
-    """mlflow's own llm/v1/chat pyfunc of the same checkpoint: one conversation after another."""
+    """mlflow's own llm/v1/chat pyfunc of the same checkpoint: one conversation after another, on a GPU where one is."""
 
     def __init__(self, folder: Path, scratch: Path):
         import mlflow

@@ -16,11 +16,11 @@ from benchmarks.ratios import ROUNDS, Row
 from slm import cache, checkpoints, onnx_export, tracking
 
 
-def measure() -> list[Row]:
+def measure(provider: str) -> list[Row]:
     mlflow = tracking.quiet_mlflow()
     from slm import model_logging
 
-    export = onnx_export.export(checkpoints.find("smollm2-135m-instruct").fetch(), "int4", "cpu")
+    export = onnx_export.export(checkpoints.find("smollm2-135m-instruct").fetch(), "int4", provider)
     generation = {"max_tokens": 64, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": []}
     with tempfile.TemporaryDirectory(dir=cache.root()) as scratch:
         mlflow.set_tracking_uri(f"sqlite:///{scratch}/mlflow.db")

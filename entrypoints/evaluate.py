@@ -32,6 +32,7 @@ def evaluate(args: argparse.Namespace) -> str:
     thresholds = evaluation.read_gate(args)
     evaluation.generation(args)
     evaluation.check_engine(args)
+    evaluation.check_devices(args)
     uris = [uri.strip() for uri in args.model_uris.split(",") if uri.strip()]
     if args.baseline and not uris:
         raise BadInput("baseline: needs model_uris to compare with it; with none, the pipeline is the baseline")

@@ -29,6 +29,7 @@ def log_and_score(args: argparse.Namespace) -> str:
     # What was asked for, checked before anything is opened or fetched
     prompt_set = evaluation.read_prompts(args)
     options = evaluation.generation(args)
+    evaluation.check_devices(args)
     onnx_export.check(args.precision, args.execution_provider)
     source = checkpoints.find(args.model, args.revision, args.subfolder)
 

@@ -27,6 +27,7 @@ def log_and_score(args: argparse.Namespace) -> str:
     # What was asked for, checked before anything is opened or fetched
     prompt_set = evaluation.read_prompts(args)
     options = evaluation.generation(args)
+    evaluation.check_devices(args)
     source = checkpoints.find(args.model, args.revision, args.subfolder)
     if not args.save_weights and source.kind != "hub":
         raise BadInput(f"save_weights: false needs a hub id to refer to, and {args.model} is none")

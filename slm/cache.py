@@ -1,19 +1,25 @@
 """Folders that are expensive to make (converted weights, exports), made once and kept outside the repository.
 
 A folder is built under a temporary name and renamed, beside a manifest of its files' SHA-256; a file that is missing or
-was changed since makes it be built again. Two processes that want the same folder build it once. Nothing is ever
+was changed since makes it be built again, as files of their own: none is ever written in place, so that a store's hard
+links to them keep what they had. Two processes that want the same folder build it once. Nothing is ever
 evicted: the README says how to empty the cache.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
+
+WEIGHTS = (".safetensors", ".data")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,26 @@ def folder(name: str, recipe: dict[str, str], build: Callable[[Path], None]) -> 
             record.write_text(json.dumps(content, indent=1), encoding="utf-8")
             building.rename(target)
     return target, manifest
+
+
+def place(source: Path, target: Path) -> None:
+    """Puts a file at the new path `target`: as a hard link where nobody writes into it again, else as a copy.
+
+    These are the weights of this cache, and the hub's, whose cache names them by their SHA-256. Where the two paths lie
+    on different file systems, or theirs knows no links, they are copied as well.
+    """
+    source = source.resolve()
+    ours = source.suffix in WEIGHTS and source.is_relative_to(root().resolve())
+    if ours or (source.parent.name == "blobs" and SHA256.fullmatch(source.name)):
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    with source.open("rb") as given, target.open("xb") as written:
+        left = os.fstat(given.fileno()).st_size
+        with suppress(OSError, AttributeError):  # Linux; shares blocks on btrfs and XFS, as cp does
+            while count := os.copy_file_range(given.fileno(), written.fileno(), left):
+                left -= count
+        shutil.copyfileobj(given, written)
 
 
 def _intact(target: Path, record: Path) -> dict[str, FileRecord] | None:

@@ -12,10 +12,10 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -24,6 +24,9 @@ CPU_FLAGS = (  # by which onnxruntime and torch choose a kernel, and so an order
     *("avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
 )
+
+
+CUDA_BUILDS = {"onnxruntime": "onnxruntime-gpu", "onnxruntime-genai": "onnxruntime-genai-cuda"}
 
 
 @contextmanager
@@ -45,7 +48,7 @@ def variables(values: dict[str, str]) -> Iterator[None]:
 def describe() -> dict:
     """Machine, Python, installed packages, and this project's code, commit and constraints."""
     installed = {entry.metadata["Name"]: entry.version for entry in importlib.metadata.distributions()}
-    needed = closure(required(REPOSITORY / "requirements.txt"))
+    needed = closure(map(installed_as, required(REPOSITORY / "requirements.txt")))
     packages = dict(sorted(installed.items(), key=lambda item: item[0].lower()))
     return {
         "python": platform.python_version(),
@@ -54,7 +57,7 @@ def describe() -> dict:
         "cpu_model": _cpu_model(),
         "cpu_flags": _cpu_flags(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "gpus": _gpus(),
+        "gpus": gpus(),
         "code.sha256": code_sha256(REPOSITORY),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain")),
@@ -79,23 +82,52 @@ def required(file: Path) -> list[str]:
     return [Requirement(line).name for line in lines if line and not line.startswith("-")]
 
 
+def installed_as(name: str) -> str:
+    """The name under which a package is installed: onnxruntime's CUDA builds have others, over the same modules."""
+    other = CUDA_BUILDS.get(name)
+    return other if other and _told(other) and not _told(name) else name
+
+
+def version(name: str) -> str:
+    """The installed version of a package, or of its CUDA build."""
+    return importlib.metadata.version(installed_as(name))
+
+
 def closure(names: Iterable[str]) -> dict[str, str]:
     """The installed packages that `names` need, themselves included, without extras; with their versions."""
     found, waiting = {}, [canonicalize_name(name) for name in names]
     while waiting:
         name = waiting.pop()
-        if name in found:
-            continue
-        try:
-            told = importlib.metadata.metadata(name)  # read once: a hundred packages take a tenth of a second
-        except importlib.metadata.PackageNotFoundError:
-            continue  # for another platform, or one build of torch alone
-        found[name] = told["Version"]
-        lines = (line for line in told.get_all("Requires-Dist") or [] if "extra ==" not in line)
-        parsed = [Requirement(line) for line in lines]
-        waiting += [
-            canonicalize_name(need.name) for need in parsed if not need.marker or need.marker.evaluate({"extra": ""})
-        ]
+        if name not in found and (told := _told(name)):
+            found[name] = told[0]
+            waiting += told[1]
+    return found
+
+
+@functools.cache  # a hundred packages take a twentieth of a second
+def _told(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """A package's version and the names of what it needs; None where it isn't installed: for another platform, say."""
+    try:
+        told = importlib.metadata.metadata(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    needs = [Requirement(line) for line in told.get_all("Requires-Dist") or [] if "extra ==" not in line]
+    met = (need for need in needs if not need.marker or need.marker.evaluate({"extra": ""}))
+    return told["Version"], tuple(canonicalize_name(need.name) for need in met)
+
+
+def differing(lines: Iterable[str]) -> list[str]:
+    """Of a requirements file's lines, those that aren't met: `torch==2.12.0 (2.13.0 here)`, or `(missing here)`.
+
+    MLflow's own check, at each load, first reads the metadata of every installed package, a third of a second.
+    """
+    found = []
+    for line in lines:
+        with suppress(InvalidRequirement):  # options, and what isn't a package's name
+            need = Requirement(line)
+            told = _told(installed_as(canonicalize_name(need.name)))
+            if told is None or not need.specifier.contains(told[0], prereleases=True):
+                found.append(f"{need} ({told[0] if told else 'missing'} here)")
     return found
 
 
@@ -109,7 +141,8 @@ def gpus_of(listed: str, told: str) -> list[dict[str, str]]:
     ]
 
 
-def _gpus() -> list[dict[str, str]]:
+def gpus() -> list[dict[str, str]]:
+    """The NVIDIA GPUs of this machine, as nvidia-smi lists them."""
     listed = _said("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
     return gpus_of(listed, _said("nvidia-smi", "-q")) if listed else []
 

@@ -84,6 +84,31 @@ def check_engine(args: argparse.Namespace) -> None:
         raise BadInput(f"engine: spark scores logged models, and {uri} is an endpoint; leave engine local")
 
 
+def check_devices(args: argparse.Namespace) -> None:
+    """What `device` and `execution_provider` ask for, where this machine does the work.
+
+    Raises:
+        BadInput: it has no such GPU, or the installed packages can't use it.
+    """
+    if getattr(args, "engine", "local") == "spark":
+        return
+    device = getattr(args, "device", "auto")
+    if device.startswith("cuda"):
+        import torch
+
+        if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+            seen = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here"
+            raise BadInput(f"device: {device!r} isn't there: {seen}; leave auto, or install torch's CUDA build")
+    if getattr(args, "execution_provider", "cpu") == "cuda":
+        if not environment.gpus():
+            raise BadInput("execution_provider: 'cuda' needs an NVIDIA GPU, and nvidia-smi lists none; leave cpu")
+        import onnxruntime_genai
+
+        if not onnxruntime_genai.is_cuda_available():
+            remedy = "pip uninstall -y onnxruntime onnxruntime-genai && pip install -r requirements-cuda.txt"
+            raise BadInput(f"execution_provider: 'cuda' needs the CUDA builds of onnxruntime: {remedy}")
+
+
 def read_gate(args: argparse.Namespace) -> tuple[gate.Threshold, ...]:
     """The thresholds that `thresholds` names; none where it is empty.
 

@@ -18,8 +18,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slm import cache, chat_model, endpoints, forms, model_logging, reproduction, side_by_side, tracking
-from slm.errors import BadInput
+from slm import (
+    cache,
+    chat_model,
+    console,
+    endpoints,
+    environment,
+    forms,
+    model_logging,
+    reproduction,
+    side_by_side,
+    tracking,
+)
+from slm.errors import BadInput, exhausted
 from slm.prompts import Prompt
 
 
@@ -85,12 +96,16 @@ def load(label: str, uri: str, folder: Path | None, settings: dict) -> LoadedMod
     known = description.flavors["python_function"].get("config") or {}
     override = {name: value for name, value in settings.items() if value and name in known}
     ours = forms.is_ours(description)
+    if ours:
+        needed = folder / "requirements.txt"
+        for difference in environment.differing(needed.read_text("utf-8").splitlines() if needed.exists() else ()):
+            console.out.print(f"{label}: was logged for {difference}", markup=False)
     sys.dont_write_bytecode = True  # into the store's own folder, whose hash would be another one the next time
     try:
-        pyfunc = mlflow.pyfunc.load_model(str(folder), model_config=override if ours else None)
+        pyfunc = mlflow.pyfunc.load_model(str(folder), suppress_warnings=ours, model_config=override if ours else None)
     except Exception as error:
-        if ours:
-            raise
+        if ours and ("cuda" not in str(error).lower() or exhausted(error)):
+            raise  # one that was logged to run on a GPU says what is missing here
         raise BadInput(f"{uri} can't be loaded: {_one_line(error)}") from error
     seconds = time.perf_counter() - start
     wrapper = pyfunc.unwrap_python_model() if ours else None

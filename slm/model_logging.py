@@ -1,24 +1,30 @@
 """Logs the two wrappers. MLflow calls in this module: those that write a model, and nothing else.
 
-Both are `chat_model.py` as models from code, over a folder that is linked, not copied, into what is uploaded: one
-write of the weights in all. The pipeline model carries MLflow's transformers flavor beside it, over the same files, so
-that `mlflow.transformers.load_model` gives the pipeline, while pyfunc keeps a contract that MLflow 3.17's own
-`llm/v1/chat` does not (parameters per row, stop strings, seeds, counts, batches). The flavor's entries are written
-here, since `mlflow.transformers.save_model` would load the model, write its weights once more, in fp32, and ask the
-hub for a model card.
+Both are `chat_model.py` as models from code. The weights are written once at most: a store on this machine gets them
+straight from the checkpoint's folder (slm/cache.py, `place`); what is uploaded elsewhere holds links to them. The
+pipeline model carries MLflow's transformers flavor beside it, over the same files, so that
+`mlflow.transformers.load_model` gives the pipeline, while pyfunc keeps a contract that MLflow 3.17's own `llm/v1/chat`
+does not (parameters per row, stop strings, seeds, counts, batches). The flavor's entries are written here, since
+`mlflow.transformers.save_model` would load the model, write its weights once more, in fp32, and ask the hub for a
+model card.
 """
 
+import functools
 import importlib.metadata
 import json
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import mlflow
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import ModelInfo
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
+from mlflow.utils.uri import is_databricks_unity_catalog_uri
 
 from slm import cache, chat_model, environment
 from slm.checkpoints import Checkpoint
@@ -106,12 +112,14 @@ def _left_behind(registered_name: str, metadata: dict, wanted: ModelSignature, s
 
 
 def save_model(path, mlflow_model, checkpoint, wrapper, schema, generation, save_weights=True, **_):
-    """Writes an MLflow model folder whose weights are links to the checkpoint's (`Model.log` calls this)."""
+    """Writes an MLflow model folder, without the files that a store on this machine got (`Model.log` calls this)."""
     path = Path(path)
     settings = _settings(wrapper, checkpoint, schema, generation, save_weights)
     question = "What is the capital of France?"
     example = {"prompt": question} if schema == "prompt" else {"messages": [{"role": "user", "content": question}]}
-    with tempfile.TemporaryDirectory() as scratch:
+    # MLflow would check that what is installed is installed: it reads every package for that, a third of a second
+    unchecked = mock.patch("mlflow.utils.environment.warn_dependency_requirement_mismatches")
+    with tempfile.TemporaryDirectory() as scratch, unchecked:
         mlflow.pyfunc.save_model(
             path=path,
             python_model=chat_model.__file__,
@@ -124,7 +132,8 @@ def save_model(path, mlflow_model, checkpoint, wrapper, schema, generation, save
     artifact, place = ("onnx", "artifacts/onnx") if wrapper == "onnx" else ("checkpoint", "model")
     pyfunc = mlflow_model.flavors["python_function"]
     if save_weights:
-        _link(checkpoint.folder, path / place, checkpoint.manifest)
+        put = functools.partial(_put, checkpoint, path, _store_here(mlflow_model.artifact_path))
+        put(place, checkpoint.manifest)
         pyfunc["artifacts"] = {artifact: {"path": place, "uri": place}}
         files = {name: vars(record) for name, record in checkpoint.manifest.items()}
         (path / "manifest.json").write_text(json.dumps({"folder": place, "files": files}, indent=1), encoding="utf-8")
@@ -133,7 +142,7 @@ def save_model(path, mlflow_model, checkpoint, wrapper, schema, generation, save
         mlflow_model.flavors["transformers"] = _transformers_flavor(checkpoint, save_weights)
         if save_weights:
             names = [name for name in TOKENIZER_FILES if name in checkpoint.manifest]
-            _link(checkpoint.folder, path / "components" / "tokenizer", names)
+            put("components/tokenizer", names)
     mlflow_model.save(str(path / "MLmodel"))
 
 
@@ -159,11 +168,12 @@ def signature(schema: str, generation: dict) -> ModelSignature:
 def requirements(wrapper: str, scratch: Path) -> list[str]:
     """What serving needs, at the versions installed here; what these bring along is held by a constraints file."""
     # torch's CPU and CUDA builds differ behind the plus
-    found = environment.closure(PACKAGES[wrapper])
+    names = [environment.installed_as(name) for name in PACKAGES[wrapper]]
+    found = environment.closure(names)
     lines = {name: f"{name}=={version.split('+')[0]}" for name, version in found.items()}
     constraints = scratch / "constraints.txt"
     constraints.write_text("".join(f"{lines[name]}\n" for name in sorted(lines)), encoding="utf-8")
-    return [*(lines[name] for name in PACKAGES[wrapper]), f"-c {constraints}"]
+    return [*(lines[name] for name in names), f"-c {constraints}"]
 
 
 def _transformers_flavor(checkpoint: Checkpoint, save_weights: bool) -> dict:
@@ -194,11 +204,26 @@ def _transformers_flavor(checkpoint: Checkpoint, save_weights: bool) -> dict:
     }
 
 
-def _link(source: Path, target: Path, names) -> None:
+def _store_here(location: str | None) -> Path | None:
+    """A logged model's folder in a store on this machine; None where it is uploaded, or uploaded once more.
+
+    Unity Catalog makes a version of the folder that MLflow wrote, not of what was logged.
+    """
+    if location is None or is_databricks_unity_catalog_uri(mlflow.get_registry_uri()):
+        return None
+    repository = get_artifact_repository(location)
+    return Path(repository.artifact_dir) if isinstance(repository, LocalArtifactRepository) else None
+
+
+def _put(checkpoint: Checkpoint, path: Path, store: Path | None, place: str, names) -> None:
+    """The checkpoint's files at `place` in the store, else as links in the folder `path`, which is uploaded."""
     for name in names:
-        link = target / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to((source / name).resolve())
+        target = (store or path) / place / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if store:
+            cache.place(checkpoint.folder / name, target)
+        else:
+            target.symlink_to((checkpoint.folder / name).resolve())
 
 
 def check_manifest(folder: Path) -> str:

@@ -4,7 +4,6 @@ For the CPU the builder's part is the graph in fp32, which it writes tensor by t
 and int8 of it. What is behind each precision was chosen by measurement: benchmarks/precision.py prints the table.
 """
 
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -12,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from slm import cache
+from slm import cache, environment
 from slm.checkpoints import REPOSITORY, Checkpoint, failed
 from slm.errors import BadInput
 
@@ -58,13 +57,13 @@ def export(checkpoint: Checkpoint, precision: str, execution_provider: str, opti
         "precision": precision,
         "execution_provider": execution_provider,
         "options": " ".join(f"{name}={value}" for name, value in sorted(options.items())),
-        "onnxruntime-genai": importlib.metadata.version("onnxruntime-genai"),
+        "onnxruntime-genai": environment.version("onnxruntime-genai"),
         "config": json.dumps(added, sort_keys=True),
     }
     if quantized:
         from slm import quantization
 
-        recipe |= {"quantization": quantization.RECIPE, "onnxruntime": importlib.metadata.version("onnxruntime")}
+        recipe |= {"quantization": quantization.RECIPE, "onnxruntime": environment.version("onnxruntime")}
 
     def build(target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:

@@ -6,14 +6,11 @@ the file's SHA-256 must be; once a model is logged, its manifest does (slm/model
 """
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from slm import cache
 from slm.errors import BadInput
-
-SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def check_links(folder: Path) -> None:
@@ -56,7 +53,7 @@ def check_files(folder: Path, manifest: dict[str, cache.FileRecord]) -> None:
     for name, record in manifest.items():
         path = folder / name
         blob = path.resolve().name
-        if path.is_symlink() and SHA256.fullmatch(blob) and blob != record.sha256:
+        if path.is_symlink() and cache.SHA256.fullmatch(blob) and blob != record.sha256:
             raise BadInput(f"model: {path} is damaged (SHA-256 {record.sha256[:12]}…): delete {path.resolve()}")
         if path.suffix == ".safetensors":
             _check_safetensors(path)

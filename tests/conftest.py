@@ -21,6 +21,7 @@ os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # no model logged h
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+without_gpu = pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="a GPU is at hand")
 FAULTS = pytest.StashKey[dict[str, dict[str, str]]]()  # fault -> test -> outcome
 
 

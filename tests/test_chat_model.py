@@ -1,6 +1,8 @@
 """The two wrappers as logged and loaded through pyfunc: one contract, and in fp32 one text."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -272,15 +274,80 @@ def test_the_transformers_flavor_loads_the_pipeline(logged):
     assert "Paris" in plain["generated_text"]  # task text-generation: a prompt as it stands
 
 
-def test_a_weight_file_that_was_changed_is_noticed(logged, tmp_path):
+def stored(uri: str) -> Path:
+    """A logged model's folder in a store on this machine."""
+    import mlflow
+
+    return Path(mlflow.artifacts.download_artifacts(uri))
+
+
+def test_a_store_beside_the_cache_shares_its_weights_and_nothing_else(logged, checkpoint, int4_export):
+    for name, place, source, weights in (
+        ("pipeline", "model", checkpoint, "model.safetensors"),
+        ("onnx int4", "artifacts/onnx", int4_export, "model.onnx.data"),
+    ):
+        folder = stored(logged[name]) / place
+        assert {path.name for path in folder.iterdir()} == source.manifest.keys()
+        one_disk = folder.stat().st_dev == source.folder.stat().st_dev
+        for path in folder.iterdir():
+            assert path.samefile(source.folder / path.name) == (path.name == weights and one_disk)
+            assert not path.is_symlink()
+
+
+def test_a_users_weights_are_copied_so_that_training_on_changes_no_logged_model(logged, checkpoint, tmp_path):
     import shutil
 
     import mlflow
 
+    from slm import checkpoints, model_logging
+
+    shutil.copytree(checkpoint.folder, tmp_path / "mine")
+    mine = checkpoints.find(str(tmp_path / "mine")).fetch()
+    with mlflow.start_run(mlflow.get_logged_model(logged["pipeline"].rpartition("/")[2]).source_run_id):
+        folder = stored(model_logging.log_pipeline(mine, GENERATION).model_uri)
+    with (mine.folder / "model.safetensors").open("r+b") as file:
+        file.write(bytes(100))
+    assert model_logging.check_manifest(folder) == checkpoint.sha256
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_is_linked_where_that_can_be_and_copied_where_it_cannot(tmp_path, monkeypatch, links):
+    from slm import cache
+
+    monkeypatch.setenv("PHI3_MLFLOW_CACHE", str(tmp_path / "cache"))
+    if not links:  # as between file systems
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link")))
+        monkeypatch.setattr(os, "copy_file_range", lambda *_: (_ for _ in ()).throw(OSError(18, "the same")))
+    blob = f"hub/blobs/{'0a' * 32}"
+    content = os.urandom(3_000_001)
+    for place, linked in (
+        ("cache/one/model.safetensors", links),
+        ("cache/one/tokenizer.json", False),
+        (blob, links),
+        ("hub/blobs/41f3", False),
+        ("mine/model.safetensors", False),
+    ):
+        source, target = tmp_path / place, tmp_path / "store" / place
+        source.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.write_bytes(content)
+        cache.place(source, target)
+        assert target.read_bytes() == content
+        assert target.samefile(source) == linked
+    with pytest.raises(FileExistsError):  # and never written into
+        cache.place(tmp_path / "mine/model.safetensors", tmp_path / "store/cache/one/model.safetensors")
+    (tmp_path / "snapshot.safetensors").symlink_to(tmp_path / blob)  # as the hub's cache names its blobs
+    cache.place(tmp_path / "snapshot.safetensors", tmp_path / "store" / "model.safetensors")
+    assert (tmp_path / "store" / "model.safetensors").samefile(tmp_path / blob) == links
+
+
+def test_a_weight_file_that_was_changed_is_noticed(logged, tmp_path):
+    import shutil
+
     from slm import model_logging
 
     folder = tmp_path / "model"
-    shutil.copytree(mlflow.artifacts.download_artifacts(logged["onnx int4"]), folder)
+    shutil.copytree(stored(logged["onnx int4"]), folder)
     model_logging.check_manifest(folder)
     weights = folder / "artifacts" / "onnx" / "model.onnx.data"
     content = bytearray(weights.read_bytes())

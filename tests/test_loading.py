@@ -13,7 +13,7 @@ from pathlib import Path
 
 import echo_models
 import pytest
-from conftest import REPOSITORY, entry_point, free_port, running
+from conftest import REPOSITORY, entry_point, free_port, running, without_gpu
 
 from slm import endpoints, loading, prompts, tracking
 from slm.errors import BadInput, Unavailable
@@ -560,6 +560,44 @@ def test_a_model_of_ours_that_hangs_fails_what_is_left_by_the_row_timeout(store,
     with model.wrapper._lock:  # as a runtime that never comes back holds it
         found = asked(model, one)["plain"]
     assert (found["text"], found["error"]) == ("", "no answer within 1 s (row_timeout)")
+
+
+def test_packages_that_differ_from_those_a_model_was_logged_with_are_named(store, int4_export, tmp_path, capsys):
+    from importlib.metadata import version
+
+    from slm import model_logging
+
+    logged = model_logging.log_onnx(int4_export, "chat", GENERATION, "int4")
+    folder = tmp_path / "model"
+    shutil.copytree(tracking.download(logged.model_uri), folder)
+    assert load(str(folder)).wrapper
+    assert "was logged for" not in capsys.readouterr().out
+    needed = folder / "requirements.txt"
+    assert f"numpy=={version('numpy')}" in needed.read_text()
+    lines = ["numpy==1.0", "no-such-package>=2", "jinja2", "-c constraints.txt", "./a/path", "onnxruntime>=1.0"]
+    needed.write_text("\n".join(lines))
+    assert load(str(folder)).wrapper
+    assert [line for line in capsys.readouterr().out.splitlines() if "was logged for" in line] == [
+        f"label: was logged for numpy==1.0 ({version('numpy')} here)",
+        "label: was logged for no-such-package>=2 (missing here)",
+    ]
+
+
+@without_gpu
+def test_a_model_that_was_logged_to_run_on_a_gpu_says_in_one_line_that_there_is_none(store, int4_export, checkpoint):
+    from slm import model_logging
+
+    for logged, reason in (
+        (
+            model_logging.log_onnx(int4_export, "chat", GREEDY | {"execution_provider": "cuda"}, "int4"),
+            "Cuda interface",
+        ),
+        (model_logging.log_pipeline(checkpoint, GREEDY | {"device": "cuda"}), "Torch not compiled with CUDA enabled"),
+    ):
+        with pytest.raises(BadInput) as raised:
+            load(logged.model_uri)
+        assert str(raised.value).startswith(f"{tracking.resolve(logged.model_uri)} can't be loaded: ")
+        assert reason in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_nothing_more_is_asked_once_the_caller_has_gone(server):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import REPOSITORY, entry_point
+from conftest import REPOSITORY, entry_point, without_gpu
 
 from slm.errors import BadInput
 from slm.parameters import ENTRY_POINTS, PARAMETERS, parse, stop_strings
@@ -72,6 +72,27 @@ def test_stop_is_one_text_or_a_json_list(given, texts):
 def test_stop_refuses_a_list_of_something_else():
     with pytest.raises(BadInput, match="must be a list of non-empty texts"):
         stop_strings("[1]")
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    ("name", "option", "line"),
+    [
+        (
+            "onnx",
+            "--execution_provider=cuda",
+            "execution_provider: 'cuda' needs an NVIDIA GPU, and nvidia-smi lists none",
+        ),
+        ("evaluate", "--execution_provider=cuda", "execution_provider: 'cuda' needs an NVIDIA GPU"),
+        ("pipeline", "--device=cuda", "device: 'cuda' isn't there: torch 2."),
+        ("evaluate", "--device=cuda:1", "device: 'cuda:1' isn't there: torch 2."),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_one_line_before_anything_is_exported(tmp_path, name, option, line):
+    done = entry_point(name, option, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"error: {line}") and done.err.count("\n") == 1
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)

@@ -14,7 +14,7 @@ import pytest
 from conftest import REPOSITORY, call, entry_point
 
 from entrypoints import compare, evaluate
-from slm import environment, reproduction
+from slm import environment, model_logging, reproduction
 
 ROWS = [
     {"id": name, "prompt": f"What is the capital of {name}?", "expected": city, "scorers": ["contains"]}
@@ -306,6 +306,31 @@ def test_the_record_of_this_machine_names_its_cpu_and_every_package_that_the_pro
     assert {"mlflow", "torch", "onnxruntime-genai", "mlflow-skinny"} <= described["needed"].keys()
     assert "pytest" in described["packages"] and "pytest" not in described["needed"]
     assert re.fullmatch("[0-9a-f]{64}", described["code.sha256"])
+
+
+def test_the_cuda_builds_of_onnxruntime_are_found_under_their_own_names(tmp_path, monkeypatch):
+    builds = {"onnxruntime-gpu": "1.31.1", "onnxruntime-genai-cuda": "0.18.0"}
+    for name, version in builds.items():
+        folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: numpy\n"
+        (folder / "METADATA").write_text(text, encoding="utf-8")
+    installed = environment._told
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    installed.cache_clear()
+    assert environment.installed_as("onnxruntime-genai") == "onnxruntime-genai"  # both are there
+    monkeypatch.setattr(
+        environment, "_told", lambda name: installed(name) if name not in environment.CUDA_BUILDS else None
+    )
+    assert {environment.installed_as(name): environment.version(name) for name in environment.CUDA_BUILDS} == builds
+    assert environment.installed_as("numpy") == "numpy"
+    assert model_logging.requirements("onnx", tmp_path)[1:3] == [
+        "onnxruntime-genai-cuda==0.18.0",
+        "onnxruntime-gpu==1.31.1",
+    ]
+    assert {*builds, "numpy"} <= environment.closure(map(environment.installed_as, environment.CUDA_BUILDS)).keys()
+    assert environment.differing(["onnxruntime==1.31.1", "onnxruntime-genai-cuda==0.18.0"]) == []
+    installed.cache_clear()
 
 
 def test_gpus_are_read_from_what_nvidia_smi_prints():
