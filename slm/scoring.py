@@ -5,7 +5,6 @@ no model is loaded.
 """
 
 import gc
-import importlib.metadata
 import json
 import math
 import time
@@ -260,7 +259,7 @@ def identity(model: loading.LoadedModel, generation: dict) -> list:
     Folders of answers are moved and shared between machines, and another kind of CPU may round another way.
     """
     libraries = ("onnxruntime-genai", "onnxruntime", "torch", "transformers", "tokenizers", "jinja2")
-    versions = {name: importlib.metadata.version(name) for name in libraries}
+    versions = {name: environment.version(name) for name in libraries}
     described = environment.describe()
     machine = [described[name] for name in ("cpu", "cpu_model", "cpu_flags", "gpus")] if model.sha256 else []
     return [model.sha256 or model.uri, model.identity, generation, versions, machine]

@@ -22,12 +22,13 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import urllib.parse
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -42,6 +43,8 @@ SHOWN = 10_000  # answers that the driver holds, samples.jsonl lists and the rep
 LOCAL = "local[*,4]"  # a task is tried four times, as on a cluster
 BUCKET_ROWS = 16  # a bucket's prompts, until MOST_BUCKETS are reached; then they grow
 MOST_BUCKETS = 1000
+PART_BYTES = 4 * 2**20  # of the prompt set: what goes through the driver at once, which hashes it in its order
+OUT_OF_MEMORY = 3  # exit code of a JVM with ExitOnOutOfMemoryError
 FOLDER = "evaluation/samples.parquet"
 MARKER = re.compile(r"_bucket-(\d{5})\.json")
 LOCAL_STORES = ("sqlite:", "file:", "/", ".")  # tracking URIs that mean something on this machine alone
@@ -129,6 +132,8 @@ def session(master: str):
     builder = SparkSession.builder.appName("phi3-mlflow evaluate")
     if active is None and (master or not submitted):
         builder = builder.master(master or LOCAL).config("spark.ui.showConsoleProgress", "false")
+        # else a thread of the driver dies alone, and the driver waits for what it should have brought, for ever
+        builder = builder.config("spark.driver.defaultJavaOptions", "-XX:+ExitOnOutOfMemoryError")
         if (master or "local").startswith("local"):
             os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
             os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
@@ -174,11 +179,19 @@ def _send_package(context) -> None:
 @contextmanager
 def _spark_errors() -> Iterator[None]:
     """What Spark has given up on, in one line."""
-    from py4j.protocol import Py4JError
+    from py4j.protocol import Py4JError, Py4JNetworkError
+    from pyspark import SparkContext
     from pyspark.errors import PySparkException
 
     try:
         yield
+    except (Py4JNetworkError, EOFError, ConnectionError) as error:  # nobody is there any more
+        process = getattr(SparkContext._gateway, "proc", None)
+        with suppress(subprocess.TimeoutExpired):
+            if process and process.wait(10) == OUT_OF_MEMORY:
+                remedy = "give it more, SPARK_DRIVER_MEMORY=4g"
+                raise Unavailable(f"spark: the memory of the driver's JVM is used up; {remedy}") from error
+        raise Unavailable(f"spark: the driver's JVM doesn't answer ({_reason(error)})") from error
     except (PySparkException, Py4JError) as error:
         raise Unavailable(f"spark: a task failed, after retries: {_reason(error)}") from error
 
@@ -220,10 +233,11 @@ def read_prompts(location: str, given: str, master: str, scorers: str = "", repe
         checked = raw.mapInArrow(lambda batches: _validated(batches, kind, before, spec, title), VALIDATED)
         checked.unpersist()  # what the session may still hold of this path is of another day
         checked.persist()
-        _refuse(checked, asked, name, title)
+        parts = -(-_refuse(checked, asked, name, title) // PART_BYTES)
         digest, rows, kept = hashlib.sha256(b"["), 0, []
         most = max(SHOWN // repeats, 1)
-        ordered = checked.orderBy("file", "row").select("canonical")
+        lines = checked.select("file", "row", "canonical").repartitionByRange(parts, "file", "row")
+        ordered = lines.sortWithinPartitions("file", "row").select("canonical")
         for row in ordered.toLocalIterator(prefetchPartitions=True):
             digest.update((b"," if rows else b"") + row.canonical.encode())
             rows += 1
@@ -274,14 +288,17 @@ def _raw(spark, location: str, given: str, kind: str):
     return lines.select(F.col("value").cast("binary").alias("value"), *place), before
 
 
-def _refuse(checked, asked: scorer_calls.Asked, name: str, title: str) -> None:
-    """Raises BadInput for the first wrong row, for an id that is there twice, and for a set without rows."""
+def _refuse(checked, asked: scorer_calls.Asked, name: str, title: str) -> int:
+    """Raises BadInput for the first wrong row, for an id that is there twice, and for a set without rows.
+
+    Gives the set's size, in characters.
+    """
     from pyspark.sql import functions as F
 
     wrong = checked.filter("error is not null").orderBy("file", "row").select("error").head()
     if wrong is not None:
         raise BadInput(wrong.error)
-    rows = checked.count()
+    rows, size = checked.agg(F.count("*"), F.sum(F.length("canonical"))).head()
     if not rows:
         raise BadInput(f"{name}: no rows; write at least one prompt")
     places = F.array_sort(F.collect_list(F.struct("file", "row", "where", "own_id")))
@@ -297,6 +314,7 @@ def _refuse(checked, asked: scorer_calls.Asked, name: str, title: str) -> None:
         for found in unscorable.agg(F.count("*").alias("rows"), F.first("pair.reason").alias("reason")).collect():
             if found.rows == rows:
                 raise BadInput(found.reason)
+    return size
 
 
 def _validated(batches: Iterable, kind: str, before: dict, spec: tuple, title: str) -> Iterator:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, entry_point
+from conftest import REPOSITORY, entry_point, without_gpu
 
 pytestmark = pytest.mark.slow
 
@@ -117,15 +117,20 @@ def small_model(request, checkpoint, tmp_path_factory):
     return model, checkpoints.find(str(folder)).fetch()
 
 
-def test_both_wrappers_give_the_greedy_tokens_of_transformers(small_model):
+def some_prompts() -> list[list[int]]:
+    """Random token ids, of LENGTHS."""
     import torch
 
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(20, 49152, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def test_both_wrappers_give_the_greedy_tokens_of_transformers(small_model):
     from slm import onnx_export
     from slm.chat_model import OnnxRuntime, SlotRuntime, TransformersRuntime, onnx_runtime
 
     model, saved = small_model
-    generator = torch.Generator().manual_seed(2)
-    prompts = [torch.randint(20, 49152, (length,), generator=generator).tolist() for length in LENGTHS]
+    prompts = some_prompts()
     expected = [generated(model, prompt, 24) for prompt in prompts]
     assert min(len(set(tokens)) for tokens in expected) > 6  # else nothing is compared
     rooms = [24, 20, 12, 6]  # rows leave the batch one after another
@@ -166,15 +171,13 @@ def test_int4_has_the_very_weights_of_the_builders_own(small_model):
 @pytest.mark.parametrize("small_model", ["phi-3, long", "qwen2", "gemma2, every other layer sliding"], indirect=True)
 def test_int8_stays_close_to_fp32_and_no_row_depends_on_another(small_model):
     import numpy as np
-    import torch
     from test_quantization import next_tokens
 
     from slm import onnx_export
     from slm.chat_model import onnx_runtime
 
     _, saved = small_model
-    generator = torch.Generator().manual_seed(2)
-    prompts = [torch.randint(20, 49152, (length,), generator=generator).tolist() for length in LENGTHS]
+    prompts = some_prompts()
     folders = [onnx_export.export(saved, precision, "cpu").folder for precision in ("fp32", "int8")]
     whole, integer = (next_tokens(folder, prompts) for folder in folders)
     error = np.abs(whole - integer).mean() / whole.std()
@@ -199,6 +202,27 @@ def test_an_export_has_the_same_bytes_every_time(small_model, tmp_path):
             made.append(cache.manifest_of(target))
         assert made[0] == made[1]
         assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"} <= made[0].keys()
+
+
+@without_gpu
+@pytest.mark.parametrize("small_model", ["qwen2", "phi-3, sliding"], indirect=True)
+def test_an_export_for_cuda_names_its_provider_and_gives_the_numbers_of_fp32_on_a_cpu(small_model):
+    """As far as a graph for a GPU can be tested without one."""
+    import numpy as np
+    from test_quantization import next_tokens
+
+    from slm import onnx_export
+    from slm.chat_model import SlotRuntime, onnx_runtime
+
+    _, source = small_model
+    whole, half = (onnx_export.export(source, *names).folder for names in (("fp32", "cpu"), ("fp16", "cuda")))
+    decoder = json.loads((half / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
+    assert [*decoder["session_options"]["provider_options"][0]] == ["cuda"]
+    expected, found = (next_tokens(folder, some_prompts()) for folder in (whole, half))
+    assert 0 < np.abs(expected - found).mean() / expected.std() < 0.01
+    assert isinstance(onnx_runtime(half, {"execution_provider": "cpu"}), SlotRuntime)
+    with pytest.raises(RuntimeError, match=r"(?i)cuda"):
+        onnx_runtime(half, {})
 
 
 @pytest.mark.parametrize("described", [True, False])

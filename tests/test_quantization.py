@@ -37,7 +37,8 @@ def next_tokens(folder: Path, prompts: list[list[int]], entries: dict[str, str] 
         options.add_session_config_entry(*entry)
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     facts = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
-    past = np.zeros((1, facts["num_key_value_heads"], 0, facts["head_size"]), np.float32)
+    half = session.get_outputs()[1].type == "tensor(float16)"
+    past = np.zeros((1, facts["num_key_value_heads"], 0, facts["head_size"]), np.float16 if half else np.float32)
     found = []
     for prompt in prompts:
         ids = np.array([prompt])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, entry_point, free_port
+from conftest import REPOSITORY, call, entry_point, free_port
 
 from entrypoints import evaluate
 from slm import prompts, scorer_calls, statistics
@@ -188,6 +188,27 @@ def test_a_prompt_set_is_the_same_one_that_is_read_locally(session, tmp_path):
     file = REPOSITORY / "prompts" / "general.jsonl"
     expected, found = prompts.read_prompt_set(file, str(file)), read(file)
     assert (found.sha256, found.prompts, found.rows) == (expected.sha256, expected.prompts, len(expected.prompts))
+
+
+def test_a_large_prompt_set_comes_through_the_driver_in_small_parts_and_in_its_order(session, tmp_path, monkeypatch):
+    from pyspark.sql import functions as F
+
+    from slm import spark
+
+    file = write_numbers(tmp_path / "numbers.jsonl", 3000)
+    parts = []
+    frames = type(session.range(1))
+    whole = frames.toLocalIterator
+
+    def noted(frame, **words):
+        sizes = frame.groupBy(F.spark_partition_id()).agg(F.sum(F.length("canonical")).alias("size"))
+        parts.extend(row.size for row in sizes.collect())
+        return whole(frame, **words)
+
+    monkeypatch.setattr(frames, "toLocalIterator", noted)
+    monkeypatch.setattr(spark, "PART_BYTES", 20_000)
+    assert read(file).sha256 == prompts.read_prompt_set(file, "").sha256
+    assert len(parts) > 10 and max(parts) < 2 * 20_000  # Spark draws the borders from a sample
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl.gz", "folder"])
@@ -377,6 +398,22 @@ def test_a_row_that_fails_is_a_row_with_an_error_and_alone_is_asked_again(run, t
     assert sorted(asked(tmp_path, "model")[41:]) == list(range(40))
 
 
+@pytest.mark.slow
+@pytest.mark.fault("storage: the memory of Spark's driver at its end")
+def test_a_driver_whose_jvm_runs_out_of_memory_ends_in_one_line():
+    """Without ExitOnOutOfMemoryError a thread of it dies alone, and the evaluation waits for ever."""
+    code = (
+        "from slm import errors, spark\n"
+        "context = spark.session('').sparkContext\n"
+        "try:\n"
+        "    with spark._spark_errors(): context._jvm.java.nio.ByteBuffer.allocate(2**31 - 1)\n"
+        "except errors.Unavailable as error: print(error)\n"
+    )
+    done = call(sys.executable, "-c", code, SPARK_DRIVER_MEMORY="600m")
+    line = "spark: the memory of the driver's JVM is used up; give it more, SPARK_DRIVER_MEMORY=4g"
+    assert done.out.splitlines()[-1] == line, done.err
+
+
 # Faults ---------------------------------------------------------------------------------------------------------------
 
 
@@ -462,7 +499,7 @@ def cluster(session, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cluster_whose_executor_is_killed_gives_the_local_result(cluster, tracking_server, tmp_path, monkeypatch):
+def test_a_cluster_of_which_a_worker_is_killed_gives_the_local_result(cluster, tracking_server, tmp_path, monkeypatch):
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_server)
@@ -472,20 +509,19 @@ def test_a_cluster_whose_executor_is_killed_gives_the_local_result(cluster, trac
     numbers, uri = write_numbers(tmp_path / "numbers.jsonl", 160), log_model(tmp_path, "model", delay=0.1)
     killed = []
 
-    def executor_of(pid: int) -> int:
-        """The executor whose Python worker that is: its grandparent, the daemon between them."""
-        for _ in range(2):
-            pid = int(re.search(r"PPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
-        return pid
+    def parent(pid: int) -> int:
+        return int(re.search(r"PPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
 
     def kill():
-        """Kills an executor in the middle, when both have been asked."""
+        """Kills a worker and its executor in the middle, when both workers have been asked."""
         log = tmp_path / "model.log"
         wait_for(lambda: log.exists() and len({line.split()[1] for line in log.read_text().splitlines()}) >= 2)
-        pid = executor_of(int(log.read_text().splitlines()[-1].split()[1]))
-        assert b"CoarseGrainedExecutorBackend" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        os.kill(pid, signal.SIGKILL)
-        killed.append(pid)
+        python = int(log.read_text().splitlines()[-1].split()[1])
+        executor = parent(parent(python))  # a daemon is between them
+        for pid, name in ((parent(executor), b"deploy.worker.Worker"), (executor, b"CoarseGrainedExecutorBackend")):
+            assert name in Path(f"/proc/{pid}/cmdline").read_bytes()
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -496,7 +532,7 @@ def test_a_cluster_whose_executor_is_killed_gives_the_local_result(cluster, trac
     )  # fmt: skip
     killer.join()
     assert done.code == 0, done.out + done.err
-    assert killed and len(asked(tmp_path, "model")) > 160  # what it was at was asked again
+    assert len(killed) == 2 and len(asked(tmp_path, "model")) > 160  # what it was at was asked again
     local = entry_point("evaluate", *options, PHI3_MLFLOW_CACHE=str(tmp_path / "local"))
     assert local.code == 0, local.out + local.err
     by_engine = {
