@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import peers
+from benchmarks import peers, precision
 from benchmarks.ratios import Row, best, in_turn, ratios
 from slm import checkpoints, onnx_export, prompts
-from slm.chat_model import SmallLanguageModel, physical_cores
+from slm.chat_model import Answer, SmallLanguageModel, physical_cores
 
 BATCH_SIZES = (8, 16, 32)
 
@@ -30,9 +30,12 @@ def wrapper(**artifacts) -> SmallLanguageModel:
     return model
 
 
+def prompt_rows() -> tuple[prompts.Prompt, ...]:
+    return prompts.read_prompt_set(Path("prompts/general.jsonl"), "general").prompts
+
+
 def questions() -> list[dict]:
-    rows = prompts.read_prompt_set(Path("prompts/general.jsonl"), "general").prompts
-    return [{"messages": list(row.messages), "max_tokens": peers.MAX_TOKENS} for row in rows]
+    return [{"messages": list(row.messages), "max_tokens": peers.MAX_TOKENS} for row in prompt_rows()]
 
 
 def forget(model: SmallLanguageModel) -> None:
@@ -59,6 +62,11 @@ def asked_singly(model: SmallLanguageModel, rows: list[dict]) -> Callable[[], fl
         return sum(model.predict(None, [row])[0]["usage"]["completion_tokens"] for row in rows)
 
     return lambda: forget(model) or speed(generate)
+
+
+def answers(model: SmallLanguageModel, rows: list[dict]) -> list[Answer]:
+    found = dict(model.answers(rows))
+    return [found[place][0] for place in range(len(rows))]
 
 
 def over_onnx(provider: str) -> list[Row]:
@@ -136,11 +144,9 @@ def over_transformers(scratch: Path, provider: str) -> list[Row]:
     """The pipeline wrapper against transformers and mlflow; the ONNX wrapper against it."""
     checkpoint = checkpoints.find("smollm2-135m-instruct").fetch()
     model = wrapper(checkpoint=checkpoint.folder)
-    onnx = {
-        precision: wrapper(onnx=onnx_export.export(checkpoint, precision, provider).folder)
-        for precision in ("int4", "int8")
-    }
-    rows = questions()[::3]
+    onnx = {name: wrapper(onnx=onnx_export.export(checkpoint, name, provider).folder) for name in ("int4", "int8")}
+    some = slice(0, None, 3)
+    rows = questions()[some]
     ids = [model.prepare(row)[0].prompt for row in rows]
     plain, stock = peers.Generate(checkpoint.folder, provider), peers.StockChat(checkpoint.folder, scratch)
     batch_size = int(
@@ -151,10 +157,22 @@ def over_transformers(scratch: Path, provider: str) -> list[Row]:
             "pipeline": answered(model, rows),
             "generate": lambda: speed(lambda: plain.generate(ids, batch_size)),
             "stock": lambda: speed(lambda: stock.generate([row["messages"] for row in rows[::10]])),
-            **{precision: answered(other, rows) for precision, other in onnx.items()},
+            **{name: answered(other, rows) for name, other in onnx.items()},
         }
     )
-    fastest = max(onnx, key=lambda precision: max(figures[precision]))
+    given = {name: answers(other, rows) for name, other in (onnx | {"fp32": model}).items()}
+    scores = {name: precision.score(prompt_rows()[some], texts) for name, texts in given.items()}
+    against_fp32 = [
+        Row(
+            f"ONNX {name}, prompt set",
+            "pipeline, fp32",
+            5.0,
+            ratios(figures[name], figures["pipeline"]),
+            note=f"{precision.agreement(given[name], given['fp32']):.0%} of fp32's answers to the letter, "
+            f"score {scores[name]:.3f}, fp32's {scores['fp32']:.3f}",
+        )
+        for name in onnx
+    ]
     return [
         Row(
             "pipeline, prompt set",
@@ -163,5 +181,5 @@ def over_transformers(scratch: Path, provider: str) -> list[Row]:
             ratios(figures["pipeline"], figures["generate"]),
         ),
         Row("pipeline, prompt set", "mlflow's stock llm/v1/chat", 3.0, ratios(figures["pipeline"], figures["stock"])),
-        Row(f"ONNX {fastest}, prompt set", "pipeline, fp32", 5.0, ratios(figures[fastest], figures["pipeline"])),
+        *against_fp32,
     ]

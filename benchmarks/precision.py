@@ -73,19 +73,23 @@ def main() -> None:
     reference = answers["fp32"]
     base = score(prompt_set, reference)
     for name in models:
-        same = [answer.text == other.text for answer, other in zip(answers[name], reference, strict=True)]
         prefix = sum(common(answer.text, other.text) for answer, other in zip(answers[name], reference, strict=True))
         value = score(prompt_set, answers[name])
         table.add_row(
             name,
             f"{sizes[name] / 1e6:.0f} MB",
             f"{statistics.median(ratios[name]):.2f}",
-            f"{sum(same) / len(same):.0%}",
+            f"{agreement(answers[name], reference):.0%}",
             f"{prefix / sum(len(other.text) for other in reference):.0%}",
             f"{value:.3f}",
             f"{value / base:.2f}",
         )
     Console(width=120).print(table)
+
+
+def agreement(answers, reference) -> float:
+    """The share of answers that are the reference's to the letter."""
+    return statistics.fmean(answer.text == other.text for answer, other in zip(answers, reference, strict=True))
 
 
 def common(text: str, other: str) -> int:
