@@ -59,12 +59,12 @@ def folder(name: str, recipe: dict[str, str], build: Callable[[Path], None]) -> 
     """
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     target = root() / f"{name}-{key}"
-    record = target.with_suffix(".json")
+    record = _record(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):
+    with FileLock(target.with_name(f"{target.name}.lock")):
         manifest = _intact(target, record)
         if manifest is None:
-            building = target.with_suffix(".building")
+            building = target.with_name(f"{target.name}.building")
             for leftover in (building, target):
                 shutil.rmtree(leftover, ignore_errors=True)
             building.mkdir()
@@ -85,8 +85,7 @@ def place(source: Path, target: Path) -> None:
     on different file systems, or theirs knows no links, they are copied as well.
     """
     source = source.resolve()
-    ours = source.suffix in WEIGHTS and source.is_relative_to(root().resolve())
-    if ours or (source.parent.name == "blobs" and SHA256.fullmatch(source.name)):
+    if _is_ours(source) or (source.parent.name == "blobs" and SHA256.fullmatch(source.name)):
         with suppress(OSError):
             os.link(source, target)
             return
@@ -96,6 +95,18 @@ def place(source: Path, target: Path) -> None:
             while count := os.copy_file_range(given.fileno(), written.fileno(), left):
                 left -= count
         shutil.copyfileobj(given, written)
+
+
+def _is_ours(source: Path) -> bool:
+    """Whether a file is weights in a folder that `folder` made; a user's may lie below the cache's root as well."""
+    if source.suffix not in WEIGHTS or not source.is_relative_to(root().resolve()):
+        return False
+    top = root().resolve() / source.relative_to(root().resolve()).parts[0]
+    return top != source and _record(top).exists()
+
+
+def _record(target: Path) -> Path:
+    return target.with_name(f"{target.name}.json")  # a model's name may have a dot
 
 
 def _intact(target: Path, record: Path) -> dict[str, FileRecord] | None:

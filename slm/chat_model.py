@@ -470,6 +470,11 @@ class OnnxRuntime:
             if provider != "cpu":
                 settings.append_provider(provider)
         facts = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        listed = [*facts["decoder"].get("session_options", {}).get("provider_options", []), {}]
+        if provider == "cuda" or (not provider and "cuda" in listed[0]):
+            import onnxruntime
+
+            onnxruntime.preload_dlls()  # CUDA's libraries, where pip has put them
         # its own default was one thread on two cores, at 0.6 of the speed
         ours = {"session_options": {"intra_op_num_threads": int(config.get("threads") or physical_cores())}}
         if integers_saturate():

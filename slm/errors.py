@@ -20,6 +20,8 @@ EXHAUSTED = {
     "bad_alloc": "the memory is used up",
     "bad allocation": "the memory is used up",
     "CUDA out of memory": "the GPU's memory is used up; a smaller batch_size takes less",
+    "CUDA error: out of memory": "the GPU's memory is used up; a smaller batch_size takes less",
+    "CUDA failure 2: out of memory": "the GPU's memory is used up; a smaller batch_size takes less",
 }
 ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOMEM)
 

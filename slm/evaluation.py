@@ -99,14 +99,12 @@ def check_devices(args: argparse.Namespace) -> None:
         if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
             seen = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here"
             raise BadInput(f"device: {device!r} isn't there: {seen}; leave auto, or install torch's CUDA build")
-    if getattr(args, "execution_provider", "cpu") == "cuda":
+    exports = not getattr(args, "model_uris", "")
+    if exports and getattr(args, "execution_provider", "cpu") == "cuda":
         if not environment.gpus():
             raise BadInput("execution_provider: 'cuda' needs an NVIDIA GPU, and nvidia-smi lists none; leave cpu")
-        import onnxruntime_genai
-
-        if not onnxruntime_genai.is_cuda_available():
-            remedy = "pip uninstall -y onnxruntime onnxruntime-genai && pip install -r requirements-cuda.txt"
-            raise BadInput(f"execution_provider: 'cuda' needs the CUDA builds of onnxruntime: {remedy}")
+        if environment.installed_as("onnxruntime-genai") == "onnxruntime-genai":
+            raise BadInput("execution_provider: 'cuda' needs onnxruntime's CUDA builds; requirements-cuda.txt says how")
 
 
 def read_gate(args: argparse.Namespace) -> tuple[gate.Threshold, ...]:

@@ -24,7 +24,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
-from mlflow.utils.uri import is_databricks_unity_catalog_uri
+from mlflow.utils.uri import is_databricks_unity_catalog_uri, is_oss_unity_catalog_uri
 
 from slm import cache, chat_model, environment
 from slm.checkpoints import Checkpoint
@@ -173,7 +173,8 @@ def requirements(wrapper: str, scratch: Path) -> list[str]:
     lines = {name: f"{name}=={version.split('+')[0]}" for name, version in found.items()}
     constraints = scratch / "constraints.txt"
     constraints.write_text("".join(f"{lines[name]}\n" for name in sorted(lines)), encoding="utf-8")
-    return [*(lines[name] for name in names), f"-c {constraints}"]
+    asked = [lines[name].replace("onnxruntime-gpu==", "onnxruntime-gpu[cuda,cudnn]==") for name in names]
+    return [*asked, f"-c {constraints}"]
 
 
 def _transformers_flavor(checkpoint: Checkpoint, save_weights: bool) -> dict:
@@ -209,7 +210,8 @@ def _store_here(location: str | None) -> Path | None:
 
     Unity Catalog makes a version of the folder that MLflow wrote, not of what was logged.
     """
-    if location is None or is_databricks_unity_catalog_uri(mlflow.get_registry_uri()):
+    registry = mlflow.get_registry_uri()
+    if location is None or is_databricks_unity_catalog_uri(registry) or is_oss_unity_catalog_uri(registry):
         return None
     repository = get_artifact_repository(location)
     return Path(repository.artifact_dir) if isinstance(repository, LocalArtifactRepository) else None

@@ -132,15 +132,16 @@ def session(master: str):
     builder = SparkSession.builder.appName("phi3-mlflow evaluate")
     if active is None and (master or not submitted):
         builder = builder.master(master or LOCAL).config("spark.ui.showConsoleProgress", "false")
-        # else a thread of the driver dies alone, and the driver waits for what it should have brought, for ever
-        builder = builder.config("spark.driver.defaultJavaOptions", "-XX:+ExitOnOutOfMemoryError")
         if (master or "local").startswith("local"):
             os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
             os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
             builder = builder.config("spark.ui.enabled", "false")  # it would listen on every address
     interrupt = signal.getsignal(signal.SIGINT)
+    # else a thread of the driver dies alone, and the driver waits for what it should have brought, for ever
+    options = {"SPARK_SUBMIT_OPTS": f"{os.environ.get('SPARK_SUBMIT_OPTS', '')} -XX:+ExitOnOutOfMemoryError"}
     try:
-        spark = active or builder.getOrCreate()
+        with environment.variables(options):
+            spark = active or builder.getOrCreate()
     except Exception as error:
         if "parse Master URL" in str(error):
             raise BadInput(f"spark_master: {master!r} is none; write local[4], spark://host:7077, yarn, …") from None
@@ -291,14 +292,14 @@ def _raw(spark, location: str, given: str, kind: str):
 def _refuse(checked, asked: scorer_calls.Asked, name: str, title: str) -> int:
     """Raises BadInput for the first wrong row, for an id that is there twice, and for a set without rows.
 
-    Gives the set's size, in characters.
+    Gives the set's size, in bytes.
     """
     from pyspark.sql import functions as F
 
     wrong = checked.filter("error is not null").orderBy("file", "row").select("error").head()
     if wrong is not None:
         raise BadInput(wrong.error)
-    rows, size = checked.agg(F.count("*"), F.sum(F.length("canonical"))).head()
+    rows, size = checked.agg(F.count("*"), F.sum(F.octet_length("canonical"))).head()
     if not rows:
         raise BadInput(f"{name}: no rows; write at least one prompt")
     places = F.array_sort(F.collect_list(F.struct("file", "row", "where", "own_id")))
@@ -686,10 +687,10 @@ def _fetched(uri: str, model_key: str) -> tuple[Path, bool]:
     name = hashlib.sha256(f"{mlflow.get_tracking_uri()} {uri} {model_key}".encode()).hexdigest()[:16]
     target = cache.root() / "spark" / f"model-{name}"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):
+    with FileLock(target.with_name(f"{target.name}.lock")):
         if target.is_dir():
             return target, False
-        building = target.with_suffix(".building")
+        building = target.with_name(f"{target.name}.building")
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
         Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(building))).rename(target)

@@ -315,14 +315,17 @@ def test_a_file_is_linked_where_that_can_be_and_copied_where_it_cannot(tmp_path,
     from slm import cache
 
     monkeypatch.setenv("PHI3_MLFLOW_CACHE", str(tmp_path / "cache"))
+    made, _ = cache.folder("one-1.5", {}, lambda folder: (folder / "model.safetensors").touch())
     if not links:  # as between file systems
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link")))
         monkeypatch.setattr(os, "copy_file_range", lambda *_: (_ for _ in ()).throw(OSError(18, "the same")))
     blob = f"hub/blobs/{'0a' * 32}"
     content = os.urandom(3_000_001)
     for place, linked in (
-        ("cache/one/model.safetensors", links),
-        ("cache/one/tokenizer.json", False),
+        (f"cache/{made.name}/model.safetensors", links),
+        (f"cache/{made.name}/tokenizer.json", False),
+        ("cache/mine/model.safetensors", False),  # a user's, below the cache's root
+        ("cache/model.safetensors", False),
         (blob, links),
         ("hub/blobs/41f3", False),
         ("mine/model.safetensors", False),
@@ -335,10 +338,26 @@ def test_a_file_is_linked_where_that_can_be_and_copied_where_it_cannot(tmp_path,
         assert target.read_bytes() == content
         assert target.samefile(source) == linked
     with pytest.raises(FileExistsError):  # and never written into
-        cache.place(tmp_path / "mine/model.safetensors", tmp_path / "store/cache/one/model.safetensors")
+        cache.place(tmp_path / "mine/model.safetensors", tmp_path / "store/cache/mine/model.safetensors")
     (tmp_path / "snapshot.safetensors").symlink_to(tmp_path / blob)  # as the hub's cache names its blobs
     cache.place(tmp_path / "snapshot.safetensors", tmp_path / "store" / "model.safetensors")
     assert (tmp_path / "store" / "model.safetensors").samefile(tmp_path / blob) == links
+
+
+@pytest.mark.parametrize("registry", ["databricks-uc", "uc:http://127.0.0.1:1"])
+def test_a_version_in_unity_catalog_is_made_of_a_folder_that_holds_the_weights(tmp_path, registry):
+    import mlflow
+
+    from slm import model_logging
+
+    assert model_logging._store_here(str(tmp_path)) == tmp_path
+    assert model_logging._store_here("s3://bucket/0/models/m-1/artifacts") is None
+    before = mlflow.get_registry_uri()
+    mlflow.set_registry_uri(registry)
+    try:
+        assert model_logging._store_here(str(tmp_path)) is None
+    finally:
+        mlflow.set_registry_uri(before)
 
 
 def test_a_weight_file_that_was_changed_is_noticed(logged, tmp_path):

@@ -136,6 +136,20 @@ def test_a_damaged_cache_folder_is_built_again(tmp_path, monkeypatch, damage):
     assert (tmp_path / "calls").read_text() == "built\nbuilt\n"
 
 
+def test_models_whose_names_have_dots_keep_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("PHI3_MLFLOW_CACHE", str(tmp_path))
+    built = []
+
+    def build(folder):
+        built.append(folder)
+        (folder / "weights").write_text(str(len(built)))
+
+    for _ in range(2):
+        for precision in ("int4", "int8"):
+            cache.folder(f"Phi-3.5-mini-{precision}", {"precision": precision}, build)
+    assert len(built) == 2
+
+
 def test_a_build_that_fails_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("PHI3_MLFLOW_CACHE", str(tmp_path / "cache"))
 

@@ -1,5 +1,6 @@
 """MLproject, argparse and the logged parameters are one thing; a mistake in one costs one line."""
 
+import os
 import subprocess
 import sys
 
@@ -93,6 +94,17 @@ def test_a_gpu_that_is_not_there_is_one_line_before_anything_is_exported(tmp_pat
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith(f"error: {line}") and done.err.count("\n") == 1
     assert not [*tmp_path.iterdir()]
+
+
+@without_gpu
+def test_a_gpu_without_the_cuda_builds_of_onnxruntime_is_one_line(tmp_path):
+    listing = tmp_path / "nvidia-smi"
+    listing.write_text("#!/bin/sh\necho 'NVIDIA H200, 570.86.15, 143771 MiB'\n")
+    listing.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    done = entry_point("onnx", "--execution_provider=cuda", PATH=path)
+    line = "error: execution_provider: 'cuda' needs onnxruntime's CUDA builds; requirements-cuda.txt says how\n"
+    assert (done.code, done.out, done.err) == (2, "", line)
 
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)

@@ -308,29 +308,37 @@ def test_the_record_of_this_machine_names_its_cpu_and_every_package_that_the_pro
     assert re.fullmatch("[0-9a-f]{64}", described["code.sha256"])
 
 
-def test_the_cuda_builds_of_onnxruntime_are_found_under_their_own_names(tmp_path, monkeypatch):
-    builds = {"onnxruntime-gpu": "1.31.1", "onnxruntime-genai-cuda": "0.18.0"}
-    for name, version in builds.items():
+@pytest.fixture
+def cuda_builds(tmp_path, monkeypatch):
+    """An environment with onnxruntime's CUDA builds in the place of the usual ones, as far as its metadata tells."""
+    builds = {"onnxruntime": ("onnxruntime-gpu", "1.31.1"), "onnxruntime-genai": ("onnxruntime-genai-cuda", "0.18.0")}
+    for name, version in builds.values():
         folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
         folder.mkdir()
         text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: numpy\n"
         (folder / "METADATA").write_text(text, encoding="utf-8")
-    installed = environment._told
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    installed.cache_clear()
-    assert environment.installed_as("onnxruntime-genai") == "onnxruntime-genai"  # both are there
-    monkeypatch.setattr(
-        environment, "_told", lambda name: installed(name) if name not in environment.CUDA_BUILDS else None
-    )
-    assert {environment.installed_as(name): environment.version(name) for name in environment.CUDA_BUILDS} == builds
+    told = environment._told
+    told.cache_clear()
+    monkeypatch.setattr(environment, "_told", lambda name: None if name in builds else told(name))
+    yield
+    told.cache_clear()
+
+
+def test_the_cuda_builds_of_onnxruntime_are_found_under_their_own_names(cuda_builds, tmp_path):
+    assert environment.installed_as("onnxruntime-genai") == "onnxruntime-genai-cuda"
     assert environment.installed_as("numpy") == "numpy"
-    assert model_logging.requirements("onnx", tmp_path)[1:3] == [
-        "onnxruntime-genai-cuda==0.18.0",
-        "onnxruntime-gpu==1.31.1",
-    ]
-    assert {*builds, "numpy"} <= environment.closure(map(environment.installed_as, environment.CUDA_BUILDS)).keys()
-    assert environment.differing(["onnxruntime==1.31.1", "onnxruntime-genai-cuda==0.18.0"]) == []
-    installed.cache_clear()
+    assert environment.version("onnxruntime") == "1.31.1"
+    logged = model_logging.requirements("onnx", tmp_path)
+    assert logged[1:3] == ["onnxruntime-genai-cuda==0.18.0", "onnxruntime-gpu[cuda,cudnn]==1.31.1"]
+    found = environment.closure(map(environment.installed_as, environment.CUDA_BUILDS))
+    assert {"onnxruntime-gpu", "onnxruntime-genai-cuda", "numpy"} <= found.keys()
+    assert environment.differing(["onnxruntime==1.31.1", "onnxruntime-gpu[cuda,cudnn]==1.31.1"]) == []
+
+
+def test_where_both_builds_are_installed_the_usual_names_hold():
+    assert environment.installed_as("onnxruntime-genai") == "onnxruntime-genai"
+    assert environment.version("onnxruntime-genai") == model_logging.importlib.metadata.version("onnxruntime-genai")
 
 
 def test_gpus_are_read_from_what_nvidia_smi_prints():
