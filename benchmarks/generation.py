@@ -145,8 +145,7 @@ def over_transformers(scratch: Path, provider: str) -> list[Row]:
     checkpoint = checkpoints.find("smollm2-135m-instruct").fetch()
     model = wrapper(checkpoint=checkpoint.folder)
     onnx = {name: wrapper(onnx=onnx_export.export(checkpoint, name, provider).folder) for name in ("int4", "int8")}
-    some = slice(0, None, 3)
-    rows = questions()[some]
+    rows = questions()
     ids = [model.prepare(row)[0].prompt for row in rows]
     plain, stock = peers.Generate(checkpoint.folder, provider), peers.StockChat(checkpoint.folder, scratch)
     batch_size = int(
@@ -156,12 +155,12 @@ def over_transformers(scratch: Path, provider: str) -> list[Row]:
         {
             "pipeline": answered(model, rows),
             "generate": lambda: speed(lambda: plain.generate(ids, batch_size)),
-            "stock": lambda: speed(lambda: stock.generate([row["messages"] for row in rows[::10]])),
+            "stock": lambda: speed(lambda: stock.generate([row["messages"] for row in rows[::30]])),
             **{name: answered(other, rows) for name, other in onnx.items()},
         }
     )
     given = {name: answers(other, rows) for name, other in (onnx | {"fp32": model}).items()}
-    scores = {name: precision.score(prompt_rows()[some], texts) for name, texts in given.items()}
+    scores = {name: precision.score(prompt_rows(), texts) for name, texts in given.items()}
     against_fp32 = [
         Row(
             f"ONNX {name}, prompt set",

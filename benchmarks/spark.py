@@ -83,11 +83,13 @@ def memory(scratch: Path) -> None:
     """The driver's Python process and its JVM, at their peaks; the workers are processes of their own.
 
     A JVM fills the heap it is allowed before it collects garbage (1 GB by Spark's default): so it is allowed DRIVER,
-    with which it either stays there or fails.
+    with which it either stays there or fails. What it holds is what a collection leaves, at most ("JVM, held").
     """
+    log = scratch / "gc.log"
     os.environ["SPARK_DRIVER_MEMORY"] = DRIVER
+    os.environ["SPARK_SUBMIT_OPTS"] = f"-Xlog:gc:file={log} -XX:G1PeriodicGCInterval=5000"
     table = Table(title="the driver's peak memory")
-    for column in ("rows", "Python", "JVM", "rows/s", "seconds in all"):
+    for column in ("rows", "Python", "JVM", "JVM, held", "rows/s", "seconds in all"):
         table.add_column(column, justify="right")
     model = waiting(scratch, 0)
     for rows in (10_000, 1_000_000):
@@ -96,7 +98,8 @@ def memory(scratch: Path) -> None:
             start = time.perf_counter()
             seconds, peaks = scored(model, prompts, master)
             total = time.perf_counter() - start
-        sizes = [f"{peak / 1e6:,.0f} MB" for peak in peaks]
+        left = re.findall(r"Pause (?:Remark|Full).*->(\d+)M", log.read_text(encoding="utf-8"))
+        sizes = [f"{peak / 1e6:,.0f} MB" for peak in (*peaks, max(map(int, left)) * 2**20)]
         table.add_row(f"{rows:,}", *sizes, f"{rows / seconds:.0f}", f"{total:.0f}")
     Console(width=100).print(table)
 
