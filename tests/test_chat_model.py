@@ -345,19 +345,13 @@ def test_a_file_is_linked_where_that_can_be_and_copied_where_it_cannot(tmp_path,
 
 
 @pytest.mark.parametrize("registry", ["databricks-uc", "uc:http://127.0.0.1:1"])
-def test_a_version_in_unity_catalog_is_made_of_a_folder_that_holds_the_weights(tmp_path, registry):
-    import mlflow
-
+def test_a_version_in_unity_catalog_is_made_of_a_folder_that_holds_the_weights(tmp_path, monkeypatch, registry):
     from slm import model_logging
 
     assert model_logging._store_here(str(tmp_path)) == tmp_path
     assert model_logging._store_here("s3://bucket/0/models/m-1/artifacts") is None
-    before = mlflow.get_registry_uri()
-    mlflow.set_registry_uri(registry)
-    try:
-        assert model_logging._store_here(str(tmp_path)) is None
-    finally:
-        mlflow.set_registry_uri(before)
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", registry)
+    assert model_logging._store_here(str(tmp_path)) is None
 
 
 def test_a_weight_file_that_was_changed_is_noticed(logged, tmp_path):
