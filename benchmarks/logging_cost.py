@@ -72,6 +72,7 @@ def costs(name: str, folder: Path, scratch: str) -> list[Row]:
     logged: list[tuple[float, int, int]] = []
 
     def log() -> float:
+        os.sync()  # neither side waits for what the other has left to the disk
         logged.append(probe(scratch, name, folder))
         shutil.rmtree(f"{scratch}/store")
         return logged[-1][0]
@@ -98,6 +99,7 @@ def probe(scratch: str, name: str, folder: Path) -> tuple[float, int, int]:
 
 
 def copied(folder: Path, scratch: Path) -> float:
+    os.sync()
     start = time.perf_counter()
     subprocess.run(["cp", "-rL", str(folder), str(scratch / "copy")], check=True)
     seconds = time.perf_counter() - start

@@ -514,13 +514,13 @@ def test_a_cluster_of_which_a_worker_is_killed_gives_the_local_result(cluster, t
         return int(re.search(r"PPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
 
     def kill():
-        """Kills a worker and its executor in the middle, when both workers have finished a bucket of 16 prompts."""
+        """Kills a worker and its executor, when both workers have finished a bucket (22 prompts at most)."""
         log = tmp_path / "model.log"
 
         def counts() -> Counter:
             return Counter(line.split()[1] for line in log.read_text().splitlines()) if log.exists() else Counter()
 
-        wait_for(lambda: len(counts()) >= 2 and min(counts().values()) > 16)
+        wait_for(lambda: len(counts()) >= 2 and min(counts().values()) > 22)
         python = int(log.read_text().splitlines()[-1].split()[1])
         executor = parent(parent(python))  # a daemon is between them
         for pid, name in ((parent(executor), b"deploy.worker.Worker"), (executor, b"CoarseGrainedExecutorBackend")):
