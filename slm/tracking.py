@@ -56,7 +56,7 @@ def run(name: str, args: argparse.Namespace) -> Iterator["object"]:
     store.check(mlflow)
     made_by_mlflow = "MLFLOW_RUN_ID" in os.environ
     client = mlflow.MlflowClient()
-    started = mlflow.start_run(run_name=None if made_by_mlflow else name, tags=runs.tags())
+    started = _started(run_name=None if made_by_mlflow else name, tags=runs.tags())
     limit = stopping.within(getattr(args, "timeout", 0))
     with _ending(started) as active, limit, runs.signs_of_life(client, active.info.run_id):
         ended = runs.end_abandoned(client, active)
@@ -69,6 +69,18 @@ def run(name: str, args: argparse.Namespace) -> Iterator["object"]:
         mlflow.log_params({name: value for name, value in plain.items() if name not in known})
         mlflow.log_params({f"cfg.{name}": value for name, value in plain.items()})
         yield active
+
+
+def _started(**words):
+    """mlflow.start_run, which makes the experiment of MLFLOW_EXPERIMENT_NAME, and fails where another run was first."""
+    import mlflow
+
+    try:
+        return mlflow.start_run(**words)
+    except mlflow.MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return mlflow.start_run(**words)
 
 
 @contextmanager

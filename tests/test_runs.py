@@ -1,5 +1,6 @@
 """Several users at once, and what a crash leaves: first starts, runs side by side, runs left RUNNING."""
 
+import argparse
 import datetime
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 from conftest import REPOSITORY, call, free_port, serving
 from test_servers import database
 
-from slm import runs
+from slm import runs, tracking
 
 MODEL = """
 import os, time
@@ -149,6 +150,29 @@ def test_two_runs_at_once_on_one_server_keep_to_themselves(copiers, tracking_ser
         folder = client.download_artifacts(child.info.run_id, "evaluation", str(tmp_path))
         samples = Path(folder, "samples.jsonl").read_text().splitlines()
         assert sum(json.loads(line)["scores"]["exact_match"] for line in samples) == skill
+
+
+@pytest.mark.fault("tracking: two runs make one experiment at once")
+def test_an_experiment_that_another_run_makes_first_is_taken(tracking_server, monkeypatch):
+    """MLflow looks for the experiment and then makes it: the other run comes in between."""
+    import mlflow
+
+    look = mlflow.MlflowClient.get_experiment_by_name
+
+    def and_another_is_first(client, name):
+        found = look(client, name)
+        if found is None:
+            client.create_experiment(name)
+        return found
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_server)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "made twice")
+    monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", and_another_is_first)
+    with tracking.run("evaluate", argparse.Namespace()) as run:
+        pass
+    client = mlflow.MlflowClient(tracking_server)
+    assert run.info.experiment_id == look(client, "made twice").experiment_id
+    assert client.get_run(run.info.run_id).info.status == "FINISHED"
 
 
 @pytest.mark.slow
