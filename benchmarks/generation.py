@@ -40,7 +40,7 @@ def questions() -> list[dict]:
 
 def forget(model: SmallLanguageModel) -> None:
     if hasattr(model._runtime, "_idle"):
-        model._runtime._idle = None
+        model._runtime._idle.clear()
 
 
 def speed(generate: Callable[[], int]) -> float:

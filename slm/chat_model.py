@@ -11,11 +11,13 @@ Tokens come from the checkpoint's own tokenizer.json, read by Hugging Face's `to
 encoder cuts a text at its first NUL.
 """
 
+import copy
 import datetime
 import functools
 import json
 import os
 import platform
+import queue
 import re
 import threading
 import time
@@ -23,6 +25,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +38,9 @@ from mlflow.pyfunc import PythonModel
 DEFAULTS = {"max_tokens": 64, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": [], "n": 1}
 SPAN_STEP = 256  # keys and values are allocated for a multiple of this many tokens
 SCRATCH_BYTES = 2**28  # of attention, which grow with the tokens of a prompt that go through a graph at once
-CACHE_BYTES = 2 * 2**30  # what the keys and values of one batch may take, padding included
+CACHE_BYTES = 2 * 2**30  # what the keys and values of the rows under way may take, padding included
+LANE_ROWS = 16  # rows from which on a core is kept busy by a batch of its own
+LANE_BYTES = 2**28  # weights that may be held a second time for that: where they are more, products are long to share
 MOST_CHOICES = 16
 CPU_FACTS = Path("/proc/cpuinfo")
 EXACT_INTEGERS = ("session.x64quantprecision", "1")  # of onnxruntime: slower, and needed where integers saturate
@@ -267,6 +272,7 @@ def onnx_runtime(folder: Path, config: dict):
 class Slots:
     """Keys and values of the rows that are generated together, and the prompts that they were computed from."""
 
+    session: object  # the bindings' own
     arrays: dict[tuple[int, str], np.ndarray]  # (layer, key or value): (slots, heads, span, head size)
     prompts: list[np.ndarray]  # by slot: the tokens whose keys and values it begins with
     logits: np.ndarray  # (slots, 1, vocabulary)
@@ -286,6 +292,9 @@ class SlotRuntime:
     here a finished row's slot goes to the next row, nothing is padded, and keys and values of a beginning that another
     slot holds, from an earlier call too, are copied. Prompts go in one at a time without their last token, which is
     the first to go through with the others: a row's numbers, and in int4 its text, don't depend on its company.
+
+    A small model's kernels are over before a second core has come to help: with rows enough, each core generates a
+    batch of its own (a lane).
     """
 
     library = "onnxruntime"
@@ -293,18 +302,11 @@ class SlotRuntime:
     refills = True
 
     def __init__(self, folder: Path, config: dict, facts: dict):
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-        import onnxruntime
-
-        onnxruntime.disable_telemetry_events()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = int(config.get("threads") or physical_cores())
-        options.log_severity_level = 3
-        if integers_saturate():
-            options.add_session_config_entry(*EXACT_INTEGERS)
         decoder = facts["decoder"]
-        path = folder / decoder["filename"]
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._file = folder / decoder["filename"]
+        self._threads = int(config.get("threads") or physical_cores())
+        self._session = self._open(self._threads)
+        self._lanes: list[SlotRuntime] = []
         inputs = {entry.name: entry for entry in self._session.get_inputs()}
         dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         self._names = names = decoder["inputs"] | decoder["outputs"]
@@ -318,7 +320,33 @@ class SlotRuntime:
         self.end_tokens = frozenset(end if isinstance(end, list) else [end])
         self.context_length = int(facts["context_length"])
         self.bytes_per_token = 2 * int(np.prod(self._shape)) * np.dtype(self._dtype).itemsize
-        self._idle: Slots | None = None  # of the last call: its prompts' beginnings may come again
+        self._idle: list[Slots] = []  # of the last call: its prompts' beginnings may come again
+
+    def _open(self, threads: int):
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+        import onnxruntime
+
+        onnxruntime.disable_telemetry_events()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        if integers_saturate():
+            options.add_session_config_entry(*EXACT_INTEGERS)
+        return onnxruntime.InferenceSession(str(self._file), options, providers=["CPUExecutionProvider"])
+
+    def lanes(self, rows: int) -> list["SlotRuntime"]:
+        """What `rows` under way are best stepped by, side by side, a thread each.
+
+        Lanes share the weights with each other, and not with the runtime that they are lanes of.
+        """
+        weights = sum(path.stat().st_size for path in self._file.parent.glob(f"{self._file.name}*"))
+        if self._threads == 1 or rows < LANE_ROWS * self._threads or weights > LANE_BYTES:
+            return [self]
+        if not self._lanes:
+            lane = copy.copy(self)
+            lane._session = self._open(1)
+            self._lanes = [lane] * self._threads
+        return self._lanes
 
     def steps(self, rows: list[Row], slots: int = 0) -> Iterator[np.ndarray]:
         """Yields the next token id of every row, shape (rows,), -1 where it waits or has finished."""
@@ -363,19 +391,24 @@ class SlotRuntime:
                         live[slot], lengths[slot], last[slot] = live[end], lengths[end], last[end]
                     live.pop()
         finally:
-            self._idle = held
+            self._idle.append(held)
+            del self._idle[: -max(len(self._lanes), 1)]
 
     def alone_in_batch(self, prompt: list[int]) -> bool:
         return False
 
     def _slots(self, count: int, span: int) -> Slots:
         """The last call's slots where they suffice and nobody has them, else new ones."""
-        held, self._idle = self._idle, None
-        if held and len(held.prompts) >= count and held.span >= span:
-            return held
+        with suppress(IndexError):
+            held = self._idle.pop()
+            if len(held.prompts) >= count and held.span >= span:
+                if held.session is not self._session:
+                    held.session, held.bindings = self._session, {}
+                return held
         span = -(-span // SPAN_STEP) * SPAN_STEP
         layers, heads, size = self._shape
         return Slots(
+            session=self._session,
             arrays={
                 (layer, kind): np.zeros((count, heads, span, size), dtype=self._dtype)
                 for layer in range(layers)
@@ -753,9 +786,9 @@ class SmallLanguageModel(PythonModel):
     ) -> Iterator[tuple[int, list[Answer]]]:
         """Answers rows of {"messages" or "prompt", and parameters}, yielding (row, its n answers) as they finish.
 
-        Rows are generated together, at most `batch_size` (0: the model's own) and CACHE_BYTES of keys and values at a
-        time; a runtime that refills begins the next row when one ends, the others take rows of like length, the
-        longest first. Greedy text doesn't depend on the batch.
+        Rows are generated together, at most `batch_size` (0: the model's own) in a pass, and CACHE_BYTES of keys and
+        values under way; a runtime that refills begins the next row when one ends, and may have several passes going on
+        side by side, the others take rows of like length, the longest first. Greedy text doesn't depend on the batch.
         """
         waiting: list[Row] = []
         left: dict[int, int] = {}
@@ -769,9 +802,9 @@ class SmallLanguageModel(PythonModel):
             waiting += prepared
             left[index], done[index] = len(prepared), {}
         together = self._queues if self._runtime.refills else self._batches
-        for batch, slots in together(waiting, batch_size or self.batch_size):
+        for batch, slots, runtimes in together(waiting, batch_size or self.batch_size):
             with self._lock:
-                for row in (row for step in self._run(batch, slots) for row in step):
+                for row in self._side_by_side(batch, slots, runtimes):
                     index, choice = row.index
                     done[index][choice] = row
                     if len(done[index]) == left[index]:
@@ -889,8 +922,8 @@ class SmallLanguageModel(PythonModel):
             for text in (row[key] if isinstance(row.get(key), list | tuple | np.ndarray) else [row.get(key)])
         ]
 
-    def _queues(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int]]:
-        """Rows and how many of them are generated at once; those that need like much room share slots of one size.
+    def _queues(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int, list]]:
+        """Rows, how many go through a pass, and in which runtimes; slots of one size are for rows of like room.
 
         Neighbours begin alike, so that what they share is computed once.
         """
@@ -898,45 +931,80 @@ class SmallLanguageModel(PythonModel):
         def span(row: Row) -> int:
             return len(row.prompt) + row.room
 
-        queue: list[Row] = []
+        alike: list[Row] = []
         ordered = sorted(rows, key=span, reverse=True)
         for place, row in enumerate(ordered, 1):
-            queue.append(row)
-            if place == len(ordered) or 2 * span(ordered[place]) < span(queue[0]):
-                room = CACHE_BYTES // (span(queue[0]) * self._runtime.bytes_per_token)
-                yield sorted(queue, key=lambda row: row.prompt), max(1, min(batch_size, room))
-                queue = []
+            alike.append(row)
+            if place == len(ordered) or 2 * span(ordered[place]) < span(alike[0]):
+                room = CACHE_BYTES // (span(alike[0]) * self._runtime.bytes_per_token)
+                lanes = [self._runtime]
+                if batch_size >= LANE_ROWS:
+                    lanes = self._runtime.lanes(min(len(alike), room))
+                yield sorted(alike, key=lambda row: row.prompt), max(1, min(batch_size, room // len(lanes))), lanes
+                alike = []
 
-    def _batches(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int]]:
+    def _batches(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int, list]]:
         batch: list[Row] = []
         for row in sorted(rows, key=lambda row: -len(row.prompt)):
             if self._runtime.alone_in_batch(row.prompt):
-                yield [row], 1
+                yield [row], 1, [self._runtime]
                 continue
             if not self.fits(batch, row, batch_size):
-                yield batch, len(batch)
+                yield batch, len(batch), [self._runtime]
                 batch = []
             batch.append(row)
         if batch:
-            yield batch, len(batch)
+            yield batch, len(batch), [self._runtime]
 
-    def _run(self, batch: list[Row], slots: int, streamed: bool = False) -> Iterator[list[Row]]:
+    def _side_by_side(self, batch: list[Row], slots: int, runtimes: list) -> Iterator[Row]:
+        """Generates a batch by several runtimes, a thread and a part of the rows each; yields rows as they finish."""
+        if len(runtimes) == 1:
+            yield from (row for step in self._run(batch, slots, runtimes[0]) for row in step)
+            return
+        finished = queue.SimpleQueue()
+
+        def generate(runtime, rows: list[Row]) -> None:
+            try:
+                for row in (row for step in self._run(rows, slots, runtime) for row in step):
+                    finished.put(row)
+            except BaseException as error:  # is the caller's
+                finished.put(error)
+
+        threads = [
+            threading.Thread(target=generate, args=(runtime, batch[first :: len(runtimes)]), name="lane", daemon=True)
+            for first, runtime in enumerate(runtimes)
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            for _ in batch:
+                row = finished.get()
+                if isinstance(row, BaseException):
+                    raise row
+                yield row
+            for thread in threads:
+                thread.join()
+        finally:  # a thread ends after its step, once nobody waits for its rows
+            for row in batch:
+                row.finish_reason = row.finish_reason or "dropped"
+
+    def _run(self, batch: list[Row], slots: int, runtime=None, streamed: bool = False) -> Iterator[list[Row]]:
         """Generates a batch, `slots` rows at once; yields those that finished, after every step that finished some.
 
         `streamed` yields after every step, all rows that took part.
         """
         from tokenizers.decoders import DecodeStream
 
-        start = time.perf_counter()
+        start, runtime = time.perf_counter(), runtime or self._runtime
         streams = {id(row): DecodeStream(skip_special_tokens=True) for row in batch if streamed or row.sampling.stop}
-        for tokens in self._runtime.steps(batch, slots):
+        for tokens in runtime.steps(batch, slots):
             changed = []
             for row, token in zip(batch, tokens, strict=True):
                 if row.finish_reason or token < 0:
                     continue
                 row.output.append(int(token))
                 stopped = False
-                if token in self._runtime.end_tokens:
+                if token in runtime.end_tokens:
                     row.finish_reason = "stop"
                 elif id(row) in streams:
                     row.text += streams[id(row)].step(self._tokenizer, int(token)) or ""
@@ -949,7 +1017,7 @@ class SmallLanguageModel(PythonModel):
                 if row.finish_reason:
                     row.seconds = time.perf_counter() - (row.started or start)
                     if not stopped:
-                        ended = row.output[-1] in self._runtime.end_tokens
+                        ended = row.output[-1] in runtime.end_tokens
                         row.text = self._tokenizer.decode(
                             row.output[: len(row.output) - ended], skip_special_tokens=True
                         )

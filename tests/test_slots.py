@@ -1,6 +1,7 @@
 """Continuous batching over an ONNX graph: what slots hold of other rows and earlier calls changes no answer."""
 
 import itertools
+import threading
 
 import pytest
 from conftest import REPOSITORY
@@ -14,14 +15,14 @@ PLACES = [{"role": "system", "content": "You know geography."}, {"role": "user",
 @pytest.fixture(params=["onnx fp32", "onnx int8", "onnx int4"])
 def wrapper(models, request):  # noqa: F811
     wrapper = models[request.param].unwrap_python_model()
-    wrapper._runtime._idle = None  # as if it were just loaded
+    wrapper._runtime._idle.clear()  # as if it were just loaded
     yield wrapper
-    wrapper._runtime._idle = None
+    wrapper._runtime._idle.clear()
 
 
 def fresh(wrapper, row: dict):
     """The answer of a row that finds nothing to build on."""
-    wrapper._runtime._idle = None
+    wrapper._runtime._idle.clear()
     [(_, [answer])] = wrapper.answers([row])
     return answer
 
@@ -68,3 +69,75 @@ def test_a_row_that_was_dropped_leaves_its_slot_to_the_next(wrapper):
         if step == 2:
             dropped.finish_reason = "cancelled"
     assert (len(dropped.output), kept.text) == (3, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A small model's rows, a part of them on each core
+
+
+@pytest.fixture
+def on_two_cores(wrapper, monkeypatch):
+    monkeypatch.setattr(wrapper._runtime, "_threads", 2)
+    monkeypatch.setattr(wrapper._runtime, "_lanes", [])
+    yield wrapper
+    for thread in lanes():
+        thread.join(60)
+    assert len(wrapper._runtime._idle) <= 2
+
+
+def lanes() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "lane"]
+
+
+def forty(max_tokens: int) -> list[dict]:
+    prompts = read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "").prompts[:120:3]
+    return [{"messages": list(row.messages), "max_tokens": max_tokens + at % 5} for at, row in enumerate(prompts)]
+
+
+def test_rows_are_answered_side_by_side_as_each_alone(on_two_cores):
+    rows, running = forty(4), set()
+    found = {}
+    for index, [answer] in on_two_cores.answers(rows):
+        found[index] = answer.text
+        running |= {thread.name for thread in lanes()}
+    small = on_two_cores._runtime._file.with_name("model.onnx.data").stat().st_size < 2**28
+    assert running == ({"lane"} if small else set())
+    assert [found[index] for index in range(len(rows))] == [fresh(on_two_cores, row).text for row in rows]
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(31, 0), (40, 15)])
+def test_cores_share_the_products_of_few_rows(on_two_cores, rows, batch_size):
+    for _ in on_two_cores.answers(forty(1)[:rows], batch_size=batch_size):
+        assert not lanes()
+
+
+def test_a_caller_that_leaves_ends_what_runs_side_by_side(on_two_cores):
+    rows = forty(400)
+    rows[0]["max_tokens"] = 1
+    found = on_two_cores.answers(rows)
+    next(found)
+    found.close()
+    for thread in lanes():
+        thread.join(60)
+        assert not thread.is_alive()
+    [(_, [answer])] = on_two_cores.answers(rows[:1])
+    assert answer.text == fresh(on_two_cores, rows[0]).text
+
+
+def test_what_one_core_fails_of_is_the_callers_to_know(on_two_cores, monkeypatch):
+    runtime, steps = on_two_cores._runtime, type(on_two_cores._runtime).steps
+
+    def fails(self, rows, slots=0):
+        yield next(steps(self, rows, slots))
+        if threading.current_thread() is threads[-1]:
+            raise MemoryError("no more")
+        yield from steps(self, rows, slots)
+
+    if len(runtime.lanes(40)) == 1:
+        pytest.skip("its weights are held once")
+    threads = []
+    monkeypatch.setattr(
+        type(runtime), "steps", lambda *words: threads.append(threading.current_thread()) or fails(*words)
+    )
+    with pytest.raises(MemoryError, match="no more"):
+        list(on_two_cores.answers(forty(8)))
