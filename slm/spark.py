@@ -238,12 +238,13 @@ def read_prompts(location: str, given: str, master: str, scorers: str = "", repe
         digest, rows, kept = hashlib.sha256(b"["), 0, []
         most = max(SHOWN // repeats, 1)
         lines = checked.select("file", "row", "canonical").repartitionByRange(parts, "file", "row")
-        ordered = lines.sortWithinPartitions("file", "row").select("canonical")
-        for row in ordered.toLocalIterator(prefetchPartitions=True):
-            digest.update((b"," if rows else b"") + row.canonical.encode())
+        # by its RDD: of a DataFrame's toLocalIterator, Spark 4.3's scheduler holds every part for as long as it lives
+        ordered = lines.sortWithinPartitions("file", "row").rdd.map(lambda row: row.canonical)
+        for canonical in ordered.toLocalIterator(prefetchPartitions=True):
+            digest.update((b"," if rows else b"") + canonical.encode())
             rows += 1
             if rows <= most:
-                kept.append(row.canonical)
+                kept.append(canonical)
         last = None
         if rows > most:
             sample = (

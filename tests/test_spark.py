@@ -192,24 +192,41 @@ def test_a_prompt_set_is_the_same_one_that_is_read_locally(session, tmp_path):
 
 
 def test_a_large_prompt_set_comes_through_the_driver_in_small_parts_and_in_its_order(session, tmp_path, monkeypatch):
-    from pyspark.sql import functions as F
+    from pyspark import RDD
 
     from slm import spark
 
     file = write_numbers(tmp_path / "numbers.jsonl", 3000)
     parts = []
-    frames = type(session.range(1))
-    whole = frames.toLocalIterator
+    whole = RDD.toLocalIterator
 
-    def noted(frame, **words):
-        sizes = frame.groupBy(F.spark_partition_id()).agg(F.sum(F.length("canonical")).alias("size"))
-        parts.extend(row.size for row in sizes.collect())
-        return whole(frame, **words)
+    def noted(lines, **words):
+        parts.extend(lines.glom().map(lambda part: sum(map(len, part))).collect())
+        return whole(lines, **words)
 
-    monkeypatch.setattr(frames, "toLocalIterator", noted)
+    monkeypatch.setattr(RDD, "toLocalIterator", noted)
     monkeypatch.setattr(spark, "PART_BYTES", 20_000)
     assert read(file).sha256 == prompts.read_prompt_set(file, "").sha256
     assert len(parts) > 10 and max(parts) < 2 * 20_000  # Spark draws the borders from a sample
+
+
+def test_a_prompt_set_that_is_released_leaves_nothing_in_the_driver(session, tmp_path):
+    """Spark 4.3 keeps what a DataFrame's toLocalIterator has brought, all of it, for as long as the driver lives."""
+    from slm import spark
+
+    file, long = tmp_path / "long.jsonl", "x" * 4000
+    file.write_text(
+        "".join(json.dumps({"id": f"q{n}", "prompt": f"{long}{n}"}) + "\n" for n in range(12_000)), encoding="utf-8"
+    )  # 48 MB
+    machine = session._jvm.java.lang.Runtime.getRuntime()
+
+    def used() -> int:
+        session._jvm.System.gc()
+        return machine.totalMemory() - machine.freeMemory()
+
+    before = used()
+    spark.release(read(file))
+    wait_for(lambda: used() - before < 16 * 2**20, 30)
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl.gz", "folder"])
