@@ -29,9 +29,10 @@ def log_and_score(args: argparse.Namespace) -> str:
     # What was asked for, checked before anything is opened or fetched
     prompt_set = evaluation.read_prompts(args)
     options = evaluation.generation(args)
-    evaluation.check_devices(args)
-    onnx_export.check(args.precision, args.execution_provider)
     source = checkpoints.find(args.model, args.revision, args.subfolder)
+    if not source.is_onnx:
+        evaluation.check_devices(args)
+        onnx_export.check(args.precision, args.execution_provider)
 
     with tracking.run("onnx", args):
         # The ONNX GenAI folder, and the model logged from it

@@ -93,6 +93,11 @@ class Source:
     revision: str = ""
     subfolder: str = ""
 
+    @property
+    def is_onnx(self) -> bool:
+        """Whether it is known, before anything is fetched, to be an ONNX GenAI folder already."""
+        return self.kind == "folder" and (self.path / "genai_config.json").exists()
+
     def fetch(self, onnx: bool = False) -> Checkpoint:
         """The files: as they are (folder), converted once (gguf), or downloaded (hub).
 

@@ -97,6 +97,14 @@ def test_a_gpu_that_is_not_there_is_one_line_before_anything_is_exported(tmp_pat
 
 
 @without_gpu
+@pytest.mark.slow
+def test_what_an_export_would_be_made_for_is_ignored_for_a_ready_folder(int4_export, tracking_server):
+    options = ("--execution_provider=cuda", "--precision=fp32", "--max_tokens=1")
+    done = entry_point("onnx", f"--model={int4_export.folder}", *options, MLFLOW_TRACKING_URI=tracking_server)
+    assert done.code == 0 and "Exporting" not in done.out, done.out + done.err
+
+
+@without_gpu
 def test_a_gpu_without_the_cuda_builds_of_onnxruntime_is_one_line(tmp_path):
     listing = tmp_path / "nvidia-smi"
     listing.write_text("#!/bin/sh\necho 'NVIDIA H200, 570.86.15, 143771 MiB'\n")
