@@ -337,12 +337,15 @@ class SlotRuntime:
     def lanes(self, rows: int) -> list["SlotRuntime"]:
         """What `rows` under way are best stepped by, side by side, a thread each.
 
-        Lanes share the weights with each other, and not with the runtime that they are lanes of.
+        Lanes share the weights with each other, and not with the runtime that they are lanes of: so the files are read
+        once more, unless they were removed.
         """
-        weights = sum(path.stat().st_size for path in self._file.parent.glob(f"{self._file.name}*"))
-        if self._threads == 1 or rows < LANE_ROWS * self._threads or weights > LANE_BYTES:
+        if self._threads == 1 or rows < LANE_ROWS * self._threads:
             return [self]
         if not self._lanes:
+            weights = sum(path.stat().st_size for path in self._file.parent.glob(f"{self._file.name}*"))
+            if not 0 < weights <= LANE_BYTES:
+                return [self]
             lane = copy.copy(self)
             lane._session = self._open(1)
             self._lanes = [lane] * self._threads

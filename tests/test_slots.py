@@ -111,6 +111,12 @@ def test_cores_share_the_products_of_few_rows(on_two_cores, rows, batch_size):
         assert not lanes()
 
 
+def test_cores_share_the_products_of_a_model_whose_files_are_gone(on_two_cores, monkeypatch, tmp_path):
+    monkeypatch.setattr(on_two_cores._runtime, "_file", tmp_path / "gone" / "model.onnx")
+    assert len([*on_two_cores.answers(forty(1))]) == 40
+    assert not on_two_cores._runtime._lanes
+
+
 def test_a_caller_that_leaves_ends_what_runs_side_by_side(on_two_cores):
     rows = forty(400)
     rows[0]["max_tokens"] = 1
