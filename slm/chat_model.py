@@ -11,6 +11,7 @@ Tokens come from the checkpoint's own tokenizer.json, read by Hugging Face's `to
 encoder cuts a text at its first NUL.
 """
 
+import atexit
 import copy
 import datetime
 import functools
@@ -977,6 +978,15 @@ class SmallLanguageModel(PythonModel):
             threading.Thread(target=generate, args=(runtime, batch[first :: len(runtimes)]), name="lane", daemon=True)
             for first, runtime in enumerate(runtimes)
         ]
+
+        def stop() -> None:  # a thread ends after its step, once nobody waits for its rows
+            for row in batch:
+                row.finish_reason = row.finish_reason or "dropped"
+            for thread in threads:
+                if thread.ident:
+                    thread.join()
+
+        atexit.register(stop)  # the interpreter's end would abort the process, were a thread at a step then
         try:
             for thread in threads:
                 thread.start()
@@ -985,11 +995,9 @@ class SmallLanguageModel(PythonModel):
                 if isinstance(row, BaseException):
                     raise row
                 yield row
-            for thread in threads:
-                thread.join()
-        finally:  # a thread ends after its step, once nobody waits for its rows
-            for row in batch:
-                row.finish_reason = row.finish_reason or "dropped"
+        finally:
+            stop()
+            atexit.unregister(stop)
 
     def _run(self, batch: list[Row], slots: int, runtime=None, streamed: bool = False) -> Iterator[list[Row]]:
         """Generates a batch, `slots` rows at once; yields those that finished, after every step that finished some.

@@ -1,10 +1,11 @@
 """Continuous batching over an ONNX graph: what slots hold of other rows and earlier calls changes no answer."""
 
 import itertools
+import sys
 import threading
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, call
 from test_chat_model import logged, models, text  # noqa: F401
 
 from slm.prompts import read_prompt_set
@@ -128,6 +129,26 @@ def test_a_caller_that_leaves_ends_what_runs_side_by_side(on_two_cores):
         assert not thread.is_alive()
     [(_, [answer])] = on_two_cores.answers(rows[:1])
     assert answer.text == fresh(on_two_cores, rows[0]).text
+
+
+LEAVES = """
+import sys
+from types import SimpleNamespace
+from slm.chat_model import SmallLanguageModel
+
+model = SmallLanguageModel()
+model.load_context(SimpleNamespace(artifacts={"onnx": sys.argv[1]}, model_config={"threads": 2}))
+rows = [{"messages": [{"role": "user", "content": f"Count from {n}."}]} for n in range(40)]
+found = model.answers(rows)
+next(found)
+assert model._runtime._lanes
+sys.exit(3)
+"""
+
+
+def test_a_process_that_ends_while_cores_are_at_work_ends_as_it_meant_to(int4_export):
+    done = call(sys.executable, "-c", LEAVES, int4_export.folder)
+    assert (done.code, done.err) == (3, "")
 
 
 def test_what_one_core_fails_of_is_the_callers_to_know(on_two_cores, monkeypatch):
