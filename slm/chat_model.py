@@ -37,7 +37,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 
 DEFAULTS = {"max_tokens": 64, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": [], "n": 1}
-SPAN_STEP = 256  # keys and values are allocated for a multiple of this many tokens
+SPAN_STEP = 64  # keys and values are allocated for a multiple of this many tokens
 SCRATCH_BYTES = 2**28  # of attention, which grow with the tokens of a prompt that go through a graph at once
 CACHE_BYTES = 2 * 2**30  # what the keys and values of the rows under way may take, padding included
 LANE_ROWS = 16  # rows from which on a core is kept busy by a batch of its own
@@ -299,7 +299,7 @@ class SlotRuntime:
     """
 
     library = "onnxruntime"
-    batch_size = 32
+    batch_size = 48
     refills = True
 
     def __init__(self, folder: Path, config: dict, facts: dict):
@@ -414,7 +414,7 @@ class SlotRuntime:
         return Slots(
             session=self._session,
             arrays={
-                (layer, kind): np.zeros((count, heads, span, size), dtype=self._dtype)
+                (layer, kind): np.empty((count, heads, span, size), dtype=self._dtype)  # read as far as written
                 for layer in range(layers)
                 for kind in ("key", "value")
             },

@@ -4,6 +4,7 @@ import itertools
 import sys
 import threading
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY, call
 from test_chat_model import logged, models, text  # noqa: F401
@@ -51,6 +52,18 @@ def test_a_prompt_longer_than_a_chunk_is_answered_as_in_one_piece(wrapper, monke
     for size in (2, whole.prompt_tokens - 2, 64):  # the last piece would hold one token, were it not avoided
         monkeypatch.setattr(wrapper._runtime, "_at_once", lambda span, size=size: size)
         assert fresh(wrapper, row).text == whole.text
+
+
+def test_what_is_in_a_slots_memory_before_its_first_token_is_never_read(wrapper):
+    rows = [{"messages": PLACES, "max_tokens": 12}, {"messages": PLACES[1:], "max_tokens": 12}]
+    expected = [fresh(wrapper, row).text for row in rows]
+    list(wrapper.answers(rows))
+    [held] = wrapper._runtime._idle
+    for array in held.arrays.values():
+        array.fill(np.nan)
+    held.prompts = [np.zeros(0, dtype=np.int64)] * len(held.prompts)
+    found = {index: answer.text for index, [answer] in wrapper.answers(rows)}
+    assert [found[0], found[1]] == expected
 
 
 def test_two_batches_that_are_stepped_in_turns_do_not_disturb_each_other(wrapper):
