@@ -19,6 +19,7 @@ EXHAUSTED = {
     "can't allocate memory": "the memory is used up",
     "bad_alloc": "the memory is used up",
     "bad allocation": "the memory is used up",
+    "failed to map segment from shared object": "the memory is used up",  # of a library, at its import
     "CUDA out of memory": "the GPU's memory is used up; a smaller batch_size takes less",
     "CUDA error: out of memory": "the GPU's memory is used up; a smaller batch_size takes less",
     "CUDA failure 2: out of memory": "the GPU's memory is used up; a smaller batch_size takes less",
