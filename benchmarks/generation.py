@@ -16,7 +16,7 @@ from slm.chat_model import Answer, SmallLanguageModel, physical_cores
 
 BATCH_SIZES = (8, 16, 32)
 # MatMulNBits over 20 to 60 rows did 400 GFLOP/s on two cores where MatMulIntegerToFloat did 1,100 to 1,400
-WHY_SHORT = {"int4": "; products over blocks of 32 weights reach a third of the speed of int8's, which are of integers"}
+WHY_SHORT = {("cpu", "int4"): "products over blocks of 32 weights reach a third of the speed of int8's, of integers"}
 
 
 class Context:
@@ -170,7 +170,8 @@ def over_transformers(scratch: Path, provider: str) -> list[Row]:
             5.0,
             ratios(figures[name], figures["pipeline"]),
             note=f"{precision.agreement(given[name], given['fp32']):.0%} of fp32's answers to the letter, "
-            f"score {scores[name]:.3f}, fp32's {scores['fp32']:.3f}{WHY_SHORT.get(name, '')}",
+            f"score {scores[name]:.3f}, fp32's {scores['fp32']:.3f}",
+            why=WHY_SHORT.get((provider, name), ""),
         )
         for name in onnx
     ]

@@ -25,7 +25,8 @@ class Row:
     rounds: tuple[float, ...]
     at_most: bool = False  # else at least
     unit: str = ""
-    note: str = ""  # what was chosen for the other side; why the row falls short
+    note: str = ""  # what was chosen for the other side, or found beside the ratio
+    why: str = ""  # it falls short, where it does
 
     @property
     def value(self) -> float:
@@ -73,5 +74,6 @@ def show(rows: list[Row]) -> None:
     console = Console(width=150)
     console.print(table)
     for row in rows:
-        if row.note:
-            console.print(f"{row.name}, against {row.against}: {row.note}", style=None if row.met else "yellow")
+        told = "; ".join(filter(None, (row.note, "" if row.met else row.why)))
+        if told:
+            console.print(f"{row.name}, against {row.against}: {told}", style=None if row.met else "yellow")
