@@ -321,7 +321,7 @@ class SlotRuntime:
         self.end_tokens = frozenset(end if isinstance(end, list) else [end])
         self.context_length = int(facts["context_length"])
         self.bytes_per_token = 2 * int(np.prod(self._shape)) * np.dtype(self._dtype).itemsize
-        self._idle: list[Slots] = []  # of the last call: its prompts' beginnings may come again
+        self._idle: list[Slots] = []  # one at most, of the last call: its prompts' beginnings may come again
 
     def _open(self, threads: int):
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -396,7 +396,7 @@ class SlotRuntime:
                     live.pop()
         finally:
             self._idle.append(held)
-            del self._idle[: -max(len(self._lanes), 1)]
+            del self._idle[:-1]
 
     def alone_in_batch(self, prompt: list[int]) -> bool:
         return False
