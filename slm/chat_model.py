@@ -299,13 +299,13 @@ class SlotRuntime:
     """
 
     library = "onnxruntime"
-    batch_size = 48
     refills = True
 
     def __init__(self, folder: Path, config: dict, facts: dict):
         decoder = facts["decoder"]
         self._file = folder / decoder["filename"]
         self._threads = int(config.get("threads") or physical_cores())
+        self.batch_size = max(48, LANE_ROWS * self._threads) if self._small() else 48
         self._session = self._open(self._threads)
         self._lanes: list[SlotRuntime] = []
         inputs = {entry.name: entry for entry in self._session.get_inputs()}
@@ -335,6 +335,10 @@ class SlotRuntime:
             options.add_session_config_entry(*EXACT_INTEGERS)
         return onnxruntime.InferenceSession(str(self._file), options, providers=["CPUExecutionProvider"])
 
+    def _small(self) -> bool:
+        """Whether the weights may be held a second time: where their files are gone, they can't be."""
+        return 0 < sum(path.stat().st_size for path in self._file.parent.glob(f"{self._file.name}*")) <= LANE_BYTES
+
     def lanes(self, rows: int) -> list["SlotRuntime"]:
         """What `rows` under way are best stepped by, side by side, a thread each.
 
@@ -344,8 +348,7 @@ class SlotRuntime:
         if self._threads == 1 or rows < LANE_ROWS * self._threads:
             return [self]
         if not self._lanes:
-            weights = sum(path.stat().st_size for path in self._file.parent.glob(f"{self._file.name}*"))
-            if not 0 < weights <= LANE_BYTES:
+            if not self._small():
                 return [self]
             lane = copy.copy(self)
             lane._session = self._open(1)
@@ -435,7 +438,7 @@ class SlotRuntime:
         held.prompts[slot] = prompt[:begun]
         while begun < len(prompt):
             end = min(begun + self._at_once(held.span), len(prompt))
-            end -= len(prompt) - end == 1 and end - begun > 1
+            end += len(prompt) - end == 1
             binding = self._binding(held, slot, 1, "prompt")
             binding.bind_output(self._names["logits"], "cpu")  # nobody looks at them
             self._run(binding, prompt[None, begun:end], np.array([begun]))
@@ -790,9 +793,9 @@ class SmallLanguageModel(PythonModel):
     ) -> Iterator[tuple[int, list[Answer]]]:
         """Answers rows of {"messages" or "prompt", and parameters}, yielding (row, its n answers) as they finish.
 
-        Rows are generated together, at most `batch_size` (0: the model's own) in a pass, and CACHE_BYTES of keys and
-        values under way; a runtime that refills begins the next row when one ends, and may have several passes going on
-        side by side, the others take rows of like length, the longest first. Greedy text doesn't depend on the batch.
+        At most `batch_size` rows (0: the model's own number) are under way at once, and CACHE_BYTES of their keys and
+        values; a runtime that refills begins the next row when one ends, and may share its rows among the cores, the
+        others take rows of like length, the longest first. Greedy text doesn't depend on the batch.
         """
         waiting: list[Row] = []
         left: dict[int, int] = {}
@@ -927,7 +930,7 @@ class SmallLanguageModel(PythonModel):
         ]
 
     def _queues(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int, list]]:
-        """Rows, how many go through a pass, and in which runtimes; slots of one size are for rows of like room.
+        """Rows, how many each runtime has under way, and the runtimes; slots of one size are for rows of like room.
 
         Neighbours begin alike, so that what they share is computed once.
         """
@@ -940,11 +943,9 @@ class SmallLanguageModel(PythonModel):
         for place, row in enumerate(ordered, 1):
             alike.append(row)
             if place == len(ordered) or 2 * span(ordered[place]) < span(alike[0]):
-                room = CACHE_BYTES // (span(alike[0]) * self._runtime.bytes_per_token)
-                lanes = [self._runtime]
-                if batch_size >= LANE_ROWS:
-                    lanes = self._runtime.lanes(min(len(alike), room))
-                yield sorted(alike, key=lambda row: row.prompt), max(1, min(batch_size, room // len(lanes))), lanes
+                room = min(batch_size, CACHE_BYTES // (span(alike[0]) * self._runtime.bytes_per_token))
+                lanes = self._runtime.lanes(min(len(alike), room))
+                yield sorted(alike, key=lambda row: row.prompt), max(1, room // len(lanes)), lanes
                 alike = []
 
     def _batches(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int, list]]:

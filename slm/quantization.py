@@ -5,9 +5,6 @@
 Weights are read from their file, quantized and written one product at a time, on all cores: the memory is that of the
 largest product, where the builder (0.18) holds the whole model in fp32.
 
-int4: MatMulNBits over blocks of 32 weights, each with a scale and a zero point by onnxruntime's k-quant; the head and
-the layers that llama.cpp holds for the most sensitive have 8 bits (what the builder calls k_quant_mixed).
-
 int8: both sides of a product keep one scale from end to end (W8A8), weights by output channel, activations by row,
 
     row = max |x|,   q = QuantizeLinear(x / row),   y = MatMulIntegerToFloat(q, W) * row
@@ -18,11 +15,23 @@ values that a short conversation causes is divided out of the norm, or the proje
 into its weights. These are signed, which is twice as fast as unsigned; on x86 without VNNI their sums would saturate,
 so a session there needs session.x64quantprecision (chat_model.py sets it).
 
-Embeddings have 8 bits in blocks of 32 in both; in int4 they are the head's, where the checkpoint ties them. Products
-that are no MatMul with constant weights (mixtures of experts) stay in fp32.
+int4: 4 bits a weight in blocks of 32, but for the head and the layers that llama.cpp holds for the most sensitive: they
+have 8 (what the builder calls k_quant_mixed). What is done with them depends on the model's size. In a small one, the
+products are int8's: a block's step and offset are integers in units of its output channel's scale, so that
+
+    W[block] = step * integers + offset
+
+is int8 without a rounding, and constant: onnxruntime computes it as it loads the graph, and 4 bits are what the file
+holds. A large model is limited by reading its weights, so these keep their 4 bits in memory too: MatMulNBits, each
+block with a scale and a zero point by onnxruntime's k-quant.
+
+Embeddings have 8 bits, and are the head's where the checkpoint ties them. Products that are no MatMul with constant
+weights (mixtures of experts) stay in fp32.
 """
 
+import functools
 import json
+import math
 import re
 import shutil
 import sys
@@ -36,12 +45,13 @@ import numpy as np
 
 from slm import chat_model
 
-RECIPE = "1"  # another one whenever what is written changes
+RECIPE = "2"  # another one whenever what is written changes
 BLOCK = 32
 ALPHA = 0.5  # how much of the activations' range goes to the weights
 SMALLEST = 1e-5  # of a channel's largest value
 SLICE = 2**19  # weights that are quantized at once: they stay in a core's cache
 ALIGNED = 64  # bytes
+INT8 = 3  # of onnx.TensorProto
 NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 CONVERSATION = (
     "What is the capital of Italy?",
@@ -148,6 +158,14 @@ class Writer:
         self.tensors[name] = tensor
         return name
 
+    def fours(self, name: str, array: np.ndarray) -> str:
+        """A tensor of integers from -8 to 7, two in a byte."""
+        from onnx import TensorProto
+
+        self.tensor(name, _pairs(array.reshape(-1).view(np.uint8) & 15))
+        self.tensors[name].data_type, self.tensors[name].dims[:] = TensorProto.INT4, array.shape
+        return name
+
     def node(self, operator: str, inputs: list[str], output: str, **words) -> str:
         from onnx import helper
 
@@ -175,11 +193,14 @@ def quantize(source: Path, target: Path, precision: str) -> None:
     location = f"{graph.file.name}.data"
     with (target / location).open("wb") as data:
         writer = Writer(data, location)
-        begin = {"int4": _int4, "int8": _int8}[precision]
-        product, norms = begin(graph, writer, {name for name, _ in embeddings.values()})
+        tied = {name for name, _ in embeddings.values()}
+        if precision == "int4" and _large(graph):
+            product, embed, norms = _in_blocks(graph, writer, tied)
+        else:
+            product, embed, norms = _in_integers(graph, writer, precision == "int4")
         for node in graph.model.graph.node:
             if node.output[0] in embeddings:
-                _embed(writer, node, *embeddings[node.output[0]])
+                embed(node, *embeddings[node.output[0]])
             elif node.output[0] in graph.products:
                 product(node)
             elif any(taker.output[0] not in embeddings for taker in graph.consumers[node.output[0]] or [node]):
@@ -196,30 +217,35 @@ def quantize(source: Path, target: Path, precision: str) -> None:
     onnx.save(graph.model, target / graph.file.name)
 
 
+def _large(graph: Graph) -> bool:
+    """Whether a model's products hold too many weights for a batch on each core: then they are limited by reading."""
+    return sum(math.prod(graph.tensors[node.input[1]].dims) for node in graph.products.values()) > chat_model.LANE_BYTES
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In blocks: a large model's int4
+
+
+def _in_blocks(graph: Graph, writer: Writer, tied: set[str]) -> tuple[Callable, Callable, dict]:
+    layers = graph.facts["num_hidden_layers"]
+
+    def product(node) -> None:
+        given, name = node.input
+        rows = graph.array(name).T
+        bits = 8 if name in tied or sensitive(node.name, layers) else 4
+        facts = {"N": rows.shape[0], "K": rows.shape[1], "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
+        inputs = [given, *writer.blocks(name, rows, bits)]
+        writer.node("MatMulNBits", inputs, node.output[0], domain="com.microsoft", **facts)
+
+    return product, functools.partial(_embed, writer), {}
+
+
 def _embed(writer: Writer, node, name: str, rows: np.ndarray) -> None:
     weights, scales, zeros = writer.blocks(name, rows, 8)
     shape = writer.tensor(f"{name}_shape", np.array(rows.shape))
     table = writer.node("Reshape", [weights, shape], f"{node.output[0]}/table")
     words = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1, "domain": "com.microsoft"}
     writer.node("GatherBlockQuantized", [table, node.input[1], scales, zeros], node.output[0], **words)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# int4
-
-
-def _int4(graph: Graph, writer: Writer, embeddings: set[str]) -> tuple[Callable, dict]:
-    layers = graph.facts["num_hidden_layers"]
-
-    def product(node) -> None:
-        given, name = node.input
-        rows = graph.array(name).T
-        bits = 8 if name in embeddings or sensitive(node.name, layers) else 4
-        facts = {"N": rows.shape[0], "K": rows.shape[1], "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
-        inputs = [given, *writer.blocks(name, rows, bits)]
-        writer.node("MatMulNBits", inputs, node.output[0], domain="com.microsoft", **facts)
-
-    return product, {}
 
 
 def sensitive(name: str, layers: int) -> bool:
@@ -272,14 +298,16 @@ def _in_parts(work: Callable, rows: np.ndarray) -> list:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# int8
+# In integers: int8, and a small model's int4
 
 
-def _int8(graph: Graph, writer: Writer, embeddings: set[str]) -> tuple[Callable, dict]:
+def _in_integers(graph: Graph, writer: Writer, narrow: bool) -> tuple[Callable, Callable, dict]:
     balance = balanced(graph, peaks(graph))
     unit = writer.tensor("int8.unit", np.float32(1 / 127))
     zero, last = writer.tensor("int8.zero", np.uint8(128)), writer.tensor("int8.last", np.array([-1]))
-    quantized: dict[str, tuple[str, str]] = {}
+    layers = graph.facts["num_hidden_layers"]
+    quantized: dict[str, tuple[str, str]] = {}  # a product's input: its integers, and its rows' scales
+    tables: dict[str, tuple[str, str]] = {}  # the head's weights, where they are the embeddings: integers, and scales
 
     def product(node) -> None:
         (given, name), output = node.input, node.output[0]
@@ -288,29 +316,104 @@ def _int8(graph: Graph, writer: Writer, embeddings: set[str]) -> tuple[Callable,
             even = writer.node("Div", [given, row], f"{given}/even")  # a row of zeros: NaN, and times 0 in the end
             quantized[given] = writer.node("QuantizeLinear", [even, unit, zero], f"{given}/integers"), row
         integers, row = quantized[given]
-        weights, scales = channels(graph.array(name).T, balance.inputs.get(given), balance.outputs.get(output))
-        sides = [integers, writer.tensor(f"{name}_W8", weights.T), unit, writer.tensor(f"{name}_scales_W8", scales)]
+        weights, scales = tables.get(name) or constant(node)
         # each its own zero: where onnxruntime makes the weights unsigned, it makes another one of it by name
-        sides += [zero, writer.tensor(f"{name}_zero_W8", np.int8(0))]
+        sides = [integers, weights, unit, scales, zero, writer.tensor(f"{name}_zero_W8", np.int8(0))]
         even = writer.node("MatMulIntegerToFloat", sides, f"{output}/even", domain="com.microsoft")
         writer.node("Mul", [even, row], output)
 
-    return product, balance.norms
+    def constant(node) -> tuple[str, str]:
+        name = node.input[1]
+        rows = graph.array(name).T
+        factors = balance.inputs.get(node.input[0]), balance.outputs.get(node.output[0])
+        if narrow and not sensitive(node.name, layers) and rows.shape[1] % BLOCK == 0:
+            fours, steps, offsets, scales = nibbles(rows, *factors)
+            wide = writer.node("Cast", [writer.fours(f"{name}_W4", fours)], f"{name}/wide", to=INT8)
+            spread = writer.node("Mul", [wide, writer.tensor(f"{name}_steps", steps)], f"{name}/spread")
+            moved = writer.node("Add", [spread, writer.tensor(f"{name}_offsets", offsets)], f"{name}/moved")
+            shape = writer.tensor(f"{name}_shape", np.array(rows.T.shape))
+            weights = writer.node("Reshape", [moved, shape], f"{name}/W8")
+        else:
+            eights, scales = channels(rows, *factors)
+            weights = writer.tensor(f"{name}_W8", eights.T)
+        return weights, writer.tensor(f"{name}_scales_W8", scales)
+
+    def embed(node, name: str, rows: np.ndarray) -> None:
+        heads = [head for head in graph.products.values() if head.input[1] == name]
+        factor = balance.inputs.get(heads[0].input[0]) if heads else None
+        eights, scales = channels(rows, factor, None)
+        table = writer.tensor(f"{name}_table", eights.view(np.uint8) ^ 128)
+        own = writer.tensor(f"{name}_scales_W8", scales)
+        column = writer.node("Unsqueeze", [own, last], f"{name}/column")
+        words = {"bits": 8, "gather_axis": 0, "quantize_axis": 1, "domain": "com.microsoft"}
+        words["block_size"] = max(1 << (rows.shape[1] - 1).bit_length(), 16)
+        found = node.output[0] if factor is None else f"{node.output[0]}/balanced"
+        writer.node("GatherBlockQuantized", [table, node.input[1], column], found, **words)
+        if factor is not None:
+            writer.node("Div", [found, writer.tensor(f"{name}_factor", factor)], node.output[0])
+        if heads:
+            flipped = writer.node("BitwiseXor", [table, writer.tensor("int8.sign", np.uint8(128))], f"{name}/flipped")
+            signed = writer.node("Cast", [flipped], f"{name}/signed", to=INT8)
+            tables[name] = writer.node("Transpose", [signed], f"{name}/W8"), own
+
+    return product, embed, balance.norms
 
 
 def channels(rows: np.ndarray, inputs: np.ndarray | None, outputs: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Weights (N, K), times `inputs` (K,) and over `outputs` (N,), as int8, and their scales (N,)."""
 
     def part(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        values = rows[begin:end].astype(np.float32)
-        if inputs is not None:
-            values *= inputs
-        if outputs is not None:
-            values /= outputs[begin:end, None]
+        values = _scaled(rows, begin, end, inputs, outputs)
         scales = (np.maximum(np.abs(values).max(1), SMALLEST) / 127).astype(np.float32)
         return np.rint(values / scales[:, None]).astype(np.int8), scales
 
     return tuple(np.concatenate(arrays) for arrays in zip(*_in_parts(part, rows), strict=True))
+
+
+def nibbles(
+    rows: np.ndarray, inputs: np.ndarray | None, outputs: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Weights (N, K), times `inputs` (K,) and over `outputs` (N,), in blocks along K: step * integers + offset.
+
+    Gives the integers, -8 to 7, (blocks, BLOCK, N); steps, 1 to 15, and offsets, both (blocks, 1, N); and the scales
+    (N,). All are int8 but the scales, and so is what comes of them. Of 25 steps and offsets around those that cover a
+    block, the ones with the least squared error are taken, where large weights count more, as in llama.cpp's Q4_1.
+    """
+
+    def part(begin: int, end: int) -> tuple[np.ndarray, ...]:
+        values = _scaled(rows, begin, end, inputs, outputs).reshape(end - begin, -1, BLOCK)
+        low, high = values.min(2, keepdims=True), values.max(2, keepdims=True)
+        scales = np.maximum(np.abs(values).max((1, 2)), SMALLEST) / 127
+        scales = np.maximum(scales, (high - low).max((1, 2)) / (15 * 15))[:, None, None]  # 15 steps of 15 at most
+        values, low, high = values / scales, low / scales, high / scales
+        importance = np.abs(values) + np.sqrt(np.square(values).mean(2, keepdims=True))
+        least = np.full(low.shape, np.inf)
+        taken = [np.zeros(array.shape, np.int8) for array in (values, low, low)]
+        for more in (-3, -2, -1, 0, 1):
+            step = np.clip(np.ceil((high - low) / 15) + more, 1, 15)
+            for shift in (-0.5, -0.25, 0, 0.25, 0.5):
+                offset = np.clip(np.rint((low + high + step) / 2 + shift * step), -127, 127)
+                first, last = np.ceil((-127 - offset) / step), np.floor((127 - offset) / step)
+                integers = np.rint((values - offset) / step).clip(first, last).clip(-8, 7)
+                error = (importance * np.square(step * integers + offset - values)).sum(2, keepdims=True)
+                for array, found in zip(taken, (integers, step, offset), strict=True):
+                    np.copyto(array, found.astype(np.int8), where=error < least)
+                least = np.minimum(least, error)
+        return *taken, scales.reshape(-1).astype(np.float32)
+
+    integers, steps, offsets, scales = (np.concatenate(arrays) for arrays in zip(*_in_parts(part, rows), strict=True))
+    return *(array.transpose(1, 2, 0) for array in (integers, steps, offsets)), scales
+
+
+def _scaled(
+    rows: np.ndarray, begin: int, end: int, inputs: np.ndarray | None, outputs: np.ndarray | None
+) -> np.ndarray:
+    values = rows[begin:end].astype(np.float32)
+    if inputs is not None:
+        values *= inputs
+    if outputs is not None:
+        values /= outputs[begin:end, None]
+    return values
 
 
 def balanced(graph: Graph, peaks: dict[str, np.ndarray]) -> Balance:
