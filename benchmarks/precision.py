@@ -26,7 +26,8 @@ EXPORTS = {  # the builder's options, where its own precision is meant
     "int4": ("int4", None),
     "int4 RTN": ("int4", {}),
     "int4 k-quant": ("int4", {"algo_config": "k_quant"}),
-    "int4 k-quant, mixed, blocks of 16": ("int4", {"algo_config": "k_quant_mixed", "block_size": "16"}),
+    "int4 k-quant, mixed": ("int4", onnx_export.K_QUANT),  # a large model's int4
+    "int4 k-quant, mixed, blocks of 16": ("int4", onnx_export.K_QUANT | {"block_size": "16"}),
 }
 ROUNDS = 3
 

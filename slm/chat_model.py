@@ -15,6 +15,7 @@ import atexit
 import copy
 import datetime
 import functools
+import itertools
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -305,7 +306,7 @@ class SlotRuntime:
         decoder = facts["decoder"]
         self._file = folder / decoder["filename"]
         self._threads = int(config.get("threads") or physical_cores())
-        self.batch_size = max(48, LANE_ROWS * self._threads) if self._small() else 48
+        self.batch_size = max(64, LANE_ROWS * self._threads) if self._small() else 48
         self._session = self._open(self._threads)
         self._lanes: list[SlotRuntime] = []
         inputs = {entry.name: entry for entry in self._session.get_inputs()}
@@ -355,24 +356,33 @@ class SlotRuntime:
             self._lanes = [lane] * self._threads
         return self._lanes
 
-    def steps(self, rows: list[Row], slots: int = 0) -> Iterator[np.ndarray]:
-        """Yields the next token id of every row, shape (rows,), -1 where it waits or has finished."""
+    def steps(self, rows: list[Row], slots: int = 0, take: Callable[[], int] | None = None) -> Iterator[np.ndarray]:
+        """Yields the next token id of every row, shape (rows,), -1 where it waits, has finished or is another lane's.
+
+        `take` gives the place of a row that nobody has begun, or raises IndexError; all rows in order without it.
+        """
         count = min(slots or len(rows), len(rows))
+        take = take or deque(range(len(rows))).popleft
         held = self._slots(count, max(len(row.prompt) + row.room for row in rows))
         lengths, last = np.zeros(count, dtype=np.int64), np.zeros((count, 1), dtype=np.int64)
-        waiting, live = deque(range(len(rows))), []  # live: by slot, the row that has it
+        live = []  # by slot: the row that has it
 
-        def begin(slot: int) -> int:
-            place = waiting.popleft()
+        def begin(slot: int) -> bool:
+            """Whether there was a row left for this slot."""
+            try:
+                place = take()
+            except IndexError:
+                return False
             row = rows[place]
             row.started = time.perf_counter()
             self._read(held, slot, np.array(row.prompt[:-1], dtype=np.int64))
             lengths[slot], last[slot] = len(row.prompt) - 1, row.prompt[-1]
-            return place
+            live[slot : slot + 1] = [place]
+            return True
 
         try:
-            while len(live) < count:
-                live.append(begin(len(live)))
+            while len(live) < count and begin(len(live)):
+                pass
             while live:
                 logits = self._next(held, last[: len(live)], lengths[: len(live)])
                 tokens = logits.argmax(-1)
@@ -388,8 +398,7 @@ class SlotRuntime:
                 for slot in reversed(range(len(live))):
                     if not rows[live[slot]].finish_reason:
                         continue
-                    if waiting:
-                        live[slot] = begin(slot)
+                    if begin(slot):
                         continue
                     end = len(live) - 1  # the last row moves up
                     if slot < end:
@@ -962,22 +971,23 @@ class SmallLanguageModel(PythonModel):
             yield batch, len(batch), [self._runtime]
 
     def _side_by_side(self, batch: list[Row], slots: int, runtimes: list) -> Iterator[Row]:
-        """Generates a batch by several runtimes, a thread and a part of the rows each; yields rows as they finish."""
+        """Generates a batch by several runtimes, a thread each that takes the next row; yields rows as they finish."""
         if len(runtimes) == 1:
             yield from (row for step in self._run(batch, slots, runtimes[0]) for row in step)
             return
         finished = queue.SimpleQueue()
 
-        def generate(runtime, rows: list[Row]) -> None:
+        def generate(runtime, take: Callable[[], int]) -> None:
             try:
-                for row in (row for step in self._run(rows, slots, runtime) for row in step):
+                for row in (row for step in self._run(batch, slots, runtime, take=take) for row in step):
                     finished.put(row)
             except BaseException as error:  # is the caller's
                 finished.put(error)
 
+        waiting = deque(range(len(batch)))  # neighbours begin alike, so they are taken from both ends
         threads = [
-            threading.Thread(target=generate, args=(runtime, batch[first :: len(runtimes)]), name="lane", daemon=True)
-            for first, runtime in enumerate(runtimes)
+            threading.Thread(target=generate, args=(runtime, take), name="lane", daemon=True)
+            for runtime, take in zip(runtimes, itertools.cycle((waiting.popleft, waiting.pop)), strict=False)
         ]
 
         def stop() -> None:  # a thread ends after its step, once nobody waits for its rows
@@ -1000,16 +1010,18 @@ class SmallLanguageModel(PythonModel):
             stop()
             atexit.unregister(stop)
 
-    def _run(self, batch: list[Row], slots: int, runtime=None, streamed: bool = False) -> Iterator[list[Row]]:
+    def _run(
+        self, batch: list[Row], slots: int, runtime=None, streamed: bool = False, take: Callable[[], int] | None = None
+    ) -> Iterator[list[Row]]:
         """Generates a batch, `slots` rows at once; yields those that finished, after every step that finished some.
 
-        `streamed` yields after every step, all rows that took part.
+        `streamed` yields after every step, all rows that took part. With `take`, the batch is shared with others.
         """
         from tokenizers.decoders import DecodeStream
 
         start, runtime = time.perf_counter(), runtime or self._runtime
         streams = {id(row): DecodeStream(skip_special_tokens=True) for row in batch if streamed or row.sampling.stop}
-        for tokens in runtime.steps(batch, slots):
+        for tokens in runtime.steps(batch, slots, take) if take else runtime.steps(batch, slots):
             changed = []
             for row, token in zip(batch, tokens, strict=True):
                 if row.finish_reason or token < 0:

@@ -167,11 +167,11 @@ def test_a_process_that_ends_while_cores_are_at_work_ends_as_it_meant_to(int4_ex
 def test_what_one_core_fails_of_is_the_callers_to_know(on_two_cores, monkeypatch):
     runtime, steps = on_two_cores._runtime, type(on_two_cores._runtime).steps
 
-    def fails(self, rows, slots=0):
-        yield next(steps(self, rows, slots))
+    def fails(self, rows, *words):
+        yield next(steps(self, rows, *words))
         if threading.current_thread() is threads[-1]:
             raise MemoryError("no more")
-        yield from steps(self, rows, slots)
+        yield from steps(self, rows, *words)
 
     if len(runtime.lanes(40)) == 1:
         pytest.skip("its weights are held once")
