@@ -296,7 +296,7 @@ class SlotRuntime:
     the first to go through with the others: a row's numbers, and in int4 its text, don't depend on its company.
 
     A small model's kernels are over before a second core has come to help: with rows enough, each core generates a
-    batch of its own (a lane).
+    batch of its own (a lane), and takes the next row when one ends.
     """
 
     library = "onnxruntime"
