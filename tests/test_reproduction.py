@@ -139,7 +139,7 @@ def run(store, tmp_path, monkeypatch, capsys):
 
 
 def arguments(store, **options) -> list[str]:
-    given = {"model_uris": store.models["int4"], "prompts": store.folder / "rows.jsonl", "max_tokens": 8}
+    given = {"model_uris": store.models["int4"], "prompts": store.folder / "rows.jsonl", "max_tokens": 6}
     return [f"--{name}={value}" for name, value in (given | {"traces": "false", "resume": "false"} | options).items()]
 
 
