@@ -56,7 +56,9 @@ def run(name: str, args: argparse.Namespace) -> Iterator["object"]:
     store.check(mlflow)
     made_by_mlflow = "MLFLOW_RUN_ID" in os.environ
     client = mlflow.MlflowClient()
-    started = _started(run_name=None if made_by_mlflow else name, tags=runs.tags())
+    words = {"run_name": None if made_by_mlflow else name, "tags": runs.tags()}
+    # the experiment of MLFLOW_EXPERIMENT_NAME is made here, where it isn't there
+    started = _or_found(lambda: mlflow.start_run(**words), "RESOURCE_ALREADY_EXISTS")
     limit = stopping.within(getattr(args, "timeout", 0))
     with _ending(started) as active, limit, runs.signs_of_life(client, active.info.run_id):
         ended = runs.end_abandoned(client, active)
@@ -71,16 +73,16 @@ def run(name: str, args: argparse.Namespace) -> Iterator["object"]:
         yield active
 
 
-def _started(**words):
-    """mlflow.start_run, which makes the experiment of MLFLOW_EXPERIMENT_NAME, and fails where another run was first."""
+def _or_found(make: Callable, error_code: str):
+    """What `make` gives, asked twice where another run was first: MLflow looks, makes what isn't there, and fails."""
     import mlflow
 
     try:
-        return mlflow.start_run(**words)
+        return make()
     except mlflow.MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+        if error.error_code != error_code:
             raise
-        return mlflow.start_run(**words)
+        return make()
 
 
 @contextmanager
@@ -236,7 +238,7 @@ def log_dataset(prompt_set):
     if source.startswith(("runs:/", "models:/")):  # these MLflow downloads, and has no kind of dataset source for
         source = CodeDatasetSource({"prompts": source})
     dataset = mlflow.data.from_pandas(frame, source=source, name=prompt_set.name)
-    mlflow.log_input(dataset, context="evaluation")
+    _or_found(lambda: mlflow.log_input(dataset, context="evaluation"), "BAD_REQUEST")  # of the database, by its rules
     return dataset
 
 

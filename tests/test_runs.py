@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -173,6 +174,39 @@ def test_an_experiment_that_another_run_makes_first_is_taken(tracking_server, mo
     client = mlflow.MlflowClient(tracking_server)
     assert run.info.experiment_id == look(client, "made twice").experiment_id
     assert client.get_run(run.info.run_id).info.status == "FINISHED"
+
+
+def test_a_dataset_that_another_run_logs_first_is_taken(tmp_path):
+    """MLflow looks for the dataset and then makes it, here as well."""
+    import mlflow
+    from mlflow.store.tracking.dbmodels.models import SqlDataset
+    from sqlalchemy import event
+
+    from slm.prompts import read_prompt_set
+
+    file, asked = tmp_path / "mlflow.db", []
+
+    def and_another_is_first(mapper, connection, dataset):
+        if not asked:
+            values = {column.key: getattr(dataset, column.key) for column in mapper.columns} | {
+                "dataset_uuid": "0" * 32
+            }
+            marks = ", ".join("?" * len(values))
+            with sqlite3.connect(file) as other:
+                other.execute(f"INSERT INTO datasets ({', '.join(values)}) VALUES ({marks})", [*values.values()])
+        asked.append(dataset.dataset_uuid)
+
+    mlflow.set_tracking_uri(f"sqlite:///{file}")
+    try:
+        with mlflow.start_run() as run:
+            event.listen(SqlDataset, "before_insert", and_another_is_first)
+            tracking.log_dataset(read_prompt_set(REPOSITORY / "prompts" / "smoke.jsonl", "smoke"))
+        assert len(asked) == 1  # and refused
+        [logged] = mlflow.get_run(run.info.run_id).inputs.dataset_inputs
+        assert logged.dataset.name == "smoke"
+    finally:
+        event.remove(SqlDataset, "before_insert", and_another_is_first)
+        mlflow.set_tracking_uri(None)
 
 
 @pytest.mark.slow
