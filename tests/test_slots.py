@@ -3,6 +3,8 @@
 import itertools
 import sys
 import threading
+import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -117,6 +119,28 @@ def test_rows_are_answered_side_by_side_as_each_alone(on_two_cores):
     small = on_two_cores._runtime._file.with_name("model.onnx.data").stat().st_size < 2**28
     assert running == ({"lane"} if small else set())
     assert [found[index] for index in range(len(rows))] == [fresh(on_two_cores, row).text for row in rows]
+
+
+def test_a_row_waits_for_no_core_that_is_busy(on_two_cores, monkeypatch):
+    runtime = type(on_two_cores._runtime)
+    if len(on_two_cores._runtime.lanes(40)) == 1:
+        pytest.skip("its weights are held once")
+    read, step, begun = runtime._read, runtime._next, Counter()
+
+    def counted(self, *words):
+        begun[threading.get_ident()] += 1
+        read(self, *words)
+
+    def slowed(self, *words):
+        if threading.get_ident() == next(iter(begun)):
+            time.sleep(0.5)
+        return step(self, *words)
+
+    monkeypatch.setattr(runtime, "_read", counted)
+    monkeypatch.setattr(runtime, "_next", slowed)
+    rows = [{"messages": [{"role": "user", "content": f"Count from {n}."}], "max_tokens": 3} for n in range(10, 50)]
+    assert len([*on_two_cores.answers(rows, batch_size=32)]) == 40
+    assert [*begun.values()] == [16, 24]
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(31, 0), (40, 15)])
