@@ -29,7 +29,6 @@ Embeddings have 8 bits, and are the head's where the checkpoint ties them. Produ
 weights (mixtures of experts) stay in fp32.
 """
 
-import functools
 import json
 import math
 import re
@@ -172,6 +171,11 @@ class Writer:
         self.nodes.append(helper.make_node(operator, inputs, [output], name=f"{output}/{operator}", **words))
         return output
 
+    def gather(self, inputs: list[str], output: str, block_size: int) -> None:
+        """Rows of a table of 8 bits. Inputs: table (N, K), places, scales (N, blocks), and zero points, if any."""
+        words = {"bits": 8, "block_size": block_size, "gather_axis": 0, "quantize_axis": 1, "domain": "com.microsoft"}
+        self.node("GatherBlockQuantized", inputs, output, **words)
+
     def blocks(self, name: str, rows: np.ndarray, bits: int) -> list[str]:
         """The names of a product's weights in blocks, their scales and zero points; written once, whoever asks."""
         names = [f"{name}_{part}" for part in (f"Q{bits}", "scales", "zeros")]
@@ -237,15 +241,13 @@ def _in_blocks(graph: Graph, writer: Writer, tied: set[str]) -> tuple[Callable, 
         inputs = [given, *writer.blocks(name, rows, bits)]
         writer.node("MatMulNBits", inputs, node.output[0], domain="com.microsoft", **facts)
 
-    return product, functools.partial(_embed, writer), {}
+    def embed(node, name: str, rows: np.ndarray) -> None:
+        weights, scales, zeros = writer.blocks(name, rows, 8)
+        shape = writer.tensor(f"{name}_shape", np.array(rows.shape))
+        table = writer.node("Reshape", [weights, shape], f"{node.output[0]}/table")
+        writer.gather([table, node.input[1], scales, zeros], node.output[0], BLOCK)
 
-
-def _embed(writer: Writer, node, name: str, rows: np.ndarray) -> None:
-    weights, scales, zeros = writer.blocks(name, rows, 8)
-    shape = writer.tensor(f"{name}_shape", np.array(rows.shape))
-    table = writer.node("Reshape", [weights, shape], f"{node.output[0]}/table")
-    words = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1, "domain": "com.microsoft"}
-    writer.node("GatherBlockQuantized", [table, node.input[1], scales, zeros], node.output[0], **words)
+    return product, embed, {}
 
 
 def sensitive(name: str, layers: int) -> bool:
@@ -282,19 +284,20 @@ def blocks(rows: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndar
             integers, zeros = (_pairs(array) for array in (integers, np.pad(zeros, ((0, 0), (0, count % 2)))))
         return integers, scales.reshape(end - begin, count).astype(np.float32), zeros
 
-    return tuple(np.concatenate(arrays) for arrays in zip(*_in_parts(part, rows), strict=True))
+    return _in_parts(part, rows)
 
 
 def _pairs(array: np.ndarray) -> np.ndarray:
     return array[..., ::2] | array[..., 1::2] << 4
 
 
-def _in_parts(work: Callable, rows: np.ndarray) -> list:
-    """What `work` gives for parts of the rows, from their first to past their last, on all cores."""
+def _in_parts(work: Callable, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The arrays that `work` gives for parts of the rows, from their first to past their last, on all cores; joined."""
     step = max(SLICE // rows.shape[1], 1)
     begins = range(0, len(rows), step)
     with ThreadPoolExecutor(chat_model.physical_cores()) as pool:
-        return list(pool.map(work, begins, [min(begin + step, len(rows)) for begin in begins]))
+        parts = pool.map(work, begins, [min(begin + step, len(rows)) for begin in begins])
+        return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,10 +348,9 @@ def _in_integers(graph: Graph, writer: Writer, narrow: bool) -> tuple[Callable, 
         table = writer.tensor(f"{name}_table", eights.view(np.uint8) ^ 128)
         own = writer.tensor(f"{name}_scales_W8", scales)
         column = writer.node("Unsqueeze", [own, last], f"{name}/column")
-        words = {"bits": 8, "gather_axis": 0, "quantize_axis": 1, "domain": "com.microsoft"}
-        words["block_size"] = max(1 << (rows.shape[1] - 1).bit_length(), 16)
+        whole = max(1 << (rows.shape[1] - 1).bit_length(), 16)  # a block is a power of two
         found = node.output[0] if factor is None else f"{node.output[0]}/balanced"
-        writer.node("GatherBlockQuantized", [table, node.input[1], column], found, **words)
+        writer.gather([table, node.input[1], column], found, whole)
         if factor is not None:
             writer.node("Div", [found, writer.tensor(f"{name}_factor", factor)], node.output[0])
         if heads:
@@ -367,7 +369,7 @@ def channels(rows: np.ndarray, inputs: np.ndarray | None, outputs: np.ndarray | 
         scales = (np.maximum(np.abs(values).max(1), SMALLEST) / 127).astype(np.float32)
         return np.rint(values / scales[:, None]).astype(np.int8), scales
 
-    return tuple(np.concatenate(arrays) for arrays in zip(*_in_parts(part, rows), strict=True))
+    return _in_parts(part, rows)
 
 
 def nibbles(
@@ -401,7 +403,7 @@ def nibbles(
                 least = np.minimum(least, error)
         return *taken, scales.reshape(-1).astype(np.float32)
 
-    integers, steps, offsets, scales = (np.concatenate(arrays) for arrays in zip(*_in_parts(part, rows), strict=True))
+    integers, steps, offsets, scales = _in_parts(part, rows)
     return *(array.transpose(1, 2, 0) for array in (integers, steps, offsets)), scales
 
 
