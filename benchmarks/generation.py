@@ -141,7 +141,6 @@ def over_onnx(provider: str) -> list[Row]:
             "bare onnxruntime-genai loop",
             0.97,
             ratios(waited["bare"], waited["ours"]),
-            why="the prompt's last token goes through the graph after the others, as it does beside other rows",
         ),
     ]
 

@@ -25,7 +25,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -292,8 +292,8 @@ class SlotRuntime:
     onnxruntime-genai (0.18) keeps a batch together until its longest answer ends, pads its prompts, and computes what
     they begin with in common for each. Grouped-query attention lets every row of a batch have a length of its own: so
     here a finished row's slot goes to the next row, nothing is padded, and keys and values of a beginning that another
-    slot holds, from an earlier call too, are copied. Prompts go in one at a time without their last token, which is
-    the first to go through with the others: a row's numbers, and in int4 its text, don't depend on its company.
+    slot holds, from an earlier call too, are copied. Prompts go in one at a time, which gives their first tokens, and
+    go on together: a row's numbers, and in int4 its text, don't depend on its company.
 
     A small model's kernels are over before a second core has come to help: with rows enough, each core generates a
     batch of its own (a lane), and takes the next row when one ends.
@@ -356,8 +356,8 @@ class SlotRuntime:
             self._lanes = [lane] * self._threads
         return self._lanes
 
-    def steps(self, rows: list[Row], slots: int = 0, take: Callable[[], int] | None = None) -> Iterator[np.ndarray]:
-        """Yields the next token id of every row, shape (rows,), -1 where it waits, has finished or is another lane's.
+    def steps(self, rows: list[Row], slots: int = 0, take: Callable[[], int] | None = None) -> Iterator[dict[int, int]]:
+        """Yields the next token id of the rows that take part in a step, by their place in `rows`.
 
         `take` gives the place of a row that nobody has begun, or raises IndexError; all rows in order without it.
         """
@@ -367,38 +367,40 @@ class SlotRuntime:
         lengths, last = np.zeros(count, dtype=np.int64), np.zeros((count, 1), dtype=np.int64)
         live = []  # by slot: the row that has it
 
-        def begin(slot: int) -> bool:
-            """Whether there was a row left for this slot."""
-            try:
-                place = take()
-            except IndexError:
-                return False
-            row = rows[place]
-            row.started = time.perf_counter()
-            self._read(held, slot, np.array(row.prompt[:-1], dtype=np.int64))
-            lengths[slot], last[slot] = len(row.prompt) - 1, row.prompt[-1]
-            live[slot : slot + 1] = [place]
-            return True
+        def chosen(logits: np.ndarray, row: Row) -> int:
+            if row.sampling.temperature:
+                return sample(logits, row.sampling, row.seed, len(row.output))
+            return int(logits.argmax())
+
+        def begin(slot: int) -> Generator[dict[int, int], None, bool]:
+            """Yields the first token of the row that takes the slot, and of those that end with it; whether one did."""
+            while True:
+                try:
+                    place = take()
+                except IndexError:
+                    return False
+                row = rows[place]
+                if row.finish_reason:
+                    continue
+                row.started = time.perf_counter()
+                token = chosen(self._read(held, slot, np.array(row.prompt, dtype=np.int64)), row)
+                yield {place: token}
+                if not row.finish_reason:
+                    lengths[slot], last[slot] = len(row.prompt), token
+                    live[slot : slot + 1] = [place]
+                    return True
 
         try:
-            while len(live) < count and begin(len(live)):
+            while len(live) < count and (yield from begin(len(live))):
                 pass
             while live:
                 logits = self._next(held, last[: len(live)], lengths[: len(live)])
-                tokens = logits.argmax(-1)
-                for slot, place in enumerate(live):
-                    row = rows[place]
-                    if row.sampling.temperature:
-                        tokens[slot] = sample(logits[slot], row.sampling, row.seed, len(row.output))
-                step = np.full(len(rows), -1)
-                step[live] = tokens
-                yield step
+                tokens = [chosen(of_row, rows[place]) for of_row, place in zip(logits, live, strict=True)]
+                yield dict(zip(live, tokens, strict=True))
                 lengths[: len(live)] += 1
                 last[: len(live), 0] = tokens
                 for slot in reversed(range(len(live))):
-                    if not rows[live[slot]].finish_reason:
-                        continue
-                    if begin(slot):
+                    if not rows[live[slot]].finish_reason or (yield from begin(slot)):
                         continue
                     end = len(live) - 1  # the last row moves up
                     if slot < end:
@@ -435,13 +437,14 @@ class SlotRuntime:
             span=span,
         )
 
-    def _read(self, held: Slots, slot: int, prompt: np.ndarray) -> None:
-        """Puts a prompt's keys and values into a slot."""
+    def _read(self, held: Slots, slot: int, prompt: np.ndarray) -> np.ndarray:
+        """Puts a prompt's keys and values into a slot; the logits that follow it, shape (vocabulary,).
+
+        One token alone goes through other kernels, with other numbers: so the last two always go together.
+        """
         shared = [_in_common(prompt, other) for other in held.prompts]
         source = max(range(len(shared)), key=lambda other: (shared[other], other == slot))
-        begun = shared[source]
-        if len(prompt) - begun == 1:
-            begun = max(begun - 1, 0)  # one token alone goes through other kernels, with other numbers
+        begun = min(shared[source], max(len(prompt) - 2, 0))
         if begun and source != slot:
             held.copy(source, slot, begun)
         held.prompts[slot] = prompt[:begun]
@@ -449,10 +452,11 @@ class SlotRuntime:
             end = min(begun + self._at_once(held.span), len(prompt))
             end += len(prompt) - end == 1
             binding = self._binding(held, slot, 1, "prompt")
-            binding.bind_output(self._names["logits"], "cpu")  # nobody looks at them
+            binding.bind_output(self._names["logits"], "cpu")  # of the last place, or of all
             self._run(binding, prompt[None, begun:end], np.array([begun]))
             held.prompts[slot] = prompt[:end]
             begun = end
+        return binding.get_outputs()[-1].numpy()[0, -1]
 
     def _at_once(self, span: int) -> int:
         """How many tokens of a prompt go through the graph together."""
@@ -545,8 +549,8 @@ class OnnxRuntime:
         self._vocabulary = int(facts["vocab_size"])
         self._padding = int(facts["pad_token_id"])
 
-    def steps(self, rows: list[Row], slots: int = 0) -> Iterator[np.ndarray]:
-        """Yields the next token id of every row, shape (rows,), until the caller stops.
+    def steps(self, rows: list[Row], slots: int = 0) -> Iterator[dict[int, int]]:
+        """Yields the next token id of every row by its place, a finished one's too, until all have finished.
 
         Rows are padded on the right, and a graph whose head was pruned gives the logits of the last, padded place.
         So the prompts go in without their last token, which is then forced as if it had been generated: one step
@@ -569,7 +573,7 @@ class OnnxRuntime:
         if forced:
             self._choose(generator, dict(enumerate(last)), len(rows))
             generator.generate_next_token()
-        while not generator.is_done():
+        while not (generator.is_done() or all(row.finish_reason for row in rows)):
             drawn = {
                 place: row.sampling
                 for place, row in enumerate(rows)
@@ -582,7 +586,7 @@ class OnnxRuntime:
                     chosen[place] = sample(logits[place], sampling, rows[place].seed, len(rows[place].output))
                 self._choose(generator, chosen, len(rows))
             generator.generate_next_token()
-            yield generator.get_next_tokens()
+            yield dict(enumerate(generator.get_next_tokens().tolist()))
 
     def alone_in_batch(self, prompt: list[int]) -> bool:
         """Whether a prompt's last token can't be forced (an end token would end its row), or caches take no padding."""
@@ -635,8 +639,8 @@ class TransformersRuntime:
         width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
         self.bytes_per_token = 8 * settings.num_hidden_layers * heads * width
 
-    def steps(self, rows: list[Row], slots: int = 0) -> Iterator[np.ndarray]:
-        """Yields the next token id of every row, shape (rows,); a finished row's places hold -1."""
+    def steps(self, rows: list[Row], slots: int = 0) -> Iterator[dict[int, int]]:
+        """Yields the next token id of every row that hasn't finished, by its place."""
         torch = self._torch
         from transformers import DynamicCache
 
@@ -657,9 +661,7 @@ class TransformersRuntime:
                 row = rows[place]
                 if row.sampling.temperature:
                     tokens[at] = sample(logits[at].float().cpu().numpy(), row.sampling, row.seed, len(row.output))
-            step = np.full(len(rows), -1)
-            step[live] = tokens
-            yield step
+            yield dict(zip(live, tokens, strict=True))
             kept = [at for at, place in enumerate(live) if not rows[place].finish_reason]
             if not kept:
                 return
@@ -1023,15 +1025,16 @@ class SmallLanguageModel(PythonModel):
         streams = {id(row): DecodeStream(skip_special_tokens=True) for row in batch if streamed or row.sampling.stop}
         for tokens in runtime.steps(batch, slots, take) if take else runtime.steps(batch, slots):
             changed = []
-            for row, token in zip(batch, tokens, strict=True):
-                if row.finish_reason or token < 0:
+            for place, token in tokens.items():
+                row = batch[place]
+                if row.finish_reason:
                     continue
-                row.output.append(int(token))
+                row.output.append(token)
                 stopped = False
                 if token in runtime.end_tokens:
                     row.finish_reason = "stop"
                 elif id(row) in streams:
-                    row.text += streams[id(row)].step(self._tokenizer, int(token)) or ""
+                    row.text += streams[id(row)].step(self._tokenizer, token) or ""
                     cut = min((at for at in map(row.text.find, row.sampling.stop) if at >= 0), default=-1)
                     stopped = cut >= 0
                     if stopped:
@@ -1049,8 +1052,6 @@ class SmallLanguageModel(PythonModel):
                     changed.append(row)
             if changed or streamed:
                 yield changed
-            if all(row.finish_reason for row in batch):
-                return
 
 
 def usage(prompt_tokens: int, output_tokens: int) -> dict[str, int]:

@@ -59,9 +59,10 @@ def greedy(runtime, prompts: list[list[int]], max_tokens: list[int], slots: int 
         for index, (prompt, room) in enumerate(zip(prompts, max_tokens, strict=True))
     ]
     for tokens in runtime.steps(batch, slots):
-        for row, token in zip(batch, tokens, strict=True):
-            if not row.finish_reason and token >= 0:
-                row.output.append(int(token))
+        for place, token in tokens.items():
+            row = batch[place]
+            if not row.finish_reason:
+                row.output.append(token)
                 ended = token in runtime.end_tokens
                 row.finish_reason = "stop" if ended else "length" if len(row.output) == row.room else ""
         if all(row.finish_reason for row in batch):
@@ -437,7 +438,7 @@ def test_each_of_phi3s_end_tokens_ends_an_answer_and_is_counted_but_not_shown(mo
     assert wrapper._runtime.context_length == 4096
     steps = wrapper._runtime.steps
     for end in sorted(wrapper._runtime.end_tokens):
-        wrapper._runtime.steps = lambda rows, slots, end=end: iter([[1128], [end], [1128]])
+        wrapper._runtime.steps = lambda rows, slots, end=end: iter([{0: 1128}, {0: end}, {0: 1128}])
         try:
             [(_, [answer])] = wrapper.answers([{"messages": CONVERSATIONS[0]}])
         finally:

@@ -87,6 +87,39 @@ def test_a_row_that_was_dropped_leaves_its_slot_to_the_next(wrapper):
     assert (len(dropped.output), kept.text) == (3, expected)
 
 
+def test_a_prompts_logits_do_not_depend_on_what_a_shorter_one_left(wrapper):
+    runtime = wrapper._runtime
+    prompt = np.array(wrapper.prepare({"messages": PLACES})[0].prompt)
+    alone = runtime._read(runtime._slots(2, 256), 0, prompt)
+    for length in (1, 2, 3, len(prompt) - 1, len(prompt)):
+        for slot in (0, 1):
+            held = runtime._slots(2, 256)
+            runtime._read(held, 0, prompt[:length])
+            assert np.array_equal(runtime._read(held, slot, prompt), alone), length
+
+
+def test_an_answer_of_one_token_takes_the_pass_over_its_prompt_alone(wrapper, monkeypatch):
+    rows = [{"messages": [{"role": "user", "content": f"Count from {n}."}], "max_tokens": 2} for n in range(5)]
+    longer = {index: answer.text for index, [answer] in wrapper.answers(rows)}
+    monkeypatch.setattr(type(wrapper._runtime), "_next", None)
+    for temperature in (0, 1e-6):  # what is drawn there is the likeliest token
+        asked = [row | {"max_tokens": 1, "temperature": temperature} for row in rows]
+        found = {index: answer for index, [answer] in wrapper.answers(asked, batch_size=2)}
+        assert [found[at].output_tokens for at in range(5)] == [1] * 5
+        assert all(longer[at].startswith(found[at].text) for at in range(5))
+        assert all(found[at].text for at in range(5))
+
+
+def test_a_row_that_is_dropped_before_its_turn_is_not_begun(wrapper, monkeypatch):
+    read, begun = type(wrapper._runtime)._read, []
+    monkeypatch.setattr(type(wrapper._runtime), "_read", lambda self, *words: begun.append(1) or read(self, *words))
+    rows = [wrapper.prepare({"messages": PLACES[at:], "max_tokens": 2})[0] for at in (0, 1, 0)]
+    for step, _ in enumerate(wrapper._run(rows, 3, streamed=True)):
+        if step == 0:  # the first row's first token
+            rows[1].finish_reason = "cancelled"
+    assert ([len(row.output) for row in rows], len(begun)) == ([2, 0, 2], 2)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A small model's rows, a part of them on each core
 
@@ -129,7 +162,7 @@ def test_a_row_waits_for_no_core_that_is_busy(on_two_cores, monkeypatch):
 
     def counted(self, *words):
         begun[threading.get_ident()] += 1
-        read(self, *words)
+        return read(self, *words)
 
     def slowed(self, *words):
         if threading.get_ident() == next(iter(begun)):
