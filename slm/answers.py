@@ -28,7 +28,7 @@ def digest(content: object) -> str:
 class Answers:
     """An open file of answers. `kept` holds those that may be used again, by what was asked.
 
-    `peak_memory_bytes` is the highest that the runs which ended have noted, 0 where none did.
+    `peak_memory_bytes` has the same keys: what the run that answered has noted as its peak, 0 where it didn't end.
     """
 
     def __init__(self, path: Path, reuse: Reuse):
@@ -37,7 +37,11 @@ class Answers:
         if reuse == "interrupted" and ends:
             lines = lines[ends[-1] + 1 :]
         self.kept = {line["asked"]: line for line in lines if "asked" in line}
-        self.peak_memory_bytes = max((line["peak_memory_bytes"] for line in lines if "asked" not in line), default=0)
+        self.peak_memory_bytes, peak = {}, 0
+        for line in reversed(lines):  # a run's peak stands below its answers
+            peak = line.get("peak_memory_bytes", peak)
+            if "asked" in line:
+                self.peak_memory_bytes.setdefault(line["asked"], peak)
         mended = path.with_name(f"{path.name}.{os.getpid()}")
         mended.write_text("".join(map(_line, lines)), encoding="utf-8")
         mended.replace(path)

@@ -79,13 +79,14 @@ def score(
     answered: dict[tuple[str, int], dict] = {}
     elapsed = 0.0
     with answers.opened(identity(model, generation), reuse) as kept:
-        missing = []
+        missing, peak = [], 0
         for one, key in zip(wanted, asked, strict=True):
             if key not in kept.kept:
                 missing.append((one, key))
                 continue
             answered[one[0].id, one[1]] = kept.kept[key]["answer"]
             elapsed += kept.kept[key]["elapsed"]
+            peak = max(peak, kept.peak_memory_bytes[key])
             advance()
         keys = {(prompt.id, repeat): key for (prompt, repeat), key in missing}
         before = time.perf_counter()
@@ -96,11 +97,11 @@ def score(
                 kept.add(keys[prompt.id, repeat], answer, now - before)
             elapsed, before = elapsed + now - before, now
             advance()
-        peak = kept.peak_memory_bytes
-        if missing or not peak:  # else nothing was generated now, and this process's says nothing
-            peak = max(peak, loading.peak_memory_bytes() or 0)  # the model's: a judge's comes later
+        own = loading.peak_memory_bytes() or 0  # the model's: a judge's comes later
         if missing:
-            kept.finish(peak)
+            kept.finish(own)
+        if missing or not peak:  # else nothing was generated now, and this process's says nothing
+            peak = max(peak, own)
     samples = tuple(
         _sample(model, prompt, repeat, answered[prompt.id, repeat], score_answer) for prompt, repeat in wanted
     )

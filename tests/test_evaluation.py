@@ -155,6 +155,15 @@ def test_an_unchanged_run_reuses_all_answers_and_a_gate_on_speed_none(run, tmp_p
     assert told not in out and "gate: pass" in out
 
 
+def test_peak_memory_is_that_of_the_runs_that_gave_the_answers(run, tmp_path, store, monkeypatch):
+    lines, file = store[1].read_text().splitlines(keepends=True), tmp_path / "some.jsonl"
+    for begin, end, own, found in ((0, 9, 900, 900), (9, 18, 200, 200), (12, 27, 100, 200), (3, 27, 50, 900)):
+        file.write_text("".join(lines[begin:end]))
+        monkeypatch.setattr("slm.loading.peak_memory_bytes", lambda own=own: own)
+        [child] = run("1", prompts=file)[2].values()
+        assert child.data.metrics["peak_memory_bytes"] == found
+
+
 def test_several_models_are_each_compared_with_the_same_baseline(run, tmp_path):
     thresholds = gate(tmp_path, "score/mean: {max_drop: 0.05}\nlatency_seconds/p50: {max_ratio: 1000}")
     code, out, children = run("23", baseline="models:/copier/1", thresholds=thresholds)
