@@ -4,9 +4,10 @@
     python -m benchmarks [generation] [pipeline] [evaluation] [logging] [start] [--full-size]
     benchmarks/gpu.sh [the same]       on a machine with an NVIDIA GPU: installs the CUDA builds, and runs all on it
 
-Without names all groups run, each in a process of its own so that none finds another's threads and memory: about half
-an hour on two cores, compiling llama-cpp-python not counted. `--full-size` adds a model of Phi-3-mini's shape, which
-takes 20 GB of memory and 40 GB of disk. What was found, and why a row falls short, is in benchmarks/README.md.
+Without names all groups run, each in a process of its own so that none finds another's threads and memory: a quarter
+of an hour on two cores, compiling llama-cpp-python not counted. `--full-size` adds a model of Phi-3-mini's shape, which
+takes ten minutes more, 20 GB of memory and 40 GB of disk. What was found, and why a row falls short, is in
+benchmarks/README.md.
 """
 
 import argparse

@@ -330,7 +330,7 @@ def judge(title, models, thresholds, prompt_set, baseline=None):
     facts = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "run": tracking.quiet_mlflow().active_run().info.run_id,
-        "commit": machine["git_commit"] + (" and uncommitted changes" if machine["git_dirty"] else ""),
+        "commit": machine["git_commit"][:12] + (" and uncommitted changes" if machine["git_dirty"] else ""),
         "machine": f"{machine['cpu']}, {machine['cores']} cores",
     }
     history = tuple(tracking.history(prompt_set.sha256, scored.model.name, scored.estimates) for scored in models)
