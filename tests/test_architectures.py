@@ -208,6 +208,20 @@ def test_an_export_has_the_same_bytes_every_time(small_model, tmp_path):
         assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"} <= made[0].keys()
 
 
+@pytest.mark.parametrize("small_model", ["qwen2"], indirect=True)
+def test_a_graph_with_logits_of_every_place_gives_the_same_tokens(small_model):
+    """As most ready ONNX folders have, which were exported without prune_lm_head."""
+    from slm import onnx_export
+    from slm.chat_model import onnx_runtime
+
+    model, saved = small_model
+    prompts = some_prompts()
+    runtime = onnx_runtime(onnx_export.export(saved, "fp32", "cpu", {}).folder, {})
+    assert runtime._session.get_outputs()[0].shape[1] != 1
+    expected = [generated(model, prompt, 12) for prompt in prompts]
+    assert greedy(runtime, prompts, [12] * len(prompts), slots=2) == expected
+
+
 @without_gpu
 @pytest.mark.parametrize("small_model", ["qwen2", "phi-3, sliding"], indirect=True)
 def test_an_export_for_cuda_names_its_provider_and_gives_the_numbers_of_fp32_on_a_cpu(small_model):
