@@ -28,7 +28,7 @@ def digest(content: object) -> str:
 class Answers:
     """An open file of answers. `kept` holds those that may be used again, by what was asked.
 
-    `peak_memory_bytes` has the same keys: what the run that answered has noted as its peak, 0 where it didn't end.
+    Each has the peak_memory_bytes that the run which answered has noted, 0 where it didn't end.
     """
 
     def __init__(self, path: Path, reuse: Reuse):
@@ -36,12 +36,11 @@ class Answers:
         ends = [place for place, line in enumerate(lines) if "peak_memory_bytes" in line]
         if reuse == "interrupted" and ends:
             lines = lines[ends[-1] + 1 :]
-        self.kept = {line["asked"]: line for line in lines if "asked" in line}
-        self.peak_memory_bytes, peak = {}, 0
-        for line in reversed(lines):  # a run's peak stands below its answers
+        self.kept, peak = {}, 0
+        for line in reversed(lines):  # a run's peak stands below its answers, and the last answer counts
             peak = line.get("peak_memory_bytes", peak)
             if "asked" in line:
-                self.peak_memory_bytes.setdefault(line["asked"], peak)
+                self.kept.setdefault(line["asked"], line | {"peak_memory_bytes": peak})
         mended = path.with_name(f"{path.name}.{os.getpid()}")
         mended.write_text("".join(map(_line, lines)), encoding="utf-8")
         mended.replace(path)

@@ -155,6 +155,13 @@ def sample(logits: np.ndarray, sampling: Sampling, seed: int, step: int) -> int:
     return int(np.argmax(scaled + np.random.default_rng((seed, step)).gumbel(size=len(scaled))))
 
 
+def next_token(logits: np.ndarray, row: Row) -> int:
+    """The token id that a row goes on with after `logits` (vocabulary,): drawn, or the likeliest at temperature 0."""
+    if row.sampling.temperature:
+        return sample(logits, row.sampling, row.seed, len(row.output))
+    return int(logits.argmax())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Text to tokens
 
@@ -367,11 +374,6 @@ class SlotRuntime:
         lengths, last = np.zeros(count, dtype=np.int64), np.zeros((count, 1), dtype=np.int64)
         live = []  # by slot: the row that has it
 
-        def chosen(logits: np.ndarray, row: Row) -> int:
-            if row.sampling.temperature:
-                return sample(logits, row.sampling, row.seed, len(row.output))
-            return int(logits.argmax())
-
         def begin(slot: int) -> Generator[dict[int, int], None, bool]:
             """Yields the first token of the row that takes the slot, and of those that end with it; whether one did."""
             while True:
@@ -383,7 +385,7 @@ class SlotRuntime:
                 if row.finish_reason:
                     continue
                 row.started = time.perf_counter()
-                token = chosen(self._read(held, slot, np.array(row.prompt, dtype=np.int64)), row)
+                token = next_token(self._read(held, slot, np.array(row.prompt, dtype=np.int64)), row)
                 yield {place: token}
                 if not row.finish_reason:
                     lengths[slot], last[slot] = len(row.prompt), token
@@ -395,7 +397,7 @@ class SlotRuntime:
                 pass
             while live:
                 logits = self._next(held, last[: len(live)], lengths[: len(live)])
-                tokens = [chosen(of_row, rows[place]) for of_row, place in zip(logits, live, strict=True)]
+                tokens = [next_token(of_row, rows[place]) for of_row, place in zip(logits, live, strict=True)]
                 yield dict(zip(live, tokens, strict=True))
                 lengths[: len(live)] += 1
                 last[: len(live), 0] = tokens
@@ -574,16 +576,9 @@ class OnnxRuntime:
             self._choose(generator, dict(enumerate(last)), len(rows))
             generator.generate_next_token()
         while not (generator.is_done() or all(row.finish_reason for row in rows)):
-            drawn = {
-                place: row.sampling
-                for place, row in enumerate(rows)
-                if row.sampling.temperature and not row.finish_reason
-            }
-            if drawn:
+            if any(row.sampling.temperature and not row.finish_reason for row in rows):
                 logits = generator.get_logits().reshape(len(rows), -1)
-                chosen = {place: int(logits[place].argmax()) for place in range(len(rows))}
-                for place, sampling in drawn.items():
-                    chosen[place] = sample(logits[place], sampling, rows[place].seed, len(rows[place].output))
+                chosen = {place: next_token(logits[place], row) for place, row in enumerate(rows)}
                 self._choose(generator, chosen, len(rows))
             generator.generate_next_token()
             yield dict(enumerate(generator.get_next_tokens().tolist()))
@@ -660,7 +655,7 @@ class TransformersRuntime:
             for at, place in enumerate(live):
                 row = rows[place]
                 if row.sampling.temperature:
-                    tokens[at] = sample(logits[at].float().cpu().numpy(), row.sampling, row.seed, len(row.output))
+                    tokens[at] = next_token(logits[at].float().cpu().numpy(), row)
             yield dict(zip(live, tokens, strict=True))
             kept = [at for at, place in enumerate(live) if not rows[place].finish_reason]
             if not kept:

@@ -84,9 +84,9 @@ def score(
             if key not in kept.kept:
                 missing.append((one, key))
                 continue
-            answered[one[0].id, one[1]] = kept.kept[key]["answer"]
-            elapsed += kept.kept[key]["elapsed"]
-            peak = max(peak, kept.peak_memory_bytes[key])
+            found = kept.kept[key]
+            answered[one[0].id, one[1]] = found["answer"]
+            elapsed, peak = elapsed + found["elapsed"], max(peak, found["peak_memory_bytes"])
             advance()
         keys = {(prompt.id, repeat): key for (prompt, repeat), key in missing}
         before = time.perf_counter()
