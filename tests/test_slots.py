@@ -11,6 +11,7 @@ import pytest
 from conftest import REPOSITORY, call
 from test_chat_model import logged, models, text  # noqa: F401
 
+from slm.chat_model import sample
 from slm.prompts import read_prompt_set
 
 PLACES = [{"role": "system", "content": "You know geography."}, {"role": "user", "content": "Where is Paris?"}]
@@ -108,6 +109,16 @@ def test_an_answer_of_one_token_takes_the_pass_over_its_prompt_alone(wrapper, mo
         assert [found[at].output_tokens for at in range(5)] == [1] * 5
         assert all(longer[at].startswith(found[at].text) for at in range(5))
         assert all(found[at].text for at in range(5))
+
+
+def test_the_first_token_is_drawn_from_the_logits_of_its_prompt(wrapper):
+    asked = [{"messages": PLACES, "max_tokens": 1, "temperature": 1.5, "seed": seed} for seed in range(8)]
+    rows = [wrapper.prepare(row)[0] for row in asked]
+    logits = wrapper._runtime._read(wrapper._runtime._slots(1, 256), 0, np.array(rows[0].prompt))
+    expected = [[sample(logits, row.sampling, row.seed, 0)] for row in rows]
+    list(wrapper._run(rows, 3))
+    assert [row.output for row in rows] == expected
+    assert len({token for [token] in expected}) > 2  # not the likeliest each time
 
 
 def test_a_row_that_is_dropped_before_its_turn_is_not_begun(wrapper, monkeypatch):
