@@ -52,9 +52,9 @@ def evaluate(args: argparse.Namespace) -> str:
 
         # The models: those named, or both wrappers of `model`, the pipeline being the baseline
         if source is None:
-            named = [(uri, tracking.resolve(uri)) for uri in uris]
+            named = [(uri, tracking.resolve(uri, args.trust_code)) for uri in uris]
             if args.baseline:
-                named.append((args.baseline, tracking.resolve(args.baseline)))
+                named.append((args.baseline, tracking.resolve(args.baseline, args.trust_code)))
             subject, baseline = prompt_set.name, len(uris) if args.baseline else None
         else:
             named = log_both(source, args)
@@ -69,7 +69,7 @@ def evaluate(args: argparse.Namespace) -> str:
         results = [evaluation.score_model(label, uri, prompt_set, args, thresholds) for label, uri in named]
         verdict = evaluation.conclude(subject, results, thresholds, prompt_set, baseline)
         if args.alias and verdict.state == "pass":
-            evaluation.promote(named[0][1], args.alias, before)
+            evaluation.promote(named[0][1], args.alias, before, results[0][0].model.manifest_sha256)
         schedule.conclude(args, verdict.state)
         if args.traces:
             evaluation.show_answers(results, prompt_set)

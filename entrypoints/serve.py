@@ -46,7 +46,7 @@ def serve(args: argparse.Namespace) -> str:
     with tracking.run("serve", args) if "MLFLOW_RUN_ID" in os.environ else nullcontext():
         # The model, and the server until a signal comes
         with console.step(f"Loading {args.model_uri}"):
-            model, defaults = openai_server.load(args.model_uri)
+            model, defaults = openai_server.load(args.model_uri, args.trust_code)
         app = openai_server.build(model, defaults, api_key=api_key)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=3

@@ -9,6 +9,8 @@ environment of its own, since Airflow's pins and this project's don't go togethe
 and in its own environment MLFLOW_TRACKING_URI (with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the
 server wants them): not in the DAG, whose rendered fields are shown in the browser. `mlflow run` makes every failure
 exit code 1, and the task fails: its log shows the verdict, and in MLflow the tags slot and gate.
+
+trust_code is left off: a schedule evaluates models of this project alone (docs/trust.md).
 """
 
 from datetime import UTC, datetime, timedelta

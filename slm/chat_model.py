@@ -37,6 +37,7 @@ from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 
+VERSION = "0.2.0"  # of this file: models that it logged are run by the repository's own copy, where the versions agree
 DEFAULTS = {"max_tokens": 64, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": [], "n": 1}
 SPAN_STEP = 64  # keys and values are allocated for a multiple of this many tokens
 SCRATCH_BYTES = 2**28  # of attention, which grow with the tokens of a prompt that go through a graph at once
@@ -746,7 +747,7 @@ class SmallLanguageModel(PythonModel):
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = {id for id, token in added.items() if token.special}
         self.template, self.special_tokens = read_chat_template(folder)
-        onnx = (folder / "genai_config.json").exists()
+        onnx = "onnx" in context.artifacts
         self._runtime = onnx_runtime(folder, config) if onnx else TransformersRuntime(folder, config)
         self.batch_size = int(config.get("batch_size") or self._runtime.batch_size)
         self._lock = threading.RLock()  # neither runtime may be entered by two threads at once

@@ -6,16 +6,17 @@ same way. What is not covered: adapters, sharded GGUF, hubs other than Hugging F
 """
 
 import difflib
+import hashlib
 import importlib.metadata
 import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from slm import cache, weights
+from slm import cache, genai_config, weights
 from slm.errors import BadInput, Unavailable, exhausted
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -56,6 +57,7 @@ class Checkpoint:
     source: str  # embedded:NAME, file:PATH, or hf:ORG/NAME
     revision: str  # the hub's commit, or the source file's SHA-256
     manifest: dict[str, cache.FileRecord]
+    rewritten: dict[str, bytes] = field(default_factory=dict)  # files that are logged with another content than theirs
 
     @property
     def is_onnx(self) -> bool:
@@ -111,7 +113,8 @@ class Source:
         check(folder)
         manifest = cache.manifest_of(folder)
         weights.check_files(folder, manifest)
-        return Checkpoint(self.name, folder, self.origin, revision or cache.manifest_sha256(manifest), manifest)
+        revision = revision or cache.manifest_sha256(manifest)
+        return rebuilt(Checkpoint(self.name, folder, self.origin, revision, manifest))
 
 
 def find(model: str, revision: str = "", subfolder: str = "") -> Source:
@@ -142,6 +145,16 @@ def find(model: str, revision: str = "", subfolder: str = "") -> Source:
     raise BadInput(f"model: {model!r} is no embedded name, folder, .gguf file or hub id (org/name); {hint}")
 
 
+def rebuilt(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the genai_config.json that it is logged with; as it is where it has none."""
+    if not checkpoint.is_onnx:
+        return checkpoint
+    content = genai_config.rebuilt(genai_config.read(checkpoint.folder))
+    record = cache.FileRecord(hashlib.sha256(content).hexdigest(), len(content))
+    files = checkpoint.manifest | {genai_config.NAME: record}
+    return replace(checkpoint, manifest=files, rewritten={genai_config.NAME: content})
+
+
 def located(path: str) -> Path | None:
     """A path as given, from the repository's root or from the working folder; None where nothing is there."""
     try:
@@ -158,16 +171,11 @@ def check(folder: Path) -> None:
         BadInput
     """
     if (folder / "genai_config.json").exists():
-        config = _read_config(folder / "genai_config.json")
-        weights.check_names(folder, config)
-        try:
-            graph = config["model"]["decoder"]["filename"]
-        except (KeyError, TypeError):
-            raise BadInput(f"model: {folder}/genai_config.json names no decoder; export it again") from None
+        graph = genai_config.read(folder)["model"]["decoder"]["filename"]
         if not (folder / graph).is_file():
             raise BadInput(f"model: {folder} has no {graph}, which its genai_config.json names")
     elif (folder / "config.json").exists():
-        config = _read_config(folder / "config.json")
+        _read_config(folder / "config.json")
         if not any(folder.glob("*.safetensors")):
             pickled = " (its pickled .bin weights are refused)" if any(folder.glob("*.bin")) else ""
             raise BadInput(f"model: {folder} holds no .safetensors weights{pickled}")
@@ -187,14 +195,9 @@ def _read_config(path: Path) -> dict:
     Raises:
         BadInput
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"model: {path} can't be read as JSON: {error}") from None
+    config = weights.read_json(path)
     if not isinstance(config, dict):
         raise BadInput(f"model: {path} is no JSON object; fetch it again")
-    if config.get("auto_map"):
-        raise BadInput(f"model: {path} asks to run code of its own (auto_map), which is refused")
     return config
 
 

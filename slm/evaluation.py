@@ -19,6 +19,7 @@ from slm import (
     endpoints,
     environment,
     gate,
+    manifest,
     parameters,
     prompts,
     reproduction,
@@ -149,6 +150,7 @@ def scored_uri(logged, checkpoint: checkpoints.Checkpoint, registered_model_name
         "precision": precision,
         "model.sha256": checkpoint.sha256,
         "git_commit": environment.describe()["git_commit"],
+        manifest.TAG: next(iter(tracking.recorded_manifests(logged.model_uri)), ""),
     }
     words = [f"{checkpoint.name}, as {'a transformers pipeline' if not precision else f'ONNX, {precision}'}."]
     words += [f"From {checkpoint.source}" + (f" at {checkpoint.revision}." if checkpoint.revision else ".")]
@@ -176,14 +178,16 @@ def score_model(
     with tracking.child_run(label) as child, ExitStack() as stack:
         if getattr(args, "engine", "local") == "spark":
             scored, sent = _score_on_spark(
-                label, uri, prompt_set, asked_for, reuse, child.info.run_id, args.row_timeout
+                label, uri, prompt_set, asked_for, reuse, child.info.run_id, args.row_timeout, args.trust_code
             )
             model = scored.model
         else:
             with console.step(f"Loading {label}"):
                 folder = stack.enter_context(tracking.local_copy(uri))  # a stranger's may read files later on
                 settings = {name: options.get(name) for name in ("dtype", "device")}
-                model = loading.load(label, uri, folder, settings | {"row_timeout": args.row_timeout})
+                settings |= {"row_timeout": args.row_timeout}
+                trust_code = getattr(args, "trust_code", False)
+                model = loading.load(label, uri, folder, settings, tracking.recorded_manifests(uri), trust_code)
             with console.progress(f"Scoring {label}", len(prompt_set.prompts) * repeats) as advance:
                 score_answer = stack.enter_context(scorer_calls.opened(asked, resume))
                 scored = scoring.score(model, prompt_set, options, repeats, reuse, advance, score_answer)
@@ -211,14 +215,21 @@ def score_model(
 
 
 def _score_on_spark(
-    label: str, uri: str, prompt_set, asked_for: dict, reuse: str, run_id: str, row_timeout: float
+    label: str,
+    uri: str,
+    prompt_set,
+    asked_for: dict,
+    reuse: str,
+    run_id: str,
+    row_timeout: float,
+    trust_code: bool,
 ) -> tuple:
     """What Spark's workers make of a model; and what the shown prompts were sent to it as."""
     from slm import spark
 
     if not prompt_set.is_whole:  # its prompts are a sample
         asked_for["prompts"] = {"rows": prompt_set.rows, "sha256": prompt_set.sha256}
-    job = spark.job(label, uri, prompt_set, asked_for["parameters"], row_timeout)
+    job = spark.job(label, uri, prompt_set, asked_for["parameters"], row_timeout, trust_code)
     with console.step(f"Loading {label} on a worker"):
         model = spark.described(prompt_set, job)
     fingerprint = reproduction.fingerprint(asked_for, model.identity)
@@ -365,6 +376,7 @@ def _tag_version(scored, verdict: gate.Verdict, found) -> None:
     if version:
         tags = {"prompts": found.prompt_set.name, "prompts.sha256": found.prompt_set.sha256, "gate": verdict.state}
         tags |= {"evaluation.run": found.facts["run"], "git_commit": environment.describe()["git_commit"]}
+        tags[manifest.TAG] = scored.model.manifest_sha256  # equal to what is recorded, where something is
         for name, figure in scored.estimates.items():
             if "/" not in name:
                 tags[name if name == scoring.OVERALL else f"score.{name}"] = report.estimate(figure)
@@ -396,13 +408,20 @@ def alias_version(uri: str, alias: str) -> str:
     return tracking.alias_version(version[0], alias) if version and alias else ""
 
 
-def promote(uri: str, alias: str, before: str) -> None:
+def promote(uri: str, alias: str, before: str, manifest_sha256: str) -> None:
     """Moves the registry alias to the version that `uri` names; `before` is the version it had when the run began.
 
+    The version must be recorded to have the files that were scored, by the hash of their manifest.
+
     Raises:
-        Unavailable: somebody else moved it since.
+        Unavailable: somebody else moved it since, or recorded other files.
     """
     name, version = tracking.registered_version(uri)
+    if set(tracking.recorded_manifests(uri)) != {manifest_sha256}:
+        raise Unavailable(
+            f"alias: {uri} isn't recorded to have the files that were scored ({manifest.TAG} "
+            f"{manifest_sha256[:12]}); nothing was moved: run again"
+        )
     now = tracking.alias_version(name, alias)
     if now != before:
         moved = f"was {before or 'not set'} when this run began and is {now or 'not set'} now"

@@ -16,7 +16,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slm import chat_model
+from slm import chat_model, wrappers
 from slm.errors import BadInput
 
 # A generation parameter, and what models call it
@@ -100,7 +100,7 @@ def form_of(uri: str, description, folder: Path | None) -> Form:
     """
     columns, as_list = _columns(uri, description)
     params = {spec.name: spec for spec in (description.signature.params or ())}
-    if is_ours(description):
+    if wrappers.is_ours(description):
         column = "messages" if "messages" in columns else "prompt"
         slots = {name: Slot(name) for name in NAMES}
         return Form(column, column == "messages", slots, **_template(description, folder))
@@ -202,10 +202,6 @@ def fitted(value, kind: str):
     if kind == "string" and isinstance(value, list) and len(value) == 1:
         return value[0]
     return value
-
-
-def is_ours(description) -> bool:
-    return bool((description.metadata or {}).get("model.sha256"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,28 +7,30 @@
 | llm/v1/completions, a text-generation pipeline, a pyfunc with one text column or list[str] | one text per call |
 | an endpoint | slm/endpoints.py, several requests at a time |
 
-slm/forms.py reads the form from what was logged, before anything is generated. MLflow is called only to load a model,
-which runs the code that was logged with it: score no model whose author you don't trust.
+slm/forms.py reads the form from what was logged, before anything is generated. A model of this project is opened by
+slm/wrappers.py, without code from its folder. MLflow is called only to load a model of others, which runs the code that
+was logged with it: with `trust_code` alone.
 """
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from slm import (
-    cache,
     chat_model,
     console,
     endpoints,
     environment,
     forms,
+    manifest,
     model_logging,
     reproduction,
     side_by_side,
     tracking,
+    wrappers,
 )
 from slm.errors import BadInput, exhausted
 from slm.prompts import Prompt
@@ -41,7 +43,7 @@ class LoadedModel:
     label: str
     uri: str  # an endpoint's: its address and name, without credentials
     model_id: str | None
-    pyfunc: object  # an endpoint's: its Endpoint
+    pyfunc: object  # an endpoint's: its Endpoint; None for a model of this project
     wrapper: object | None  # ours, when the model was logged here
     form: forms.Form
     ask: Callable[["LoadedModel", list[dict], int], Iterator[tuple[int, dict]]]  # rows, batch size -> place, answer
@@ -50,7 +52,8 @@ class LoadedModel:
     bytes: int
     load_seconds: float
     name: str  # by which earlier runs of it are found: the registered model's, the checkpoint's, the endpoint's
-    code_sha256: str = ""  # of the wrapper that was logged with the weights
+    code_sha256: str = ""  # of the wrapper that runs
+    manifest_sha256: str = ""  # of all its files; "" for an endpoint
     identity: str = ""  # one hash over what its answers depend on; an endpoint's address
     facts: dict = field(default_factory=dict)  # for the run's record: model, template, used, origin
 
@@ -69,13 +72,16 @@ class LoadedModel:
         return tuple(name for name in forms.NAMES if name not in self.form.slots)
 
 
-def load(label: str, uri: str, folder: Path | None, settings: dict) -> LoadedModel:
+def load(
+    label: str, uri: str, folder: Path | None, settings: dict, recorded: Iterable[str] = (), trust_code: bool = False
+) -> LoadedModel:
     """Loads the model in `folder` (what `uri` names), overriding its settings where these have a value.
 
-    `settings` may also hold `row_timeout`, which is the caller's and not the model's.
+    `settings` may also hold `row_timeout`, which is the caller's and not the model's. `recorded` are the hashes of its
+    manifest (tracking.recorded_manifests).
 
     Raises:
-        BadInput: it is no pyfunc, its files were changed, or its form isn't understood.
+        BadInput: it is no pyfunc, its files were changed, its code isn't trusted, or its form isn't understood.
         Unavailable: an endpoint doesn't answer, or refuses the key.
     """
     row_timeout = float(settings.get("row_timeout") or 0)
@@ -87,46 +93,81 @@ def load(label: str, uri: str, folder: Path | None, settings: dict) -> LoadedMod
         description = mlflow.models.Model.load(str(folder))
         if "python_function" not in description.flavors:
             raise BadInput(f"{uri} has no python_function flavor")
-        sha256 = model_logging.check_manifest(folder)
     except (mlflow.exceptions.MlflowException, ValueError) as error:
         raise BadInput(f"{uri}: {error}") from None
-    form = forms.form_of(uri, description, folder)
+    registered = tracking.registered_version(uri)
+    if not wrappers.is_ours(description):
+        wrappers.check(uri, description, trust_code, None)
+        return _load_stranger(label, uri, folder, description, recorded, row_timeout)
+    needed = folder / "requirements.txt"
+    for difference in environment.differing(needed.read_text("utf-8").splitlines() if needed.exists() else ()):
+        console.out.print(f"{label}: was logged for {difference}", markup=False)
     reset_peak_memory()
     start = time.perf_counter()
-    known = description.flavors["python_function"].get("config") or {}
-    override = {name: value for name, value in settings.items() if value and name in known}
-    ours = forms.is_ours(description)
-    if ours:
-        needed = folder / "requirements.txt"
-        for difference in environment.differing(needed.read_text("utf-8").splitlines() if needed.exists() else ()):
-            console.out.print(f"{label}: was logged for {difference}", markup=False)
-    sys.dont_write_bytecode = True  # into the store's own folder, whose hash would be another one the next time
+    override = {name: value for name, value in settings.items() if name != "row_timeout"}
     try:
-        pyfunc = mlflow.pyfunc.load_model(str(folder), suppress_warnings=ours, model_config=override if ours else None)
+        opened = wrappers.opened(uri, folder, recorded, trust_code, override)
     except Exception as error:
-        if ours and ("cuda" not in str(error).lower() or exhausted(error)):
+        if isinstance(error, BadInput) or "cuda" not in str(error).lower() or exhausted(error):
             raise  # one that was logged to run on a GPU says what is missing here
         raise BadInput(f"{uri} can't be loaded: {_one_line(error)}") from error
     seconds = time.perf_counter() - start
-    wrapper = pyfunc.unwrap_python_model() if ours else None
-    code_sha256 = cache.file_sha256(folder / Path(model_logging.chat_model.__file__).name) if ours else ""
+    description, wrapper = opened.description, opened.wrapper
+    return LoadedModel(
+        label=label,
+        uri=uri,
+        model_id=description.model_id,
+        pyfunc=None,
+        wrapper=wrapper,
+        form=forms.form_of(uri, description, folder),
+        ask=_ask_wrapper,
+        row_timeout=row_timeout,
+        sha256=description.metadata["model.sha256"],
+        bytes=description.model_size_bytes or 0,
+        load_seconds=seconds,
+        name=registered[0] if registered else f"{wrapper.name}, {label}",
+        code_sha256=opened.code_sha256,
+        manifest_sha256=opened.manifest.sha256,
+        identity=identity(description, opened.code_sha256),
+        facts=_facts(opened),
+    )
+
+
+def _load_stranger(
+    label: str, uri: str, folder: Path, description, recorded: Iterable[str], row_timeout: float
+) -> LoadedModel:
+    """A model that others logged, by MLflow, which runs what lies in its folder."""
+    import mlflow
+
+    form = forms.form_of(uri, description, folder)
+    reset_peak_memory()
+    start = time.perf_counter()
+    sys.dont_write_bytecode = True  # into the store's own folder
+    try:
+        before = manifest.stamp(folder)
+        found = manifest.check(folder, recorded)
+        pyfunc = mlflow.pyfunc.load_model(str(folder))
+        if manifest.stamp(folder) != before:
+            manifest.check(folder, [found.sha256])
+    except Exception as error:
+        raise BadInput(f"{uri} can't be loaded: {_one_line(error)}") from error
     registered = tracking.registered_version(uri)
     return LoadedModel(
         label=label,
         uri=uri,
         model_id=description.model_id,
         pyfunc=pyfunc,
-        wrapper=wrapper,
+        wrapper=None,
         form=form,
-        ask=_ask_wrapper if ours else _ask_pyfunc,
+        ask=_ask_pyfunc,
         row_timeout=row_timeout,
-        sha256=sha256,
+        sha256=found.sha256,
         bytes=description.model_size_bytes or 0,
-        load_seconds=seconds,
-        name=registered[0] if registered else f"{wrapper.name}, {label}" if ours else label,
-        code_sha256=code_sha256,
-        identity=identity(description, code_sha256) if ours else sha256,
-        facts=_facts(description, folder, wrapper, known | override) if ours else {"template": _template_of(form)},
+        load_seconds=time.perf_counter() - start,
+        name=registered[0] if registered else label,
+        manifest_sha256=found.sha256,
+        identity=found.sha256,
+        facts={"template": _template_of(form)},
     )
 
 
@@ -318,14 +359,13 @@ def _failed(reason: str, seconds: float) -> dict:
     }
 
 
-def _facts(description, folder: Path, wrapper, settings: dict) -> dict:
-    """What a run's record says of a model of ours; settings are those it was loaded with."""
-    metadata, record = description.metadata, folder / "manifest.json"
-    content = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {"folder": "", "files": {}}
-    files = {name: entry["sha256"] for name, entry in content["files"].items()}
+def _facts(opened: wrappers.Opened) -> dict:
+    """What a run's record says of a model of ours."""
+    metadata, wrapper = opened.description.metadata, opened.wrapper
+    files = {name: record.sha256 for name, record in opened.manifest.weights.items()}
     weights = {name: sha256 for name, sha256 in files.items() if name not in model_logging.TOKENIZER_FILES}
     precision = metadata.get("precision") or "as given"
-    used = _used(folder / content["folder"], wrapper, settings, precision)
+    used = _used(opened, precision)
     return {
         "model": {
             "runtime": used.pop("runtime"),
@@ -350,12 +390,12 @@ def _template_of(form: forms.Form) -> dict:
     return {"tokenizer.sha256": None, "chat_template.sha256": given, "tells_date": "strftime_now" in form.template}
 
 
-def _used(folder: Path, wrapper, settings: dict, precision: str) -> dict:
+def _used(opened: wrappers.Opened, precision: str) -> dict:
     """What a model of ours runs on, where its settings leave it to the wrapper as well."""
+    settings, wrapper = opened.settings, opened.wrapper
     threads = int(settings.get("threads") or 0)
-    if (folder / "genai_config.json").exists():
-        decoder = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
-        listed = [name for entry in decoder["session_options"].get("provider_options") or [] for name in entry]
+    if opened.providers is not None:
+        listed = opened.providers
         return {
             "runtime": getattr(wrapper._runtime, "library", "onnxruntime-genai"),
             "execution_provider": settings.get("execution_provider") or ", ".join(listed) or "cpu",

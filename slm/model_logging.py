@@ -26,7 +26,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
 from mlflow.utils.uri import is_databricks_unity_catalog_uri, is_oss_unity_catalog_uri
 
-from slm import cache, chat_model, environment
+from slm import cache, chat_model, environment, manifest, wrappers
 from slm.checkpoints import Checkpoint
 
 PACKAGES = {
@@ -62,6 +62,7 @@ def _log(name, checkpoint, schema, generation, *, metadata=None, save_weights=Tr
         "chat_template": template,
         "special_tokens": special_tokens,
         "schema": schema,
+        "wrapper": {"version": chat_model.VERSION, "sha256": wrappers.own_sha256()},
     } | ({"task": "llm/v1/chat"} if schema == "chat" else {})
     metadata = facts | (metadata or {})
     if registered_model_name:
@@ -129,21 +130,22 @@ def save_model(path, mlflow_model, checkpoint, wrapper, schema, generation, save
             model_config=settings,
             pip_requirements=requirements(wrapper, Path(scratch)),
         )
-    artifact, place = ("onnx", "artifacts/onnx") if wrapper == "onnx" else ("checkpoint", "model")
+    artifact, place = ("onnx", wrappers.PLACES[0]) if wrapper == "onnx" else ("checkpoint", wrappers.PLACES[1])
     pyfunc = mlflow_model.flavors["python_function"]
+    placed = {}
     if save_weights:
         put = functools.partial(_put, checkpoint, path, _store_here(mlflow_model.artifact_path))
-        put(place, checkpoint.manifest)
+        placed |= put(place, checkpoint.manifest)
         pyfunc["artifacts"] = {artifact: {"path": place, "uri": place}}
-        files = {name: vars(record) for name, record in checkpoint.manifest.items()}
-        (path / "manifest.json").write_text(json.dumps({"folder": place, "files": files}, indent=1), encoding="utf-8")
         mlflow_model.model_size_bytes = checkpoint.bytes
     if wrapper == "pipeline":
         mlflow_model.flavors["transformers"] = _transformers_flavor(checkpoint, save_weights)
         if save_weights:
-            names = [name for name in TOKENIZER_FILES if name in checkpoint.manifest]
-            put("components/tokenizer", names)
+            placed |= put("components/tokenizer", [name for name in TOKENIZER_FILES if name in checkpoint.manifest])
     mlflow_model.save(str(path / "MLmodel"))
+    written = manifest.write(path, place, placed)
+    if mlflow_model.model_id:  # where it is logged, and not only saved
+        mlflow.MlflowClient().set_logged_model_tags(mlflow_model.model_id, {manifest.TAG: written.sha256})
 
 
 def signature(schema: str, generation: dict) -> ModelSignature:
@@ -217,32 +219,18 @@ def _store_here(location: str | None) -> Path | None:
     return Path(repository.artifact_dir) if isinstance(repository, LocalArtifactRepository) else None
 
 
-def _put(checkpoint: Checkpoint, path: Path, store: Path | None, place: str, names) -> None:
-    """The checkpoint's files at `place` in the store, else as links in the folder `path`, which is uploaded."""
+def _put(checkpoint: Checkpoint, path: Path, store: Path | None, place: str, names) -> dict[str, cache.FileRecord]:
+    """The checkpoint's files at `place` in the store, else as links in the folder `path`, which is uploaded.
+
+    Gives what was put, by path in the model's folder.
+    """
     for name in names:
         target = (store or path) / place / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if store:
+        if name in checkpoint.rewritten:
+            target.write_bytes(checkpoint.rewritten[name])
+        elif store:
             cache.place(checkpoint.folder / name, target)
         else:
             target.symlink_to((checkpoint.folder / name).resolve())
-
-
-def check_manifest(folder: Path) -> str:
-    """The SHA-256 of a logged model's weights, after each file was compared with the manifest logged with it.
-
-    A model that carries no manifest (not logged here) gets the hash of what is there.
-
-    Raises:
-        ValueError: a file is missing or was changed.
-    """
-    record = folder / "manifest.json"
-    if not record.exists():
-        return cache.manifest_sha256(cache.manifest_of(folder))
-    content = json.loads(record.read_text(encoding="utf-8"))
-    expected = {name: cache.FileRecord(**entry) for name, entry in content["files"].items()}
-    for name, entry in expected.items():
-        path = folder / content["folder"] / name
-        if not path.is_file() or path.stat().st_size != entry.size or cache.file_sha256(path) != entry.sha256:
-            raise ValueError(f"{content['folder']}/{name} is missing or was changed since the model was logged")
-    return cache.manifest_sha256(expected)
+    return {f"{place}/{name}": checkpoint.manifest[name] for name in names}

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from slm import cache, environment
-from slm.checkpoints import REPOSITORY, Checkpoint, failed
+from slm.checkpoints import REPOSITORY, Checkpoint, failed, rebuilt
 from slm.errors import BadInput
 
 # prune_lm_head: only the last place's logits are needed, so no head is computed over whole prompts
@@ -85,7 +85,7 @@ def export(checkpoint: Checkpoint, precision: str, execution_provider: str, opti
             raise failed(f"model: {checkpoint.name} can't be exported in {precision}", done)
 
     folder, manifest = cache.folder(f"{checkpoint.name}-{precision}-{execution_provider}", recipe, build)
-    return Checkpoint(checkpoint.name, folder, checkpoint.source, checkpoint.revision, manifest)
+    return rebuilt(Checkpoint(checkpoint.name, folder, checkpoint.source, checkpoint.revision, manifest))
 
 
 def _python(module: list[str]) -> subprocess.CompletedProcess:

@@ -27,7 +27,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.exceptions import HTTPException
 
-from slm import model_logging, tracking
+from slm import tracking, wrappers
 from slm.errors import BadInput
 
 MOST_BATCHES = 2  # generated side by side
@@ -542,27 +542,25 @@ def _event(content: dict) -> str:
 # The model
 
 
-def load(uri: str) -> tuple[object, dict]:
+def load(uri: str, trust_code: bool = False) -> tuple[object, dict]:
     """The wrapper that `uri` names, and the parameters it was logged with.
 
     Raises:
-        BadInput: it is none of this project's chat models.
+        BadInput: it is none of this project's chat models, its files were changed, or its code isn't trusted.
     """
     mlflow = tracking.quiet_mlflow()
-    with tracking.local_copy(tracking.resolve(uri)) as folder:
+    uri = tracking.resolve(uri, trust_code)
+    with tracking.local_copy(uri) as folder:
         try:
             description = mlflow.models.Model.load(str(folder))
-            facts = description.metadata or {}
-            if "model.sha256" not in facts or "schema" not in facts:
+            if not wrappers.is_ours(description) or "schema" not in description.metadata:
                 raise BadInput(f"model_uri: {uri} was not logged by this project")
-            if facts["schema"] != "chat":
-                raise BadInput(
-                    f"model_uri: {uri} has the {facts['schema']} schema; log it with schema=chat to serve it"
-                )
-            model_logging.check_manifest(folder)
-            model = mlflow.pyfunc.load_model(str(folder)).unwrap_python_model()
+            if description.metadata["schema"] != "chat":
+                schema = description.metadata["schema"]
+                raise BadInput(f"model_uri: {uri} has the {schema} schema; log it with schema=chat to serve it")
+            opened = wrappers.opened(uri, folder, tracking.recorded_manifests(uri), trust_code, {})
         except (mlflow.exceptions.MlflowException, ValueError) as error:
             raise BadInput(f"model_uri: {uri}: {' '.join(str(error).split())}") from None
-    if not hasattr(model, "stream"):
+    if not hasattr(opened.wrapper, "stream"):
         raise BadInput(f"model_uri: {uri} was logged by an older version of this project; log it again")
-    return model, {param.name: param.default for param in description.signature.params}
+    return opened.wrapper, {param.name: param.default for param in opened.description.signature.params}

@@ -106,6 +106,12 @@ PARAMETERS = (
         remedy="write letters, digits and : . + - / @, such as 2026-11-22T03:00Z",
     ),
     Parameter("force", False, ("evaluate",), "evaluate a slot that is done, or one in which nothing changed, again"),
+    Parameter(
+        "trust_code",
+        False,
+        ("evaluate", "serve"),
+        "true runs code that was logged with a model, where this project doesn't know it",
+    ),
     Parameter("model_uri", "", ("serve",), "logged chat model: models:/name@alias, models:/name/3, runs:/…, folder"),
     Parameter("host", "127.0.0.1", ("serve",), "address to listen at"),
     Parameter("port", 5005, ("serve",), "port to listen at", low=1, high=65535),

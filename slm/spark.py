@@ -97,6 +97,8 @@ class Job:
     threads: int
     scorers: tuple
     row_timeout: float = 0.0
+    recorded: tuple[str, ...] = ()  # hashes of its manifest
+    trust_code: bool = False
     run_id: str = ""
     earlier: tuple[tuple[int, str], ...] = ()  # buckets that an earlier run finished, and its id
     last_shown: tuple[int, str] | None = None
@@ -475,7 +477,14 @@ def _asked(spec: tuple) -> scorer_calls.Asked:
 # Answering
 
 
-def job(label: str, uri: str, prompt_set: SparkPromptSet, parameters: dict, row_timeout: float = 0.0) -> Job:
+def job(
+    label: str,
+    uri: str,
+    prompt_set: SparkPromptSet,
+    parameters: dict,
+    row_timeout: float = 0.0,
+    trust_code: bool = False,
+) -> Job:
     """What workers are told of the model that `uri` (resolved) names; `parameters` are of generation, and repeats."""
     mlflow = tracking.quiet_mlflow()
     spark = prompt_set.frame.sparkSession
@@ -490,6 +499,8 @@ def job(label: str, uri: str, prompt_set: SparkPromptSet, parameters: dict, row_
         threads=int(spark.conf.get("spark.task.cpus", "1")),
         scorers=prompt_set.scorers,
         row_timeout=row_timeout,
+        recorded=tracking.recorded_manifests(uri),
+        trust_code=trust_code,
         last_shown=prompt_set.last_shown,
     )
 
@@ -673,13 +684,15 @@ def _model(job: Job) -> tuple[loading.LoadedModel, bool]:
     settings = {name: job.generation.get(name) for name in ("dtype", "device")}
     settings |= {"threads": job.threads, "row_timeout": job.row_timeout}
     _client(job)
-    return _loaded(job.label, job.uri, job.model_key, tuple(settings.items()))
+    return _loaded(job.label, job.uri, job.model_key, tuple(settings.items()), job.recorded, job.trust_code)
 
 
 @functools.lru_cache(maxsize=1)  # the next model's loading frees this one
-def _loaded(label: str, uri: str, model_key: str, settings: tuple) -> tuple[loading.LoadedModel, bool]:
+def _loaded(
+    label: str, uri: str, model_key: str, settings: tuple, recorded: tuple[str, ...], trust_code: bool
+) -> tuple[loading.LoadedModel, bool]:
     folder, fetched = _fetched(uri, model_key)
-    return loading.load(label, uri, folder, dict(settings)), fetched
+    return loading.load(label, uri, folder, dict(settings), recorded, trust_code), fetched
 
 
 def _fetched(uri: str, model_key: str) -> tuple[Path, bool]:

@@ -175,10 +175,11 @@ def local_copy(uri: str) -> Iterator[Path | None]:
         yield folder
 
 
-def resolve(uri: str) -> str:
+def resolve(uri: str, trust_code: bool = False) -> str:
     """A model URI frozen: an alias becomes the version it points at now. Only the model's description is read.
 
-    An endpoint is asked for one token, and its URI gets the model's name.
+    An endpoint is asked for one token, and its URI gets the model's name. Code that was logged with a model is let in
+    where `trust_code` says so.
 
     Raises:
         BadInput: there is no such model, version or alias, or it can't be asked.
@@ -187,7 +188,7 @@ def resolve(uri: str) -> str:
     if endpoints.is_endpoint(uri):
         return endpoints.connect(uri).uri
     mlflow = quiet_mlflow()
-    from slm import forms
+    from slm import forms, wrappers
 
     name, _, alias = uri.removeprefix("models:/").partition("@")
     try:
@@ -201,8 +202,53 @@ def resolve(uri: str) -> str:
         raise BadInput(f"{uri}: there is no such model: {_one_line(error)}") from None
     if state != "READY":
         raise BadInput(f"{uri} is {state}: its logging never came to an end; log it again")
+    wrappers.check(uri, described, trust_code, lambda: _file_of(uri, wrappers.FILE))
     forms.check(uri, described)
     return uri
+
+
+def _file_of(uri: str, name: str) -> bytes:
+    """A small file of a logged model."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="phi3-mlflow-") as scratch:
+        try:
+            found = quiet_mlflow().artifacts.download_artifacts(artifact_uri=f"{uri}/{name}", dst_path=scratch)
+        except Exception as error:
+            if is_infrastructure(error) or exhausted(error):
+                raise
+            raise BadInput(f"{uri} has no {name}: {_one_line(error)}") from None
+        return Path(found).read_bytes()
+
+
+def recorded_manifests(uri: str) -> tuple[str, ...]:
+    """The hashes of a logged model's manifest that registry and tracking server keep, out of its folder's reach.
+
+    Models that were logged by others have none until they have been evaluated as a registered version.
+    """
+    from mlflow.exceptions import MlflowException
+
+    from slm import manifest
+
+    if endpoints.is_endpoint(uri):
+        return ()
+    mlflow = quiet_mlflow()
+    client, found, version = mlflow.MlflowClient(), [], registered_version(uri)
+    if version:
+        registered = client.get_model_version(*version)
+        found.append(registered.tags.get(manifest.TAG))
+        uri = registered.source or ""
+    logged = re.fullmatch(r"models:/(m-[0-9a-f]+)", uri)
+    model_id = logged[1] if logged else None
+    try:
+        if not model_id and not version:
+            model_id = mlflow.models.get_model_info(uri).model_id
+        if model_id:
+            found.append(client.get_logged_model(model_id).tags.get(manifest.TAG))
+    except MlflowException as error:
+        if is_infrastructure(error) or logged:
+            raise
+    return tuple(dict.fromkeys(filter(None, found)))  # a folder may be that of another server's model
 
 
 def _state(uri: str) -> str:

@@ -1,16 +1,32 @@
 """A model's folder from outside, checked before anything opens it: damage that shows without loading, and ways out.
 
-What is refused: weight files that are cut off or whose parts are missing, links and paths that leave the folder, and
-native code that a configuration names. A flipped bit in a weight doesn't show here, unless the hub's cache says what
-the file's SHA-256 must be; once a model is logged, its manifest does (slm/model_logging.py).
+What is refused: weight files that are cut off or whose parts are missing, links and paths that leave the folder, files
+that aren't what their names say (native code, above all), JSON that two readers could read in two ways, and settings
+that ask for code of the folder's own. A flipped bit in a weight doesn't show here, unless the hub's cache says what the
+file's SHA-256 must be; once a model is logged, its manifest does (slm/manifest.py).
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from slm import cache
+from slm import cache, genai_config, strict_json
 from slm.errors import BadInput
+
+NATIVE = {  # what files of machine code begin with
+    b"\x7fELF": "an ELF library or program",
+    b"MZ": "a Windows library or program",
+    b"!<arch>\n": "an archive of machine code",
+    b"\xfe\xed\xfa\xce": "a macOS library or program",
+    b"\xfe\xed\xfa\xcf": "a macOS library or program",
+    b"\xce\xfa\xed\xfe": "a macOS library or program",
+    b"\xcf\xfa\xed\xfe": "a macOS library or program",
+    b"\xca\xfe\xba\xbe": "a macOS library or program",
+    b"\xca\xfe\xba\xbf": "a macOS library or program",
+}
+TEXTS = (".md", ".txt", ".jinja", ".py", ".yaml", ".yml")
+TEXT_NAMES = ("LICENSE", "LICENCE", "NOTICE", "README")
+TEXT_BYTES = 16 * 2**20
+JSON_BYTES = 256 * 2**20  # a tokenizer of a quarter of a million tokens has 30 MB
 
 
 def check_links(folder: Path) -> None:
@@ -27,25 +43,8 @@ def check_links(folder: Path) -> None:
             )
 
 
-def check_names(folder: Path, config: object) -> None:
-    """Refuses a genai_config.json that names files outside its folder, or a library to be loaded as code.
-
-    Raises:
-        BadInput
-    """
-    for key, value in _entries(config):
-        if key == "custom_ops_library":
-            raise BadInput(
-                f"model: {folder}/genai_config.json asks to load the library {value!r:.80}, which is refused"
-            )
-        if key == "filename" and not _inside(folder, value):
-            raise BadInput(
-                f"model: {folder}/genai_config.json names {value!r:.80}, which is no file's name in its folder"
-            )
-
-
 def check_files(folder: Path, manifest: dict[str, cache.FileRecord]) -> None:
-    """Refuses weight files that are cut off, lack their parts, or aren't what the hub's cache says they are.
+    """Refuses files that aren't what their names say, are cut off, lack their parts, or differ from the hub's cache.
 
     Raises:
         BadInput
@@ -55,6 +54,7 @@ def check_files(folder: Path, manifest: dict[str, cache.FileRecord]) -> None:
         blob = path.resolve().name
         if path.is_symlink() and cache.SHA256.fullmatch(blob) and blob != record.sha256:
             raise BadInput(f"model: {path} is damaged (SHA-256 {record.sha256[:12]}…): delete {path.resolve()}")
+        _check_kind(path)
         if path.suffix == ".safetensors":
             _check_safetensors(path)
         elif path.name.endswith(".safetensors.index.json"):
@@ -69,8 +69,47 @@ def _blobs(folder: Path) -> list[Path]:
     return [(place.parent / "blobs").resolve() for place in places[:1]]
 
 
-def _inside(folder: Path, name: object) -> bool:
-    return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
+def _check_kind(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(8)
+    kind = next((kind for magic, kind in NATIVE.items() if start.startswith(magic)), "")
+    if kind:
+        raise BadInput(f"model: {path} is {kind}, which is refused; remove it from the model's folder")
+    if path.suffix == ".json":
+        read_json(path)
+    elif path.suffix in TEXTS or path.name.startswith(TEXT_NAMES):
+        text = _text(path, TEXT_BYTES)
+        if "\0" in text:
+            raise BadInput(f"model: {path} is no text, as its name says; remove it from the model's folder")
+
+
+def read_json(path: Path) -> object:
+    """A JSON file of a model's folder, which gives no key twice and asks for no code of the folder's own.
+
+    Raises:
+        BadInput
+    """
+    try:
+        content = strict_json.parse(_text(path, JSON_BYTES))
+    except ValueError as error:
+        raise BadInput(f"model: {path} can't be read as JSON: {error}") from None
+    for key, value in _entries(content):
+        if key == "auto_map" and value and not isinstance(value, int):  # a vocabulary may have such a token
+            raise BadInput(f"model: {path} asks to run code of its own (auto_map), which is refused")
+    return content
+
+
+def _text(path: Path, limit: int) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise BadInput(f"model: {path} is larger than {limit // 2**20} MiB, which no such file is; fetch it again")
+        return data.decode()
+    except OSError as error:
+        raise BadInput(f"model: {path} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"model: {path} is no text, as its name says; remove it from the model's folder") from None
 
 
 def _entries(value: object) -> Iterator[tuple[object, object]]:
@@ -80,9 +119,9 @@ def _entries(value: object) -> Iterator[tuple[object, object]]:
         one = waiting.pop()
         if isinstance(one, dict):
             yield from one.items()
-            waiting.extend(one.values())
+            waiting.extend(entry for entry in one.values() if isinstance(entry, dict | list))
         elif isinstance(one, list):
-            waiting.extend(one)
+            waiting.extend(entry for entry in one if isinstance(entry, dict | list))
 
 
 def _check_safetensors(path: Path) -> None:
@@ -97,13 +136,13 @@ def _check_safetensors(path: Path) -> None:
 
 def _check_index(path: Path) -> None:
     try:
-        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        names = set(read_json(path)["weight_map"].values())
+    except (KeyError, TypeError, AttributeError) as error:
         raise BadInput(
             f"model: {path} is no index of weights ({type(error).__name__}: {error}); save it again"
         ) from None
     for name in names:
-        if not _inside(path.parent, name) or not (path.parent / name).is_file():
+        if not genai_config.is_inside(name) or not (path.parent / name).is_file():
             raise BadInput(f"model: {path} names {name!r:.80}, which is not in its folder; fetch the model again")
 
 
@@ -112,13 +151,13 @@ def _check_onnx(path: Path) -> None:
     from google.protobuf.message import DecodeError
 
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        model = onnx.load(path, load_external_data=False)
     except DecodeError:
         raise BadInput(f"model: {path} is damaged (no ONNX graph can be read from it); fetch it again") from None
-    for tensor in _tensors(graph):
+    for tensor in _tensors(model):
         entries = {entry.key: entry.value for entry in tensor.external_data}
         name = entries.get("location", "")
-        if not _inside(path.parent, name):
+        if not genai_config.is_inside(name):
             raise BadInput(f"model: {path} takes weights from {name!r:.80}, outside its folder, which is refused")
         data = path.parent / name
         end = int(entries.get("offset") or 0) + int(entries.get("length") or 0)
@@ -126,16 +165,20 @@ def _check_onnx(path: Path) -> None:
             raise BadInput(f"model: {data} is missing or cut off ({end:,} bytes are needed); fetch it again")
 
 
-def _tensors(graph) -> Iterator:
-    """The tensors of a graph, and of those in its nodes, whose data is in another file."""
+def _tensors(model) -> Iterator:
+    """The tensors of a model's graph, its functions and the graphs in their nodes, whose data is in another file."""
     import onnx
 
-    waiting = [graph]
+    waiting = [model.graph, *model.functions]
     while waiting:
         one = waiting.pop()
-        found = list(one.initializer)
+        found = list(getattr(one, "initializer", ()))
+        for sparse in getattr(one, "sparse_initializer", ()):
+            found += [sparse.values, sparse.indices]
         for node in one.node:
             for attribute in node.attribute:
                 found += [attribute.t, *attribute.tensors]
+                for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                    found += [sparse.values, sparse.indices]
                 waiting += [inner for inner in (attribute.g, *attribute.graphs) if inner.node]
         yield from (tensor for tensor in found if tensor.data_location == onnx.TensorProto.EXTERNAL)

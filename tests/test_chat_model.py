@@ -299,7 +299,7 @@ def test_a_users_weights_are_copied_so_that_training_on_changes_no_logged_model(
 
     import mlflow
 
-    from slm import checkpoints, model_logging
+    from slm import cache, checkpoints, manifest, model_logging
 
     shutil.copytree(checkpoint.folder, tmp_path / "mine")
     mine = checkpoints.find(str(tmp_path / "mine")).fetch()
@@ -307,7 +307,7 @@ def test_a_users_weights_are_copied_so_that_training_on_changes_no_logged_model(
         folder = stored(model_logging.log_pipeline(mine, GENERATION).model_uri)
     with (mine.folder / "model.safetensors").open("r+b") as file:
         file.write(bytes(100))
-    assert model_logging.check_manifest(folder) == checkpoint.sha256
+    assert cache.manifest_sha256(manifest.check(folder).weights) == checkpoint.sha256
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -357,17 +357,17 @@ def test_a_version_in_unity_catalog_is_made_of_a_folder_that_holds_the_weights(t
 def test_a_weight_file_that_was_changed_is_noticed(logged, tmp_path):
     import shutil
 
-    from slm import model_logging
+    from slm import manifest
 
     folder = tmp_path / "model"
     shutil.copytree(stored(logged["onnx int4"]), folder)
-    model_logging.check_manifest(folder)
+    manifest.check(folder)
     weights = folder / "artifacts" / "onnx" / "model.onnx.data"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
     with pytest.raises(ValueError, match=r"artifacts/onnx/model.onnx.data is missing or was changed"):
-        model_logging.check_manifest(folder)
+        manifest.check(folder)
 
 
 def test_nucleus_sampling_draws_what_the_probabilities_say():

@@ -73,7 +73,7 @@ def run(store, tmp_path, monkeypatch, capsys):
 
     def evaluated(versions: str, **options):
         uris = ",".join(f"models:/copier/{version}" for version in versions)
-        options = {"model_uris": uris, "prompts": store[1], "traces": "false"} | options
+        options = {"model_uris": uris, "prompts": store[1], "traces": "false", "trust_code": "true"} | options
         code = evaluate.main([f"--{name}={value}" for name, value in options.items()])
         out, err = capsys.readouterr()
         found = re.search(r"run: (\w+)", out)

@@ -82,7 +82,8 @@ def states(store) -> list[tuple[str, str]]:
 
 
 def options(store, model: str, prompts: str, **more) -> list[str]:
-    given = {"model_uris": store[1][model], "prompts": store[2] / f"{prompts}.jsonl", "traces": "false"} | more
+    given = {"model_uris": store[1][model], "prompts": store[2] / f"{prompts}.jsonl", "traces": "false"}
+    given |= {"trust_code": "true"} | more
     return [f"--{name}={value}" for name, value in given.items()]
 
 
@@ -214,7 +215,7 @@ def test_no_secret_reaches_what_a_run_leaves(store, git_server, tmp_path):
     }
     environment = SECRETS | rewrite | {"PHI3_MLFLOW_CACHE": str(own), "MLFLOW_TRACKING_URI": f"sqlite:///{work}/m.db"}
     command = ["mlflow", "run", remote, "-v", git_server.commit, "-e", "evaluate", "--env-manager", "local"]
-    given = {"model_uris": saved(store, work), "prompts": tmp_path / "set.csv"}
+    given = {"model_uris": saved(store, work), "prompts": tmp_path / "set.csv", "trust_code": "true"}
     words = [word for name, value in given.items() for word in ("-P", f"{name}={value}")]
     done = call(*command, *words, cwd=work, **environment)
     assert done.code == 0, done.err[-3000:]

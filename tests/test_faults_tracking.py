@@ -70,7 +70,12 @@ def run(copier, proxy, tmp_path, monkeypatch, capsys):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def evaluated(**options):
-        options = {"model_uris": "models:/faulty/1", "prompts": copier, "traces": "false"} | options
+        options = {
+            "model_uris": "models:/faulty/1",
+            "prompts": copier,
+            "traces": "false",
+            "trust_code": "true",
+        } | options
         code = evaluate.main([f"--{name}={value}" for name, value in options.items()])
         out, err = capsys.readouterr()
         assert "Traceback" not in err
@@ -207,7 +212,7 @@ def test_a_run_that_is_deleted_under_way_is_one_line(run, proxy, server):
 def test_a_deleted_experiment_is_one_line_before_anything_is_loaded(copier, server, tracking_server, tmp_path):
     server.delete_experiment(server.create_experiment("deleted"))
     names = environment(tracking_server, tmp_path) | {"MLFLOW_EXPERIMENT_NAME": "deleted"}
-    done = entry_point("evaluate", "--model_uris=models:/faulty/1", f"--prompts={copier}", **names)
+    done = entry_point("evaluate", "--model_uris=models:/faulty/1", "--trust_code=true", f"--prompts={copier}", **names)
     assert done.code == 4
     assert "deleted" in error_line(done.err) and done.err.count("\n") == 1 and "Loading" not in done.out
 
@@ -238,7 +243,7 @@ def test_a_run_that_was_killed_before_it_set_the_alias_sets_it_the_second_time(r
     gate = tmp_path / "gate.yaml"
     gate.write_text("rows_failed: {max: 0}\n")
     options = {"thresholds": gate, "alias": "served", "prompts": copier, "traces": "false"}
-    command = ["entrypoints.evaluate", "--model_uris=models:/faulty/1"]
+    command = ["entrypoints.evaluate", "--model_uris=models:/faulty/1", "--trust_code=true"]
     command += [f"--{name}={value}" for name, value in options.items()]
     pid = killed(proxy, tmp_path, command, "POST", "registered-models/alias", range(1))
     assert "served" not in server.get_registered_model("faulty").aliases
@@ -312,7 +317,7 @@ def test_a_full_or_read_only_disk_is_one_line(mounts, copier, tracking_server, t
     if place == "cache" and size != "ro":
         prepare += f"\nhead -c 20k /dev/zero > {folders[place]}/filler || true"
     names = environment(tracking_server, tmp_path) | {"HOME": str(folders["home"]), "TMPDIR": str(folders["tmp"])}
-    options = [f"--prompts={copier}", "--traces=false", "--model_uris=models:/faulty/1"]
+    options = [f"--prompts={copier}", "--traces=false", "--model_uris=models:/faulty/1", "--trust_code=true"]
     if place == "store":
         names["MLFLOW_TRACKING_URI"] = f"sqlite:///{folders['store']}/mlflow.db"
         options[2] = f"--model_uris={tracking_server}/v1"

@@ -500,6 +500,7 @@ def both(outputs, expectations):
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (tmp_path / "gate.yaml").write_text("short/mean: {min: 0.01}\n", encoding="utf-8")
     options = [f"--model_uris={uri}", f"--prompts={tmp_path}/set.jsonl", f"--thresholds={tmp_path}/gate.yaml"]
+    options += ["--trust_code=true"]
     options += [f"--scorers={tmp_path}/mine.py:short,{tmp_path}/mine.py:both,contains,safety", "--max_tokens=8"]
     options += [f"--judge={server.address}#judge-1"]
 

@@ -73,8 +73,9 @@ def log_echo(store, folder: Path, code: str, **log) -> str:
 
 
 def load(uri: str, **settings) -> loading.LoadedModel:
-    uri = tracking.resolve(uri)
-    return loading.load("label", uri, None if endpoints.is_endpoint(uri) else tracking.download(uri), settings)
+    uri = tracking.resolve(uri, trust_code=True)
+    folder = None if endpoints.is_endpoint(uri) else tracking.download(uri)
+    return loading.load("label", uri, folder, settings, trust_code=True)
 
 
 def signature(*columns, params=None):
@@ -565,7 +566,7 @@ def test_a_model_of_ours_that_hangs_fails_what_is_left_by_the_row_timeout(store,
 def test_packages_that_differ_from_those_a_model_was_logged_with_are_named(store, int4_export, tmp_path, capsys):
     from importlib.metadata import version
 
-    from slm import model_logging
+    from slm import manifest, model_logging
 
     logged = model_logging.log_onnx(int4_export, "chat", GENERATION, "int4")
     folder = tmp_path / "model"
@@ -576,6 +577,8 @@ def test_packages_that_differ_from_those_a_model_was_logged_with_are_named(store
     assert f"numpy=={version('numpy')}" in needed.read_text()
     lines = ["numpy==1.0", "no-such-package>=2", "jinja2", "-c constraints.txt", "./a/path", "onnxruntime>=1.0"]
     needed.write_text("\n".join(lines))
+    (folder / manifest.NAME).unlink()
+    manifest.write(folder, "artifacts/onnx", {})
     assert load(str(folder)).wrapper
     assert [line for line in capsys.readouterr().out.splitlines() if "was logged for" in line] == [
         f"label: was logged for numpy==1.0 ({version('numpy')} here)",
@@ -688,6 +691,7 @@ def test_evaluate_scores_a_strangers_model_and_an_address_side_by_side(store, se
     done = entry_point(
         "evaluate",
         f"--model_uris={uri},{server.address}/one/v1",
+        "--trust_code=true",
         f"--prompts={tmp_path / 'two.jsonl'}",
         "--max_tokens=5",
         MLFLOW_TRACKING_URI=store[0],
@@ -714,7 +718,7 @@ def test_evaluate_scores_a_strangers_model_and_an_address_side_by_side(store, se
 @pytest.mark.slow
 def test_evaluate_ends_with_4_where_nobody_listens_and_2_where_nothing_can_be_asked(store, server):
     for uri, code in ((f"http://127.0.0.1:{free_port()}/v1", 4), (f"{server.address}/two/v1", 2)):
-        done = entry_point("evaluate", f"--model_uris={uri}", MLFLOW_TRACKING_URI=store[0])
+        done = entry_point("evaluate", f"--model_uris={uri}", "--trust_code=true", MLFLOW_TRACKING_URI=store[0])
         assert (done.code, done.err.count("error: ")) == (code, 1), done.err
         assert "Traceback" not in done.err
 

@@ -80,7 +80,7 @@ def write_prompts(file, **changes):
 
 def other_template(export, folder):
     """An export whose chat template says more, and is else the same."""
-    from slm import cache, chat_model
+    from slm import cache, chat_model, checkpoints
 
     folder.mkdir()
     for name in export.manifest:
@@ -88,7 +88,7 @@ def other_template(export, folder):
     text = chat_model.read_chat_template(export.folder)[0]
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     (folder / "chat_template.jinja").write_text(f"Be brief. {text}", encoding="utf-8")
-    return replace(export, folder=folder, manifest=cache.manifest_of(folder))
+    return checkpoints.rebuilt(replace(export, folder=folder, manifest=cache.manifest_of(folder)))
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,13 @@ def start(
     copiers: Path, skill: int, uri: str, experiment: str, folder: Path, resume: str = "false", **environment
 ) -> subprocess.Popen:
     """An `evaluate` of one copier, going on."""
-    command = [sys.executable, "-m", "entrypoints.evaluate", f"--model_uris={copiers}/copier-{skill}"]
+    command = [
+        sys.executable,
+        "-m",
+        "entrypoints.evaluate",
+        f"--model_uris={copiers}/copier-{skill}",
+        "--trust_code=true",
+    ]
     command += [f"--prompts={copiers}/numbers.jsonl", f"--resume={resume}", "--traces=false"]
     own = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_EXPERIMENT_NAME": experiment, "PHI3_MLFLOW_CACHE": str(folder)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -225,6 +225,7 @@ def options(folder, **given) -> list[str]:
         "prompts": folder / "numbers.jsonl",
         "thresholds": folder / "gate.yaml",
         "traces": "false",
+        "trust_code": "true",
     }
     return [f"--{name}={value}" for name, value in (chosen | given).items()]
 

@@ -105,7 +105,9 @@ def run(session, tmp_path, monkeypatch, capsys):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def evaluated(**options):
-        code = evaluate.main([f"--{name}={value}" for name, value in ({"traces": "false"} | options).items()])
+        code = evaluate.main(
+            [f"--{name}={value}" for name, value in ({"traces": "false", "trust_code": "true"} | options).items()]
+        )
         out, err = capsys.readouterr()
         found = re.search(r"run: (\w+)", out)
         query = f"tags.`mlflow.parentRunId` = '{found[1] if found else ''}'"
@@ -547,7 +549,7 @@ def test_a_cluster_of_which_a_worker_is_killed_gives_the_local_result(cluster, t
 
     killer = threading.Thread(target=kill)
     killer.start()
-    options = [f"--model_uris={uri}", f"--prompts={numbers}", "--traces=false"]
+    options = [f"--model_uris={uri}", f"--prompts={numbers}", "--traces=false", "--trust_code=true"]
     done = entry_point(
         "evaluate", *options, "--engine=spark", f"--spark_master={cluster}",
         SPARK_LOCAL_IP="127.0.0.1", PYSPARK_PYTHON=sys.executable,

@@ -1,0 +1,201 @@
+"""Which code runs a logged model of this project, and the model opened with it.
+
+A logged model's folder holds a copy of the wrapper (chat_model.py), and MLflow's own loaders run that copy. Whoever may
+register a model could put any code there. So this project runs the wrapper of its own repository where the model was
+logged by the same version; the logged copy, where its bytes are those of a released version; any other code, and models
+of others, with `trust_code` alone.
+
+What is loaded is what was checked: the manifest is held against every file, the wrapper is run from the bytes that were
+hashed, and a folder in which anything moved until the model stood in memory is refused.
+"""
+
+import hashlib
+import tempfile
+import types
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from slm import cache, chat_model, checkpoints, genai_config, manifest, weights
+from slm.errors import BadInput
+
+FILE = "chat_model.py"
+RELEASED = {  # SHA-256 of the wrapper, by version
+    "0.1.0": "86a6a415d33d6e5f49a2826a3899aef74000e7b7c86bc5ab97994ebf0ba5f44a",
+}
+PLACES = ("artifacts/onnx", "model")  # of the weights in a model's folder
+TRIES = 3  # of loading, where somebody else's link to the same files counts as a change
+REMEDY = "trust_code=true runs it, where you trust who made it"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model of this project in memory."""
+
+    wrapper: object  # chat_model.SmallLanguageModel, or that of the copy that was logged
+    description: object  # MLflow's Model
+    manifest: manifest.Manifest
+    code_sha256: str  # of the wrapper that runs
+    settings: dict  # it was opened with
+    providers: tuple[str, ...] | None  # that an ONNX folder lists; None for a checkpoint of transformers
+
+
+def is_ours(description) -> bool:
+    """Whether a model says that this project logged it. `description` is MLflow's Model or ModelInfo."""
+    return bool((description.metadata or {}).get("model.sha256"))
+
+
+def check(uri: str, description, trust_code: bool, logged_code) -> None:
+    """Refuses a model that runs code of others, by its description: no model is loaded.
+
+    `logged_code` gives the bytes of the wrapper that was logged; it is called where they matter.
+
+    Raises:
+        BadInput
+    """
+    if trust_code:
+        return
+    if not is_ours(description):
+        raise BadInput(f"{uri} runs code that was logged with it; {REMEDY}")
+    if _version(description) != chat_model.VERSION:
+        _check_code(uri, logged_code())
+
+
+def opened(uri: str, folder: Path, recorded: Iterable[str], trust_code: bool, override: dict) -> Opened:
+    """A model of this project from its folder, checked and loaded.
+
+    `recorded` are the hashes of its manifest that the tracking server keeps; `override` holds settings that take the
+    place of its own, where it has such.
+
+    Raises:
+        BadInput: a file isn't as logged, a setting is out of range, or the code may not be run.
+        Unavailable: the hub that it refers to can't be reached.
+    """
+    for _ in range(TRIES):
+        before = manifest.stamp(folder)
+        found = _opened(uri, folder, tuple(recorded), trust_code, override)
+        if manifest.stamp(folder) == before:
+            return found
+    raise BadInput(f"{uri}: its files were changed while it was loaded; log it again")
+
+
+def _opened(uri: str, folder: Path, recorded: tuple, trust_code: bool, override: dict) -> Opened:
+    from mlflow.models import Model
+    from mlflow.pyfunc.model import PythonModelContext
+
+    description = Model.load(str(folder))
+    if not is_ours(description):
+        raise BadInput(f"{uri} was not logged by this project")
+    try:
+        found = manifest.check(folder, recorded)
+    except ValueError as error:
+        raise BadInput(f"{uri}: {error}") from None
+    metadata, known = description.metadata, dict(description.flavors["python_function"].get("config") or {})
+    settings = known | {name: value for name, value in override.items() if value and name in known}
+    _check_settings(uri, settings)
+    place, records = _weights(uri, folder, found, settings)
+    if cache.manifest_sha256(records) != metadata["model.sha256"]:
+        raise BadInput(f"{uri}: its weights are not those that its description names; log it again")
+    weights.check_files(place, records)
+    onnx = found.place == PLACES[0]
+    providers = genai_config.providers(genai_config.read(place)) if onnx else None
+    module, code_sha256 = _module(uri, folder, description, trust_code)
+    private = _private(place) if onnx and module is not chat_model else None
+    wrapper = module.SmallLanguageModel()
+    artifacts = {"onnx" if onnx else "checkpoint": private.name if private else str(place)}
+    wrapper.load_context(PythonModelContext(artifacts, settings))
+    if private:
+        weakref.finalize(wrapper, private.cleanup)
+    told = (metadata.get("chat_template") or "", metadata.get("special_tokens") or {})
+    if (wrapper.template, wrapper.special_tokens) != told:
+        raise BadInput(f"{uri}: its chat template is not the one that its description has; log it again")
+    return Opened(wrapper, description, found, code_sha256, settings, providers)
+
+
+def _weights(uri: str, folder: Path, found: manifest.Manifest, settings: dict) -> tuple[Path, dict]:
+    """The folder of the weights, and its files: in the logged model, or on the hub where it only refers to them."""
+    if found.place not in PLACES:
+        raise BadInput(f"{uri} has no weights at {' or '.join(PLACES)}; log it again")
+    if found.weights:
+        place = folder / found.place
+        if (place / genai_config.NAME).exists() != (found.place == PLACES[0]):
+            raise BadInput(f"{uri}: {found.place} is of another kind than the model; log it again")
+        return place, found.weights
+    source = checkpoints.find(str(settings.get("hub_id")), str(settings.get("revision")))
+    if source.kind != "hub":
+        raise BadInput(f"{uri} refers to {settings.get('hub_id')!r:.80}, which is no hub id; log it again")
+    checkpoint = source.fetch()
+    return checkpoint.folder, checkpoint.manifest
+
+
+def _private(place: Path) -> tempfile.TemporaryDirectory:
+    """A folder with links to the files of an export, and the rebuilt settings: for wrappers that read the file."""
+    private = tempfile.TemporaryDirectory(prefix="phi3-mlflow-")
+    for path in place.iterdir():
+        if path.name == genai_config.NAME:
+            (Path(private.name) / path.name).write_bytes(genai_config.rebuilt(genai_config.read(place)))
+        else:
+            (Path(private.name) / path.name).symlink_to(path.resolve())
+    return private
+
+
+def _check_settings(uri: str, settings: dict) -> None:
+    """Refuses settings that this project wouldn't log."""
+    allowed = {
+        "batch_size": lambda value: isinstance(value, int) and 0 <= value <= 4096,
+        "threads": lambda value: isinstance(value, int) and 0 <= value <= 1024,
+        "execution_provider": lambda value: value in ("", *genai_config.PROVIDERS),
+        "dtype": lambda value: value in ("auto", *chat_model.DTYPES),
+        "device": lambda value: isinstance(value, str) and value.partition(":")[0] in ("auto", "cpu", "cuda"),
+        "schema": lambda value: value in ("chat", "prompt"),
+        "model_name": lambda value: isinstance(value, str) and len(value) <= 500,
+        "hub_id": lambda value: isinstance(value, str) and checkpoints.HUB_ID.fullmatch(value),
+        "revision": lambda value: isinstance(value, str) and checkpoints.COMMIT.fullmatch(value),
+    }
+    for name, value in settings.items():
+        if name not in allowed or not allowed[name](value):
+            raise BadInput(f"{uri}: the setting {name!r:.60} can't be {value!r:.60}; log it again")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The code
+
+
+def _version(description) -> str:
+    wrapper = description.metadata.get("wrapper")
+    return str(wrapper.get("version")) if isinstance(wrapper, dict) else ""
+
+
+def _module(uri: str, folder: Path, description, trust_code: bool) -> tuple[types.ModuleType, str]:
+    """The module that holds the wrapper, and the SHA-256 of its bytes."""
+    if _version(description) == chat_model.VERSION:
+        return chat_model, own_sha256()
+    try:
+        code = (folder / FILE).read_bytes()
+    except OSError as error:
+        raise BadInput(f"{uri}: {FILE} can't be read: {error.strerror}") from None
+    if not trust_code:
+        _check_code(uri, code)
+    sha256 = hashlib.sha256(code).hexdigest()
+    module = types.ModuleType(f"chat_model_{sha256[:16]}")
+    module.__file__ = str(folder / FILE)
+    exec(compile(code, module.__file__, "exec"), module.__dict__)
+    return module, sha256
+
+
+def _check_code(uri: str, code: bytes) -> None:
+    if hashlib.sha256(code).hexdigest() not in RELEASED.values():
+        raise BadInput(
+            f"{uri} was logged with a wrapper of no released version of this project; log it again, or {REMEDY}"
+        )
+
+
+def own_sha256() -> str:
+    """The SHA-256 of this repository's wrapper."""
+    return hashlib.sha256(own_code()).hexdigest()
+
+
+def own_code() -> bytes:
+    loader, path = chat_model.__spec__.loader, chat_model.__file__
+    return loader.get_data(path)

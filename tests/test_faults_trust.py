@@ -1,0 +1,471 @@
+"""Faults of trust: what a model's folder, a store or a registry may not make this project run, write or believe."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import tiny_models
+import yaml
+from conftest import REPOSITORY, entry_point
+from test_faults_models import GENERATION, folder_of, genai, genai_folder_of, refusal
+
+from slm import cache, chat_model, genai_config, loading, manifest, model_logging, tracking, wrappers
+from slm.errors import BadInput, Unavailable
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder of a stranger, before it is logged
+
+TWICE = (
+    '{"model": {"decoder": {"filename": "model.onnx", '
+    '"session_options": {"custom_ops_library": "LICENSE.md"}, "session_options": {"provider_options": []}}}}'
+)
+ELF = b"\x7fELF\x02\x01\x01" + bytes(64)
+SETTINGS = "models: genai_config.json, "
+REFUSED = {
+    SETTINGS + "a library behind a second key of the same name": (TWICE, "the key 'session_options' is given twice"),
+    SETTINGS + "a profile that is written to a path": (
+        genai(session_options={"enable_profiling": "/tmp/profile"}),
+        "sets 'model.decoder.session_options.enable_profiling' to '/tmp/profile', which isn't passed on; remove it",
+    ),
+    SETTINGS + "a graph that is written to a path": (
+        genai(session_options={"session.optimized_model_filepath": "/tmp/x"}),
+        "session.optimized_model_filepath' to '/tmp/x', which isn't passed on",
+    ),
+    SETTINGS + "a library of an execution provider": (
+        genai(session_options={"provider_options": [{"qnn": {"backend_path": "./x.so"}}]}),
+        "asks for the execution provider 'qnn'; known are cpu, cuda",
+    ),
+    SETTINGS + "an address for the GPU's allocator": (
+        genai(session_options={"provider_options": [{"cuda": {"gpu_external_alloc": "140737"}}]}),
+        "gpu_external_alloc' to '140737', which isn't passed on",
+    ),
+    SETTINGS + "an adapter's file": (
+        json.dumps({"model": {"decoder": {"filename": "model.onnx"}, "vision": {"adapter_filename": "../a"}}}),
+        "sets 'model.vision' to",
+    ),
+    SETTINGS + "a processor's file": (
+        json.dumps({"model": {"decoder": {"filename": "model.onnx"}, "speech": {"config_filename": "/etc/passwd"}}}),
+        "sets 'model.speech' to",
+    ),
+    SETTINGS + "a tokenizer in another folder": (
+        json.dumps({"model": {"decoder": {"filename": "model.onnx"}, "tokenizer_dir": "/etc"}}),
+        "sets 'model.tokenizer_dir' to '/etc', which isn't passed on",
+    ),
+    SETTINGS + "a name that is a format": (
+        genai(inputs={"past_key_names": "%s%s%n"}),
+        "has '%s%s%n' as model.decoder.inputs.past_key_names, which is out of its range",
+    ),
+    SETTINGS + "a name as wide as the memory": (
+        genai(outputs={"present_key_names": "%0999999999d"}),
+        "has '%0999999999d' as model.decoder.outputs.present_key_names, which is out of its range",
+    ),
+    SETTINGS + "a number out of all range": (
+        '{"model": {"decoder": {"filename": "model.onnx", "num_hidden_layers": 1e999}}}',
+        "model.decoder.num_hidden_layers, which is out of its range",
+    ),
+    SETTINGS + "a graph whose weights are not looked at": (
+        genai(filename="model.bin"),
+        "names the graph 'model.bin', which is no .onnx file",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.fault(name)) for name in REFUSED])
+def test_settings_that_reach_beyond_the_folder_are_refused_by_name(tmp_path, name):
+    text, line = REFUSED[name]
+    assert line in refusal(genai_folder_of(tmp_path / "model", genai_config__json=text, model__bin=b""))
+
+
+FILES = {
+    "models: a library that is called a licence": (folder_of, {"LICENSE__md": ELF}, "LICENSE.md is an ELF library"),
+    "models: a library that is called a tokenizer": (
+        folder_of,
+        {"tokenizer__model": b"\xcf\xfa\xed\xfe" + bytes(64)},
+        "tokenizer.model is a macOS library",
+    ),
+    "models: a library that is called settings": (
+        genai_folder_of,
+        {"added_tokens__json": b"MZ\x90\0" + bytes(64)},
+        "added_tokens.json is a Windows library",
+    ),
+    "models: a text that is none": (folder_of, {"README__md": b"a\0b"}, "README.md is no text, as its name says"),
+    "models: a key given twice in config.json": (
+        folder_of,
+        {"config__json": '{"auto_map": {"AutoModel": "m.M"}, "auto_map": null}'},
+        "config.json can't be read as JSON: the key 'auto_map' is given twice",
+    ),
+    "models: a key given twice in any other JSON": (
+        folder_of,
+        {"generation_config__json": '{"eos_token_id": 1, "eos_token_id": 2}'},
+        "generation_config.json can't be read as JSON: the key 'eos_token_id' is given twice",
+    ),
+    "models: auto_map below the top of a configuration": (
+        folder_of,
+        {"processor_config__json": '{"image": {"auto_map": {"AutoProcessor": "p.P"}}}'},
+        "processor_config.json asks to run code of its own (auto_map), which is refused",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.fault(name)) for name in FILES])
+def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path, name):
+    make, changes, line = FILES[name]
+    assert line in refusal(make(tmp_path / "model", **changes))
+
+
+def test_a_vocabulary_may_hold_a_token_called_auto_map(tmp_path):
+    from slm import checkpoints
+
+    folder = folder_of(tmp_path / "model", vocab__json='{"auto_map": 7}')
+    assert checkpoints.find(str(folder)).fetch().folder == folder
+
+
+@pytest.mark.fault("models: weights of a function that lie outside the folder")
+def test_external_weights_are_looked_for_in_functions_too(tmp_path):
+    import onnx
+
+    model = onnx.load_from_string(tiny_models.onnx_graph())
+    weight = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[6])
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="../secret")
+    constant = onnx.helper.make_node("Constant", [], ["c"], value=weight)
+    opset = [onnx.helper.make_opsetid("", 18)]
+    model.functions.append(onnx.helper.make_function("own", "f", [], ["c"], [constant], opset))
+    folder = genai_folder_of(tmp_path / "model", model__onnx=model.SerializeToString())
+    assert "takes weights from '../secret', outside its folder" in refusal(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logged models
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """An sqlite store with a run open; gives its URI."""
+    import mlflow
+
+    folder = tmp_path_factory.mktemp("trust")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    experiment = mlflow.create_experiment("trust", artifact_location=str(folder / "artifacts"))
+    with mlflow.start_run(experiment_id=experiment):
+        yield uri
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture
+def logged(store, int4_export):
+    """An ONNX model just logged: its URI, and its folder in the store."""
+    info = model_logging.log_onnx(int4_export, "chat", GENERATION, "int4")
+    return info.model_uri, stored(info.model_id)
+
+
+def stored(model_id: str) -> Path:
+    import mlflow
+
+    return Path(urlsplit(mlflow.get_logged_model(model_id).artifact_location).path)
+
+
+def load(uri: str, folder: Path | None = None, trust_code: bool = False) -> loading.LoadedModel:
+    """A model as `evaluate` loads it."""
+    uri = tracking.resolve(uri, trust_code)
+    recorded = tracking.recorded_manifests(uri)
+    with tracking.local_copy(uri) as found:
+        return loading.load("model", uri, folder or found, {}, recorded, trust_code)
+
+
+def refused(uri: str, **how) -> str:
+    with pytest.raises(BadInput) as caught:
+        load(uri, **how)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def rewrite(path: Path, content: bytes | str) -> None:
+    """Another file in the place of one: the cache's may be linked to what was there."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def fit_manifest(folder: Path) -> None:
+    """The manifest that fits a folder, as somebody who may write there can make it."""
+    written = json.loads((folder / manifest.NAME).read_text())
+    (folder / manifest.NAME).unlink()
+    manifest.write(folder, written["folder"], {})
+
+
+def test_a_model_is_loaded_from_what_was_logged(logged):
+    uri, folder = logged
+    model = load(uri)
+    assert model.code_sha256 == cache.file_sha256(REPOSITORY / "slm" / "chat_model.py")
+    assert model.pyfunc is None and isinstance(model.wrapper, chat_model.SmallLanguageModel)
+    assert tracking.recorded_manifests(uri) == (model.manifest_sha256,)
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
+        *manifest.check(folder).files,
+        *manifest.ADDED,
+        manifest.NAME,
+    }
+
+
+def test_the_settings_that_are_logged_are_the_rebuilt_ones(logged, int4_export):
+    text = (logged[1] / "artifacts" / "onnx" / genai_config.NAME).read_bytes()
+    assert text == genai_config.rebuilt(genai_config.read(int4_export.folder))
+
+
+def test_what_mlflow_adds_to_a_folder_changes_nothing(logged):
+    uri, folder = logged
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "chat_model.cpython-311.pyc").write_bytes(b"never run")
+    (folder / "registered_model_meta").write_text("model_name: x\nmodel_version: '1'\n")
+    assert load(uri).wrapper is not None
+
+
+CHANGED = "is missing or was changed since the model was logged"
+ADDED = "was added since the model was logged"
+TAMPERED = {
+    "models: a wrapper that was edited": ("chat_model.py", CHANGED),
+    "models: an MLmodel that was edited": ("MLmodel", CHANGED),
+    "models: requirements that were edited": ("requirements.txt", CHANGED),
+    "models: a chat template that was added": ("artifacts/onnx/chat_template2.jinja", ADDED),
+    "models: a file that was added beside the weights": ("code/slm.py", ADDED),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.fault(name)) for name in TAMPERED])
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_logged_folder_that_was_changed_is_refused_with_its_manifest_rewritten_too(logged, name, fitted):
+    uri, folder = logged
+    path, line = TAMPERED[name]
+    before = (folder / path).read_text() if (folder / path).exists() else ""
+    (folder / path).parent.mkdir(exist_ok=True)
+    rewrite(folder / path, f"{before}\n# more\n")
+    if fitted:
+        fit_manifest(folder)
+        assert "are not those that were logged (manifest" in refused(uri)
+    else:
+        assert f"{path} {line}" in refused(uri)
+
+
+@pytest.mark.fault("models: a logged file that is a link elsewhere")
+def test_a_link_in_the_place_of_a_logged_file_is_refused(logged, tmp_path):
+    uri, folder = logged
+    path = folder / "artifacts" / "onnx" / "tokenizer.json"
+    shutil.copy(path, tmp_path / "tokenizer.json")
+    path.unlink()
+    path.symlink_to(tmp_path / "tokenizer.json")
+    assert f"artifacts/onnx/tokenizer.json {CHANGED}" in refused(uri)
+
+
+@pytest.mark.fault("registry: a version whose files are another model's")
+def test_a_registered_version_keeps_the_manifest_of_its_own_files(store, int4_export, int8_export):
+    for export, precision in ((int4_export, "int4"), (int8_export, "int8")):
+        logged = model_logging.log_onnx(export, "chat", GENERATION, precision, registered_model_name="swapped")
+        from slm import evaluation
+
+        evaluation.scored_uri(logged, export, "swapped", precision)
+    first, second = (tracking.recorded_manifests(f"models:/swapped/{version}") for version in (1, 2))
+    assert len(first) == len(second) == 1 and first != second
+    assert load("models:/swapped/1").manifest_sha256 == first[0]
+    folders = [stored(tracking.version_source(f"models:/swapped/{version}").rpartition("/")[2]) for version in (1, 2)]
+    shutil.rmtree(folders[0])
+    shutil.copytree(folders[1], folders[0])
+    assert "are not those that were logged" in refused("models:/swapped/1")
+
+
+@pytest.mark.fault("models: kept answers of another model, claimed")
+def test_a_description_that_names_another_models_weights_or_template_is_refused(store, logged):
+    folder = logged[1]
+    for name, value, line in (
+        ("model.sha256", "0" * 64, "its weights are not those that its description names"),
+        ("chat_template", "{{ messages[0].content }}", "its chat template is not the one that its description has"),
+    ):
+        copy = folder.parent / f"claims-{name}"
+        shutil.copytree(folder, copy)
+        description = yaml.safe_load((copy / "MLmodel").read_text())
+        description["metadata"][name] = value
+        description.pop("model_id")  # nobody recorded anything of it
+        rewrite(copy / "MLmodel", yaml.safe_dump(description))
+        fit_manifest(copy)
+        assert line in refused(str(copy))
+
+
+@pytest.mark.fault("models: a file that is exchanged between its check and its loading")
+@pytest.mark.parametrize("restored", [False, True])
+def test_what_is_loaded_is_what_was_checked(logged, monkeypatch, restored):
+    uri, folder = logged
+    path = folder / "artifacts" / "onnx" / "tokenizer.json"
+    kept, checked = folder / "artifacts" / "onnx" / "kept", manifest.check
+
+    def check_then_exchange(*given):
+        found = checked(*given)
+        path.rename(kept)
+        path.write_bytes(kept.read_bytes() + b"\n")
+        return found
+
+    loaded = chat_model.SmallLanguageModel.load_context
+
+    def load_then_restore(self, context):
+        loaded(self, context)
+        path.unlink()
+        kept.rename(path)
+
+    monkeypatch.setattr(manifest, "check", check_then_exchange)
+    if restored:
+        monkeypatch.setattr(chat_model.SmallLanguageModel, "load_context", load_then_restore)
+        assert refused(uri).endswith("its files were changed while it was loaded; log it again")
+    else:
+        assert refused(uri)  # the second try finds a file more
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Code
+
+CODE = """
+from pathlib import Path
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+Path({marker!r}).touch()
+
+class SmallLanguageModel(PythonModel):
+    def predict(self, context, model_input, params=None):
+        return ["ok" for _ in range(len(model_input))]
+
+set_model(SmallLanguageModel())
+"""
+
+
+def log_code(folder: Path, **log) -> tuple[str, Path]:
+    """A model with code of a stranger, logged and registered as `strange`; its URI, and what its code leaves."""
+    import mlflow
+    from test_loading import signature
+
+    marker, code = folder / "it-ran", folder / "code.py"
+    code.write_text(CODE.format(marker=str(marker)), encoding="utf-8")
+    info = mlflow.pyfunc.log_model(
+        name="strange",
+        python_model=str(code),
+        pip_requirements=[],
+        signature=signature(("string", "prompt", True)),
+        registered_model_name="strange",
+        **log,
+    )
+    marker.unlink(missing_ok=True)  # MLflow runs it as it logs it
+    return f"models:/strange/{info.registered_model_version}", marker
+
+
+@pytest.mark.fault("registry: a version with code, in the process that moves the alias")
+def test_code_of_others_runs_with_trust_code_alone(store, tmp_path):
+    uri, marker = log_code(tmp_path)
+    prompts = tmp_path / "set.jsonl"
+    prompts.write_text('{"id": "a", "prompt": "x", "expected": "ok"}\n')
+    options = [f"--model_uris={uri}", f"--prompts={prompts}", "--traces=false"]
+    done = entry_point("evaluate", *options, MLFLOW_TRACKING_URI=store)
+    assert (done.code, done.err) == (
+        2,
+        f"error: {uri} runs code that was logged with it; trust_code=true runs it, where you trust who made it\n",
+    )
+    assert "Loading" not in done.out and not marker.exists()
+    done = entry_point("evaluate", *options, "--trust_code=true", MLFLOW_TRACKING_URI=store)
+    assert done.code == 0, done.err
+    assert marker.exists()
+
+
+def with_code(folder: Path, copy: Path, marker: Path, version: str) -> str:
+    """A copy of a logged model that says it is of `version`, and whose wrapper leaves `marker`; the code's SHA-256."""
+    shutil.copytree(folder, copy)
+    own = (copy / "chat_model.py").read_text()
+    rewrite(copy / "chat_model.py", f"{own}\nPath({str(marker)!r}).touch()\n")
+    description = yaml.safe_load((copy / "MLmodel").read_text())
+    description["metadata"]["wrapper"] = {"version": version, "sha256": "0" * 64}
+    description.pop("model_id")
+    rewrite(copy / "MLmodel", yaml.safe_dump(description))
+    fit_manifest(copy)
+    return cache.file_sha256(copy / "chat_model.py")
+
+
+@pytest.mark.fault("registry: code in a model that says it is of this project")
+def test_a_model_of_this_version_is_run_by_the_repositorys_wrapper(logged, tmp_path):
+    marker = tmp_path / "it-ran"
+    with_code(logged[1], tmp_path / "model", marker, chat_model.VERSION)
+    model = load(str(tmp_path / "model"))
+    assert type(model.wrapper) is chat_model.SmallLanguageModel and not marker.exists()
+
+
+@pytest.mark.fault("registry: a wrapper of no released version")
+def test_a_wrapper_of_no_released_version_is_refused(logged, tmp_path, monkeypatch):
+    marker = tmp_path / "it-ran"
+    sha256 = with_code(logged[1], tmp_path / "model", marker, "0.0.9")
+    line = f"{tmp_path}/model was logged with a wrapper of no released version of this project; log it again, or "
+    assert refused(str(tmp_path / "model")) == line + wrappers.REMEDY
+    assert not marker.exists()
+    load(str(tmp_path / "model"), trust_code=True)
+    assert marker.exists()
+    monkeypatch.setitem(wrappers.RELEASED, "0.0.9", sha256)
+    model = load(str(tmp_path / "model"))
+    assert model.code_sha256 == sha256
+    [(_, [answer])] = model.wrapper.answers([{"messages": [{"role": "user", "content": "Hi"}]}], {"max_tokens": 2})
+    assert answer.output_tokens == 2
+
+
+@pytest.mark.fault("serving: a model whose files were changed")
+def test_the_server_takes_no_model_that_was_changed(logged):
+    from slm import openai_server
+
+    uri, folder = logged
+    assert openai_server.load(uri)[0].name == "smollm2-135m-instruct"
+    rewrite(folder / "chat_model.py", "raise SystemExit('it ran')\n")
+    with pytest.raises(BadInput, match=f"chat_model.py {CHANGED}"):
+        openai_server.load(uri)
+
+
+def test_the_wrappers_version_is_the_projects_and_changes_once_it_was_released():
+    import tomllib
+
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == chat_model.VERSION
+    code = (REPOSITORY / "slm" / "chat_model.py").read_bytes()
+    assert wrappers.RELEASED.get(chat_model.VERSION, wrappers.own_sha256()) == hashlib.sha256(code).hexdigest()
+
+
+@pytest.mark.fault("schedules: code of others")
+def test_no_schedule_trusts_code():
+    for path in sorted((REPOSITORY / "schedules").iterdir()):
+        assert "trust_code" not in path.read_text(encoding="utf-8").replace("trust_code is left off", "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Promotion
+
+
+@pytest.mark.fault("registry: an alias for files that were not scored")
+def test_a_version_is_promoted_for_the_files_that_were_scored_alone(store, int4_export):
+    import mlflow
+
+    from slm import evaluation
+
+    logged = model_logging.log_onnx(int4_export, "chat", GENERATION, "int4", registered_model_name="promoted")
+    uri = evaluation.scored_uri(logged, int4_export, "promoted", "int4")
+    [recorded] = tracking.recorded_manifests(uri)
+    client = mlflow.MlflowClient()
+    with pytest.raises(Unavailable, match="isn't recorded to have the files that were scored"):
+        evaluation.promote(uri, "champion", "", "0" * 64)
+    assert tracking.alias_version("promoted", "champion") == ""
+    evaluation.promote(uri, "champion", "", recorded)
+    assert tracking.alias_version("promoted", "champion") == "1"
+    client.set_model_version_tag("promoted", "1", manifest.TAG, "0" * 64)
+    with pytest.raises(Unavailable, match="nothing was moved"):
+        evaluation.promote(uri, "other", "", recorded)
+
+
+@pytest.mark.fault("registry: a version without a record of its files")
+def test_a_version_that_nobody_recorded_is_not_promoted(store, tmp_path):
+    from slm import evaluation
+
+    uri, _ = log_code(tmp_path)
+    assert tracking.recorded_manifests(uri) == ()
+    with pytest.raises(Unavailable, match="nothing was moved"):
+        evaluation.promote(uri, "champion", "", "0" * 64)
