@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 python3 -m venv --clear .venv-gpu
 . .venv-gpu/bin/activate
-pip install --quiet -r requirements.txt -c constraints.txt
+pip install --quiet --require-hashes -r locked.txt
 pip uninstall --quiet --yes onnxruntime onnxruntime-genai
 pip install --quiet -r requirements-cuda.txt
 # pip's cache may hold a llama.cpp that was compiled without CUDA

@@ -4,7 +4,7 @@ Copy it to the DAGs folder. Each worker needs a clone of the project, at the com
 environment of its own, since Airflow's pins and this project's don't go together:
 
     git clone https://github.com/ORG/phi3-mlflow /opt/phi3-mlflow && cd /opt/phi3-mlflow && git checkout COMMIT
-    python3.11 -m venv .venv && .venv/bin/pip install -r requirements.txt -c constraints.txt
+    python3.11 -m venv .venv && .venv/bin/pip install --require-hashes -r locked.txt
 
 and in its own environment MLFLOW_TRACKING_URI (with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the
 server wants them): not in the DAG, whose rendered fields are shown in the browser. `mlflow run` makes every failure

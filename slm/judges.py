@@ -146,7 +146,7 @@ class Judge:
         self._stack = stack
         self._reached: tuple[str, dict[str, str]] | None = None  # URI for MLflow's judges, and their environment
         self._failures = 0
-        self._path = cache.root() / "judgements" / f"{_sha256(model.identity)[:16]}.jsonl"
+        self._path = cache.private("judgements") / f"{_sha256(model.identity)[:16]}.jsonl"
         self._known = _read_judgements(self._path) if resume else {}
 
     def score(self, call: ScorerCall, prompt: Prompt, output: str) -> Score:
@@ -302,8 +302,7 @@ def _read_judgements(path: Path) -> dict[str, Score]:
 
 
 def _append_judgement(path: Path, entry: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
+    with open(path, "ab+", opener=cache.opener) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))
         mended = b"" if file.read(1) in (b"", b"\n") else b"\n"  # after a line that was cut off

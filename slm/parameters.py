@@ -37,7 +37,7 @@ PARAMETERS = (
     Parameter("model", "smollm2-135m-instruct", ALL, "embedded name, local folder, .gguf file or hub id org/name"),
     Parameter("revision", "", ALL, "commit, branch or tag of the hub repository"),
     Parameter("subfolder", "", ALL, "folder in the hub repository, or in a local folder"),
-    Parameter("prompts", "prompts/smoke.jsonl", ALL, "prompt set: path, or URI that MLflow can download"),
+    Parameter("prompts", "prompts/smoke.jsonl", ALL, "prompt set: path, web address, or URI that MLflow can download"),
     Parameter("max_tokens", 64, ALL, "tokens generated at most per answer", low=1, high=2**20),
     Parameter("temperature", 0.0, ALL, "0 is greedy", low=0.0, high=2.0),
     Parameter("top_p", 1.0, ALL, "nucleus sampling", low=1e-6, high=1.0),

@@ -21,7 +21,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from slm import cache, console, endpoints, environment, scorer_calls, tracking
 from slm.errors import BadInput
@@ -138,9 +138,8 @@ def _taken_over(earlier: Sequence, why: str) -> str:
 @contextmanager
 def _alone_on_this_host(args: argparse.Namespace) -> Iterator[bool]:
     """Whether no other process here evaluates the same on the same tracking server; none can while the block lasts."""
-    path = cache.root() / "schedules" / f"{_sha256([*tracking.address(), subject(args)])[:16]}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
+    name = f"{_sha256([*tracking.address(), subject(args)])[:16]}.lock"
+    lock = cache.lock(cache.private("schedules") / name)
     try:
         lock.acquire(timeout=0)
     except Timeout:

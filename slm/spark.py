@@ -32,8 +32,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from filelock import FileLock
-
 from slm import answers, cache, environment, loading, prompts, scorer_calls, scoring, statistics, tracking, user_scorers
 from slm.errors import BadInput, Unavailable
 from slm.prompts import Prompt, PromptSet, ScorerCall
@@ -166,9 +164,8 @@ def _send_package(context) -> None:
     folder = Path(__file__).parent
     files = sorted(path for path in folder.iterdir() if path.suffix in (".py", ".html"))
     content = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()[:16]
-    target = cache.root() / "spark" / f"package-{content}.zip"
+    target = cache.private("spark") / f"package-{content}.zip"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
         building = target.with_name(f"{target.name}.{os.getpid()}")
         with zipfile.ZipFile(building, "w") as package:
             for path in files:
@@ -699,9 +696,8 @@ def _fetched(uri: str, model_key: str) -> tuple[Path, bool]:
     """The model's folder in this host's cache, brought there once, whichever process asks first."""
     mlflow = tracking.quiet_mlflow()
     name = hashlib.sha256(f"{mlflow.get_tracking_uri()} {uri} {model_key}".encode()).hexdigest()[:16]
-    target = cache.root() / "spark" / f"model-{name}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f"{target.name}.lock")):
+    target = cache.private("spark") / f"model-{name}"
+    with cache.lock(target.with_name(f"{target.name}.lock")):
         if target.is_dir():
             return target, False
         building = target.with_name(f"{target.name}.building")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from slm import console, credentials, endpoints, environment, runs, stopping, store
+from slm import cache, console, credentials, endpoints, environment, runs, stopping, store
 from slm.errors import BadInput, Unavailable, exhausted
 from slm.stopping import Stopped
 
@@ -53,6 +53,7 @@ def exit_code(story: Callable[[], str]) -> int:
 def run(name: str, args: argparse.Namespace) -> Iterator["object"]:
     """The MLflow run of this process: the one `mlflow run` made, or a new one. Ended on the way out."""
     mlflow = quiet_mlflow()
+    cache.check()
     store.check(mlflow)
     made_by_mlflow = "MLFLOW_RUN_ID" in os.environ
     client = mlflow.MlflowClient()

@@ -31,11 +31,12 @@ def kept(run_id: str, scored, tags: dict[str, str]) -> Iterator[None]:
     except Exception as error:
         if not tracking.is_infrastructure(error):
             raise
-        folder = cache.root() / "unsent" / run_id
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = cache.private("unsent", run_id)
         content = {"run_id": run_id, "model_id": scored.model.model_id, "metrics": scored.metrics, "tags": tags}
-        (folder / "run.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        (folder / "samples.jsonl").write_text("".join(f"{line}\n" for line in scored.sample_lines()), encoding="utf-8")
+        with open(folder / "run.json", "w", encoding="utf-8", opener=cache.opener) as file:
+            json.dump(content, file, indent=1)
+        with open(folder / "samples.jsonl", "w", encoding="utf-8", opener=cache.opener) as file:
+            file.writelines(f"{line}\n" for line in scored.sample_lines())
         said = " ".join(str(error).split())[:300]
         raise Unavailable(
             f"the tracking server doesn't take the scores: {said}; they are kept, and uploaded by "

@@ -30,12 +30,12 @@ def pins(name: str) -> dict[str, str]:
     }
 
 
-def test_conda_yaml_is_python_pip_and_the_two_requirement_files():
+def test_conda_yaml_is_python_pip_and_the_locked_requirements():
     content = yaml.safe_load((REPOSITORY / "conda.yaml").read_text(encoding="utf-8"))
     assert content["dependencies"] == [
         "python=3.11",
         "pip",
-        {"pip": ["-c constraints.txt", "-r requirements.txt"]},
+        {"pip": ["-r locked.txt"]},
     ]
 
 

@@ -313,7 +313,7 @@ def test_a_full_or_read_only_disk_is_one_line(mounts, copier, tracking_server, t
     folders = {folder: tmp_path / folder for folder in ("cache", "store", "tmp", "home")}
     for folder in folders.values():
         folder.mkdir()
-    prepare = f"mount -t tmpfs -o {size} none {folders[place]}"
+    prepare = f"mount -t tmpfs -o {size},mode=700 none {folders[place]}"
     if place == "cache" and size != "ro":
         prepare += f"\nhead -c 20k /dev/zero > {folders[place]}/filler || true"
     names = environment(tracking_server, tmp_path) | {"HOME": str(folders["home"]), "TMPDIR": str(folders["tmp"])}
