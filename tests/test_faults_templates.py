@@ -12,11 +12,11 @@ TIME = "the model's chat template took more than 5 s of processor time"
 MEMORY = "the model's chat template took more than 512 MiB of memory"
 REFUSED = "the model's chat template refused the conversation: "
 
-# In a process that the system ends after two minutes of its own processor time, or at 8 GiB
+# In a process that the system ends after a minute of its own processor time, or at 4 GiB
 RENDER = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
-resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
+resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
 from slm import chat_model
 try:
     chat_model.render(sys.argv[1], {}, [{"role": "user", "content": "Hi"}])
