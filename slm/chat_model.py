@@ -15,12 +15,16 @@ import atexit
 import copy
 import datetime
 import functools
+import inspect
 import itertools
 import json
 import os
 import platform
 import queue
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -45,6 +49,8 @@ CACHE_BYTES = 2 * 2**30  # what the keys and values of the rows under way may ta
 LANE_ROWS = 16  # rows from which on a core is kept busy by a batch of its own
 LANE_BYTES = 2**28  # weights that may be held a second time for that: where they are more, products are long to share
 MOST_CHOICES = 16
+TEMPLATE_SECONDS = 5  # of processor time that a rendering may take
+TEMPLATE_BYTES = 2**29  # of memory that it may take
 CPU_FACTS = Path("/proc/cpuinfo")
 EXACT_INTEGERS = ("session.x64quantprecision", "1")  # of onnxruntime: slower, and needed where integers saturate
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -185,6 +191,174 @@ def read_chat_template(folder: str | Path) -> tuple[str, dict[str, str]]:
     return template, special
 
 
+class CallFailed(Exception):
+    """A confined call gave no answer. The message says why: it is the end of a sentence that begins with a name."""
+
+
+class Confined:
+    """Calls functions in a child process, where the system ends each call that takes too much time or memory.
+
+    A template or a pattern of a stranger can loop for ever, or ask for all memory, inside C code that no thread can
+    interrupt. A call may take `seconds` of processor time, so that a busy machine changes no answer, and `room` bytes
+    of address space beyond what the child takes at rest. The child starts with the first call. Another child starts
+    after a call that was ended. The child ends when this process ends, however this process ends.
+
+    `program` is Python source that defines FUNCTIONS: for each name a function, and the arguments of a first call.
+    That first call has no bounds: the imports of the function happen in it. Arguments and answers are plain data.
+
+    Windows has no bounds. Systems without /proc bound the processor time, and not the memory.
+    """
+
+    def __init__(self, program: str, seconds: float, room: int):
+        self._program = f"{program}\n{inspect.getsource(_answer_calls)}\n_answer_calls(FUNCTIONS, {seconds}, {room})\n"
+        self._seconds, self._room = seconds, room
+        self._lock, self._child = threading.Lock(), None
+        atexit.register(self._end)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._leave)
+
+    def call(self, name: str, *arguments):
+        """What the function `name` answers.
+
+        Raises:
+            CallFailed: the call took too much time or memory, or the function raised an exception.
+        """
+        line = json.dumps([name, arguments]).encode() + b"\n"
+        with self._lock:
+            while True:
+                first, self._child = self._child is None, self._child or self._started()
+                try:
+                    said = self._exchanged(line)
+                except BaseException:  # a signal in the middle: the next answer would be that of this call
+                    self._end()
+                    raise
+                if "answer" in said:
+                    return said["answer"]
+                if "failed" in said:
+                    raise CallFailed(f"failed: {said['failed']}")
+                code = self._end(wait=not said)
+                late = code == -getattr(signal, "SIGPROF", 256)
+                if first or late:  # else what earlier calls left behind may be the reason
+                    raise CallFailed(self._reason(said, code, late))
+
+    def _reason(self, said: dict, code: int, late: bool) -> str:
+        if late:
+            return f"took more than {self._seconds:g} s of processor time"
+        if said:
+            return f"took more than {self._room // 2**20} MiB of memory"
+        with suppress(ValueError):
+            return f"ended its process with {signal.Signals(-code).name}"
+        return f"ended its process with exit code {code}"
+
+    def _started(self) -> subprocess.Popen:
+        if not sys.executable:
+            raise CallFailed("has no Python to run in: sys.executable is empty")
+        path = [str(Path(entry).absolute()) for entry in sys.path if isinstance(entry, str)]
+        command = [sys.executable, "-I", "-c", f"import sys\nsys.path[:] = {path!r}\n{self._program}"]
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,  # a fork must find no half-written line
+            start_new_session=True,  # no Ctrl-C of a terminal
+        )
+
+    def _exchanged(self, line: bytes) -> dict:
+        """What the child says to a line: {} where the child ends instead."""
+        with suppress(BrokenPipeError):
+            left = memoryview(line)
+            while left:
+                left = left[self._child.stdin.write(left) :]
+        parts = []
+        while not parts or not parts[-1].endswith(b"\n"):
+            parts.append(self._child.stdout.read(2**20))
+            if not parts[-1]:
+                return {}
+        return json.loads(b"".join(parts))
+
+    def _end(self, wait: bool = False) -> int:
+        """Ends the child, which may be about to end by itself (`wait`); its exit code."""
+        child, self._child = self._child, None
+        if child is None:
+            return 0
+        if not wait:
+            child.kill()
+        code = child.wait()
+        child.stdin.close()
+        child.stdout.close()
+        return code
+
+    def _leave(self) -> None:
+        """After a fork: the child belongs to the parent, and another thread may have held the lock."""
+        child, self._child, self._lock = self._child, None, threading.Lock()
+        if child is not None:
+            child.returncode = 0  # it is not this process that waits for it
+            child.stdin.close()
+            child.stdout.close()
+
+
+def _answer_calls(functions: dict, seconds: float, room: int) -> None:
+    """What a confined process does: answers calls, a JSON line each, until nobody can make one.
+
+    Only the source of this function gets there: the function imports what it uses.
+    """
+    import json
+    import os
+    import signal
+    from pathlib import Path
+
+    try:
+        import resource
+    except ImportError:  # Windows
+        resource = None
+
+    calls, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
+    os.dup2(nowhere, 1)  # what a library prints is no answer
+
+    def bound_memory(more: int | None) -> None:
+        sizes = Path("/proc/self/statm")  # proc(5)
+        if resource is None or not sizes.exists():
+            return
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        soft = hard if more is None else int(sizes.read_text().split()[0]) * resource.getpagesize() + more
+        resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+    def bound_time(limit: float) -> None:
+        if resource is not None:
+            signal.setitimer(signal.ITIMER_PROF, limit)
+
+    if resource is not None:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends this process, whatever it is at
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file
+    called = set()
+    for line in calls:
+        name, arguments = json.loads(line)
+        try:
+            function, example = functions[name]
+            if name not in called:
+                bound_memory(None)
+                function(*example)
+                called.add(name)
+                bound_memory(room)
+            bound_time(seconds)
+            said = json.dumps({"answer": function(*arguments)})
+        except MemoryError:
+            bound_memory(None)
+            said = '{"memory": true}'
+        except Exception as error:
+            said = json.dumps({"failed": f"{type(error).__name__}: {' '.join(str(error).split()):.300}"})
+        bound_time(0)
+        try:
+            answers.write(said.encode() + b"\n")
+            answers.flush()
+        except BrokenPipeError:
+            os._exit(0)
+
+
 @functools.lru_cache(maxsize=4)  # compiling takes longer than rendering
 def _compiled(template: str):
     import jinja2
@@ -202,20 +376,58 @@ def _compiled(template: str):
     return environment.from_string(template)
 
 
+def _rendered(template: str, special_tokens: dict[str, str], messages: list[dict]) -> dict[str, str]:
+    """In the confined process: {"text"}, or {"refused"} with the reason in one line."""
+    import jinja2
+
+    try:
+        text = _compiled(template).render(
+            messages=messages, add_generation_prompt=True, tools=None, documents=None, **special_tokens
+        )
+        # what is done with the text afterwards, in the tokenizer, has no bounds of its own
+        most = 2**20 + 4 * len(json.dumps(messages))
+        if len(text) <= most:
+            return {"text": text}
+        reason = f"its text has {len(text):,} characters, {most:,} at most are taken"
+    except MemoryError:
+        raise
+    except (jinja2.TemplateError, TypeError) as error:
+        reason = str(error)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    printable = "".join(mark if mark.isprintable() else " " for mark in reason[:1000])
+    return {"refused": " ".join(printable.split())[:300]}
+
+
+_templates = Confined(
+    "\n".join(
+        [
+            "import datetime, functools, json",
+            inspect.getsource(_compiled),  # now: this file may be gone when the model is used
+            inspect.getsource(_rendered),
+            "FUNCTIONS = {'render': (_rendered, ['', {}, []])}",
+        ]
+    ),
+    TEMPLATE_SECONDS,
+    TEMPLATE_BYTES,
+)
+
+
 def render(template: str, special_tokens: dict[str, str], messages: list[dict]) -> str:
     """A conversation as the text the model was trained on, by the rules transformers renders templates with.
+
+    Whatever the template does, this ends: within TEMPLATE_SECONDS of processor time and TEMPLATE_BYTES of memory.
 
     Raises:
         Refused: the template doesn't take this conversation.
     """
-    import jinja2
-
     try:
-        return _compiled(template).render(
-            messages=messages, add_generation_prompt=True, tools=None, documents=None, **special_tokens
-        )
-    except (jinja2.TemplateError, TypeError) as error:
-        raise Refused(f"the model's chat template refused the conversation: {error}") from None
+        rendered = _templates.call("render", template, special_tokens, messages)
+    except CallFailed as reason:
+        raise Refused(f"the model's chat template {reason}") from None
+    if "refused" in rendered:
+        raise Refused(f"the model's chat template refused the conversation: {rendered['refused']}")
+    return rendered["text"]
 
 
 def messages_of(value) -> list[dict]:

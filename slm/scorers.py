@@ -3,10 +3,15 @@
 A scorer that cannot judge (an expected value it cannot read, a pattern that runs out of time) says so with
 `value=None`: unscored is a state of its own and never counts as zero. Nothing here judges style or truth, calls a
 model or reads a file. Heavy libraries are imported by the scorer that needs them.
+
+A prompt set is a stranger's, and so are its patterns and schemas. `score` and `call_error` therefore run the work in a
+child process (slm/chat_model.py, Confined). Each call ends there within SECONDS of processor time and ROOM bytes of
+memory. The scorers themselves are plain functions without bounds.
 """
 
 import decimal
 import difflib
+import functools
 import inspect
 import json
 import re
@@ -15,10 +20,12 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from pathlib import Path
 
-PATTERN_SECONDS = 1.0  # a user's pattern may backtrack for ever
-MATH_SECONDS = 5  # so may the simplification of 9^9^9^9
+SECONDS = 5  # of processor time that one score, or the check of one option, may take
+ROOM = 2**30  # bytes of memory that it may take
+PATTERN_SECONDS = 1.0  # of processor time, for a search by the scorer regex
 OPTION_KINDS = {
     bool: "true or false",
     str: "text",
@@ -177,36 +184,30 @@ def rouge_l(output: str, expected: tuple[str, ...]) -> Score:
 
 
 def math(output: str, expected: tuple[str, ...]) -> Score:
-    """1 where math-verify finds the answer's mathematics equal to an expected one (1/2, 0.5 and 50% are equal).
-
-    Its time limit is a signal, which only the main thread can receive: elsewhere it runs without one.
-    """
+    """1 where math-verify finds the answer's mathematics equal to an expected one (1/2, 0.5 and 50% are equal)."""
     import logging
-    import threading
 
     from math_verify import parse, verify
-    from math_verify.errors import TimeoutException
 
-    seconds = MATH_SECONDS if threading.current_thread() is threading.main_thread() else None
+    # math-verify's own time limit is a signal of the wall clock: it would depend on the machine's load
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns about the missing limit
 
     def read(text: str) -> list:
         # Without dollars "2x+3" would be read as 2. A long text, or one with words in it, is read as it stands.
         bare = len(text) <= 200 and not re.search(r"[$]|\\[(\[]|\\boxed|(?<![\\A-Za-z])[A-Za-z]{2,}", text)
-        return parse(f"${text.strip()}$" if bare else text, parsing_timeout=seconds, raise_on_error=True)
+        return parse(f"${text.strip()}$" if bare else text, parsing_timeout=None, raise_on_error=True)
 
+    wanted = [(text, value) for text in expected if (value := read(text))]
+    if not wanted:
+        return Score(None, f"expected {_any_of(expected)}, which cannot be read as mathematics")
     try:
-        wanted = [(text, value) for text in expected if (value := read(text))]
-        if not wanted:
-            return Score(None, f"expected {_any_of(expected)}, which cannot be read as mathematics")
-        try:
-            given = read(output)
-        except Exception as error:
-            return Score(0.0, f"{quoted(output)} cannot be read as mathematics: {type(error).__name__}")
-        equal = (text for text, value in wanted if verify(value, given, timeout_seconds=seconds, raise_on_error=True))
-        return _verdict("is equal to", equal, output, expected)
-    except TimeoutException:  # a BaseException, which would end the run
-        return Score(None, f"math-verify took longer than {MATH_SECONDS} s on {quoted(output)}")
+        given = read(output)
+    except MemoryError:
+        raise
+    except Exception as error:
+        return Score(0.0, f"{quoted(output)} cannot be read as mathematics: {type(error).__name__}")
+    equal = (text for text, value in wanted if verify(value, given, timeout_seconds=None, raise_on_error=True))
+    return _verdict("is equal to", equal, output, expected)
 
 
 BUILT_IN: dict[str, Callable[..., Score]] = {
@@ -216,10 +217,24 @@ BUILT_IN: dict[str, Callable[..., Score]] = {
 
 
 def score(call_name: str, output: str, expected: tuple[str, ...], options: dict) -> Score:
-    """Run the built-in scorer `call_name`. What goes wrong inside leaves the answer unscored, with the reason."""
-    function = BUILT_IN[call_name]
+    """Run the built-in scorer `call_name` within SECONDS and ROOM.
+
+    What goes wrong inside, the end of either included, leaves the answer unscored, with the reason.
+    """
+    from slm.chat_model import CallFailed
+
     try:
-        return function(output, expected, **options)
+        return Score(*_confined().call(call_name, output, expected, options))
+    except CallFailed as reason:
+        return Score(None, f"{call_name} {reason}")
+
+
+def score_without_bounds(call_name: str, output: str, expected: tuple[str, ...], options: dict) -> Score:
+    """What `score` has done in the child process."""
+    try:
+        return BUILT_IN[call_name](output, expected, **options)
+    except MemoryError:
+        raise
     except Exception as error:
         return Score(None, f"{call_name} failed: {type(error).__name__}: {quoted(str(error))}")
 
@@ -240,25 +255,82 @@ def call_error(name: str, expected: tuple[str, ...], options: dict) -> str | Non
 
 
 def _option_value_error(options: dict) -> str | None:
-    if options.get("pattern") is not None:
-        import regex
-
-        try:
-            regex.compile(options["pattern"])
-        except Exception as error:
-            return f"option pattern is {quoted(options['pattern'])}, which is not a regular expression: {error}"
-    if options.get("schema") is not None:
-        import jsonschema
-
-        try:
-            jsonschema.validators.validator_for(options["schema"]).check_schema(options["schema"])
-        except Exception as error:
-            return f"option schema is not a JSON schema: {quoted(getattr(error, 'message', str(error)))}"
+    for option in ("pattern", "schema"):
+        if options.get(option) is not None and (error := _checked(option, json.dumps(options[option]))):
+            return f"option {option} is {error}"
     if not 0 <= options.get("tolerance", 0) < float("inf"):
         return f"option tolerance is {options['tolerance']}; 0 or a positive number belongs there"
     if not re.fullmatch(r"[A-Z]+", options.get("choices", "ABCD")):
         return f"option choices is {quoted(options['choices'])}; capital letters such as ABCD belong there"
     return None
+
+
+@functools.lru_cache(maxsize=64)  # the rows of a set often have one pattern, or one schema
+def _checked(option: str, content: str) -> str | None:
+    from slm.chat_model import CallFailed
+
+    value = json.loads(content)
+    try:
+        return _confined().call(option, value)
+    except CallFailed as reason:
+        return f"{quoted(value)}: its check {reason}; write a simpler {option}"
+
+
+def _pattern_error(pattern: str) -> str | None:
+    import regex
+
+    try:
+        regex.compile(pattern)
+    except MemoryError:
+        raise
+    except Exception as error:
+        return f"{quoted(pattern)}, which is not a regular expression: {error}"
+    return None
+
+
+def _schema_error(schema: dict) -> str | None:
+    import jsonschema
+
+    try:
+        jsonschema.validators.validator_for(schema).check_schema(schema)
+    except MemoryError:
+        raise
+    except Exception as error:
+        return f"not a JSON schema: {quoted(getattr(error, 'message', str(error)))}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The child process
+
+
+@functools.cache
+def _confined():
+    """The child process, started with the first call."""
+    from slm.chat_model import Confined
+
+    package = str(Path(__file__).absolute().parents[1])
+    program = (
+        f"sys.path.insert(0, {package!r})\nfrom {__name__} import confined_functions\nFUNCTIONS = confined_functions()"
+    )
+    return Confined(program, SECONDS, ROOM)
+
+
+def confined_functions() -> dict[str, tuple[Callable, tuple]]:
+    """What the child process runs, by name, and arguments of a first call, which imports what the others need."""
+    checks = {"pattern": (_pattern_error, ("1",)), "schema": (_schema_error, ({},))}
+    options = {"json_schema": {"schema": {}}}
+    return checks | {
+        name: (functools.partial(_score_as_data, name), ("1", ["1"], options.get(name, {}))) for name in BUILT_IN
+    }
+
+
+def _score_as_data(name: str, output: str, expected: list[str], options: dict) -> tuple[float | None, str]:
+    return astuple(score_without_bounds(name, output, tuple(expected), options))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words and numbers
 
 
 def quoted(value: object) -> str:

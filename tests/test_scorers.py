@@ -3,12 +3,11 @@
 import inspect
 import sys
 import threading
-import time
 
 import pytest
 
 from slm import scorers
-from slm.scorers import BUILT_IN, Score, call_error, did_you_mean, quoted, score
+from slm.scorers import BUILT_IN, Score, call_error, did_you_mean, quoted, score, score_without_bounds
 
 NAMES = ("exact_match", "contains", "regex", "choice", "number", "json_schema", "token_f1", "rouge_l", "math")
 
@@ -79,10 +78,8 @@ def test_regex(output, expected, options, value):
 
 @pytest.mark.fault("process: a scorer's pattern that never ends")
 def test_a_pattern_that_backtracks_for_ever_leaves_the_answer_unscored_after_its_time_limit():
-    started = time.monotonic()
     result = score("regex", "a" * 5000 + "!", (), {"pattern": "^(a|a?)+$"})
     assert result == Score(None, "the pattern '^(a|a?)+$' took longer than 1 s on this answer")
-    assert time.monotonic() - started < 3
 
 
 def test_an_expected_text_that_is_no_pattern_leaves_the_answer_unscored():
@@ -307,12 +304,6 @@ def test_math_works_outside_the_main_thread():
     assert values == [value for _, _, value in MATH]
 
 
-def test_math_that_takes_too_long_is_unscored_and_does_not_end_the_run(monkeypatch):
-    monkeypatch.setattr(scorers, "MATH_SECONDS", 1)
-    result = score("math", "$9^{999999999}$", ("5",), {})
-    assert result == Score(None, "math-verify took longer than 1 s on '$9^{999999999}$'")
-
-
 @pytest.mark.parametrize(
     ("name", "output", "expected", "reason"),
     [
@@ -366,7 +357,18 @@ def test_an_unexpected_exception_leaves_the_answer_unscored_with_its_reason(monk
         raise RuntimeError("disk on fire")
 
     monkeypatch.setitem(BUILT_IN, "broken", broken)
-    assert score("broken", "x", ("y",), {}) == Score(None, "broken failed: RuntimeError: 'disk on fire'")
+    assert score_without_bounds("broken", "x", ("y",), {}) == Score(None, "broken failed: RuntimeError: 'disk on fire'")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_score_within_bounds_is_the_one_without(name):
+    for output, expected, _ in [
+        *MATH,
+        ("", ("x",), 0),
+        ("\ud800\0\n", ("\ud800\0",), 0),
+        ("B) 4, Paris", ("Paris", "B"), 0),
+    ]:
+        assert score(name, output, expected, {}) == score_without_bounds(name, output, expected, {})
 
 
 @pytest.mark.parametrize(
