@@ -35,5 +35,7 @@ def held_by(text: str) -> bool:
 
 def _values() -> list[str]:
     """What this process's environment keeps secret, the longest first."""
-    named = [value for name, value in os.environ.items() if VARIABLE.search(name) and len(value) >= LENGTH]
+    named = [value for name, value in os.environ.items() if VARIABLE.search(name)]
+    named += os.environ.get("PHI3_MLFLOW_API_KEY", "").split(",")  # which may hold several keys
+    named = [value.strip() for value in named if len(value.strip()) >= LENGTH]
     return sorted((value for value in named if not value.startswith(("/", "~"))), key=len, reverse=True)
