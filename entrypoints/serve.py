@@ -3,12 +3,14 @@
     mlflow run . -e serve -P model_uri=models:/phi3@champion
     PHI3_MLFLOW_API_KEY=… python -m entrypoints.serve --model_uri=models:/phi3@champion
 
-The key is read from the environment alone, since MLflow logs parameters. Under `mlflow run` the run stays open until
-the server is stopped; by hand there is none. Stops on SIGTERM or SIGINT, within seconds. Put a proxy with TLS in front
-before anything but this machine can reach it.
+Keys are read from the environment alone, since MLflow logs parameters; several keys are separated by commas. Under
+`mlflow run` the run stays open until the server is stopped; by hand there is none. Stops on SIGTERM or SIGINT, within
+seconds. Put a proxy with TLS in front before anything but this machine can reach it, and name the proxy's host in
+allowed_hosts. Without a key, only loopback is listened at, unless open_to_all=true.
 """
 
 import argparse
+import ipaddress
 import os
 import socket
 import sys
@@ -17,7 +19,7 @@ from contextlib import nullcontext
 from slm import parameters, tracking
 from slm.errors import BadInput
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+BACKLOG = 64  # connections that are accepted at once, before the first of them is counted
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -35,21 +37,31 @@ def serve(args: argparse.Namespace) -> str:
         raise BadInput("model_uri: is empty; name a logged chat model, as models:/name@alias")
     listener = listen(args.host, args.port)
     api_key = os.environ.get("PHI3_MLFLOW_API_KEY", "")
+    if not (api_key or is_loopback(listener) or args.open_to_all):
+        remedy = "set PHI3_MLFLOW_API_KEY, or write open_to_all=true"
+        raise BadInput(f"host: {args.host} is open to others, who would need no key; {remedy}")
 
     import uvicorn
 
-    from slm import console, openai_server
+    from slm import connections, console, openai_server
 
-    if not api_key and args.host not in LOOPBACK:
-        console.err.print(f"{args.host} is open to others: set PHI3_MLFLOW_API_KEY", style="yellow", markup=False)
+    openai_server.read_keys(api_key)
 
     with tracking.run("serve", args) if "MLFLOW_RUN_ID" in os.environ else nullcontext():
         # The model, and the server until a signal comes
         with console.step(f"Loading {args.model_uri}"):
             model, defaults = openai_server.load(args.model_uri, args.trust_code)
-        app = openai_server.build(model, defaults, api_key=api_key)
+        host_names = [args.host, *args.allowed_hosts.split(",")]
+        app = openai_server.build(model, defaults, api_key=api_key, host_names=host_names)
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=3
+            app,
+            http=connections.Guarded,
+            ws="none",
+            backlog=BACKLOG,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=3,
         )
         console.out.print(f"Serving {model.name} at http://{args.host}:{args.port}/v1", markup=False)
         uvicorn.Server(config).run(sockets=[listener])
@@ -70,6 +82,10 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise BadInput(f"host, port: {host}:{port} can't be used: {error.strerror or error}") from None
     return listener
+
+
+def is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ class Row:
     text: str = ""  # decoded so far; kept up only for stop strings and streams
     started: float = 0.0  # perf_counter, where it began after its batch
     seconds: float = 0.0
+    tenant: str = ""  # computed keys and values are copied between rows of one tenant only
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -497,6 +498,7 @@ class Slots:
     session: object  # the bindings' own
     arrays: dict[tuple[int, str], np.ndarray]  # (layer, key or value): (slots, heads, span, head size)
     prompts: list[np.ndarray]  # by slot: the tokens whose keys and values it begins with
+    tenants: list[str]  # by slot: the tenant of that prompt
     logits: np.ndarray  # (slots, 1, vocabulary)
     span: int
     bindings: dict = field(default_factory=dict)
@@ -514,6 +516,9 @@ class SlotRuntime:
     here a finished row's slot goes to the next row, nothing is padded, and keys and values of a beginning that another
     slot holds, from an earlier call too, are copied. Prompts go in one at a time, which gives their first tokens, and
     go on together: a row's numbers, and in int4 its text, don't depend on its company.
+
+    A copied beginning makes an answer faster. The time of an answer would show one tenant what another tenant has
+    asked. So a row takes a beginning only from a row of its own tenant.
 
     A small model's kernels are over before a second core has come to help: with rows enough, each core generates a
     batch of its own (a lane), and takes the next row when one ends.
@@ -598,7 +603,7 @@ class SlotRuntime:
                 if row.finish_reason:
                     continue
                 row.started = time.perf_counter()
-                token = next_token(self._read(held, slot, np.array(row.prompt, dtype=np.int64)), row)
+                token = next_token(self._read(held, slot, np.array(row.prompt, dtype=np.int64), row.tenant), row)
                 yield {place: token}
                 if not row.finish_reason:
                     lengths[slot], last[slot] = len(row.prompt), token
@@ -620,7 +625,7 @@ class SlotRuntime:
                     end = len(live) - 1  # the last row moves up
                     if slot < end:
                         held.copy(end, slot, lengths[end])
-                        held.prompts[slot] = held.prompts[end]
+                        held.prompts[slot], held.tenants[slot] = held.prompts[end], held.tenants[end]
                         live[slot], lengths[slot], last[slot] = live[end], lengths[end], last[end]
                     live.pop()
         finally:
@@ -648,21 +653,25 @@ class SlotRuntime:
                 for kind in ("key", "value")
             },
             prompts=[np.zeros(0, dtype=np.int64)] * count,
+            tenants=[""] * count,
             logits=np.zeros((count, 1, self._vocabulary), dtype=self._logits_dtype),
             span=span,
         )
 
-    def _read(self, held: Slots, slot: int, prompt: np.ndarray) -> np.ndarray:
+    def _read(self, held: Slots, slot: int, prompt: np.ndarray, tenant: str = "") -> np.ndarray:
         """Puts a prompt's keys and values into a slot; the logits that follow it, shape (vocabulary,).
 
         One token alone goes through other kernels, with other numbers: so the last two always go together.
         """
-        shared = [_in_common(prompt, other) for other in held.prompts]
+        shared = [
+            _in_common(prompt, other) if owner == tenant else 0
+            for other, owner in zip(held.prompts, held.tenants, strict=True)
+        ]
         source = max(range(len(shared)), key=lambda other: (shared[other], other == slot))
         begun = min(shared[source], max(len(prompt) - 2, 0))
         if begun and source != slot:
             held.copy(source, slot, begun)
-        held.prompts[slot] = prompt[:begun]
+        held.prompts[slot], held.tenants[slot] = prompt[:begun], tenant
         while begun < len(prompt):
             end = min(begun + self._at_once(held.span), len(prompt))
             end += len(prompt) - end == 1
@@ -935,6 +944,7 @@ class SmallLanguageModel(PythonModel):
     """
 
     _skip_type_hint_validation = True  # the signature is logged; MLflow would ask for type hints at every load
+    separates_tenants = True  # a server with several keys asks for this, see Row.tenant
 
     def load_context(self, context):
         from tokenizers import Tokenizer
@@ -1074,11 +1084,15 @@ class SmallLanguageModel(PythonModel):
         longer = [*batch, row]
         if batch and any(self._runtime.alone_in_batch(member.prompt) for member in longer):
             return False
-        span = max(len(member.prompt) for member in longer) + max(member.room for member in longer)  # of each cache
-        size, bytes = len(longer), span * len(longer) * self._runtime.bytes_per_token
         return not batch or (
-            size <= (batch_size or self.batch_size) and bytes <= CACHE_BYTES and span <= self._runtime.context_length
+            len(longer) <= (batch_size or self.batch_size)
+            and self.cache_share(longer) <= 1
+            and _span(longer) <= self._runtime.context_length
         )
+
+    def cache_share(self, batch: list[Row]) -> float:
+        """The share of CACHE_BYTES that the keys and values of these rows take in one batch."""
+        return _span(batch) * len(batch) * self._runtime.bytes_per_token / CACHE_BYTES
 
     def stream(self, batch: list[Row]) -> Iterator[list[tuple[Row, str]]]:
         """Generates rows that fit together; yields after each step every row that took part, and its new text.
@@ -1268,6 +1282,11 @@ def usage(prompt_tokens: int, output_tokens: int) -> dict[str, int]:
         "completion_tokens": output_tokens,
         "total_tokens": prompt_tokens + output_tokens,
     }
+
+
+def _span(batch: list[Row]) -> int:
+    """How many tokens the keys and values of each row have room for, in a batch that pads its rows."""
+    return max(len(row.prompt) for row in batch) + max(row.room for row in batch)
 
 
 def _overlap(text: str, stop: str) -> int:

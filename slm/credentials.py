@@ -91,7 +91,9 @@ def _values() -> list[str]:
 
     A variable that names a file is not a secret.
     """
-    named = [value for name, value in os.environ.items() if VARIABLE.search(name) and len(value) >= LENGTH]
+    named = [value for name, value in os.environ.items() if VARIABLE.search(name)]
+    named += os.environ.get("PHI3_MLFLOW_API_KEY", "").split(",")  # which may hold several keys
+    named = [value.strip() for value in named if len(value.strip()) >= LENGTH]
     secret = [value for value in named if not (value.startswith(("/", "~")) and _is_path(value))]
     return sorted({form for value in secret for form in (value, quote(value, safe=""))}, key=len, reverse=True)
 

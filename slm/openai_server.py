@@ -4,19 +4,33 @@
     GET  /v1/models  /health  /metrics (Prometheus)
 
 One thread owns the model. Requests that wait are generated together; the texts that come go to each request's own
-queue, and a request whose client has gone, or whose time is up, is dropped from its batch after the next token. A
-second batch starts beside a running one when as many texts wait as are still being generated, or when one has waited
-JOIN_SECONDS. Not covered: TLS, users and quotas (a proxy's work), tools, images, log probabilities, more than one
-model or process.
+queue, and a request whose client has gone, or whose time is up, is dropped from its batch after the next token.
+
+The running batches take turns, one step each, so no batch holds up another one. A further batch starts when:
+- fewer than MOST_BATCHES run, and as many texts wait as are being generated, or one text has waited JOIN_SECONDS;
+- a text is short: each running batch may need SHORT_FACTOR times its tokens or more;
+- a client has nothing under way and has waited FAIR_SECONDS, and fewer than FAIR_BATCHES run.
+The texts that wait are ordered by fair queueing between clients. A client is an API key where there are several, and
+an address otherwise. All caches together take at most MOST_CACHES times what one batch may take.
+
+Prompts' beginnings are computed once within one API key. With no key or one key, all clients share them.
+
+A page in a browser can give its own name the address of this machine (DNS rebinding). So a request is answered only
+under a host name that the server was told to serve.
+
+Not covered: TLS, users and quotas (a proxy's work), tools, images, log probabilities, more than one model or process.
+A text does not join a running batch. A long prompt is one step of its batch. slm/connections.py guards the sockets.
 """
 
 import asyncio
 import hmac
+import ipaddress
 import json
+import re
 import threading
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,13 +41,21 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.exceptions import HTTPException
 
-from slm import tracking, wrappers
+from slm import strict_json, tracking, wrappers
 from slm.errors import BadInput
 
-MOST_BATCHES = 2  # generated side by side
+MOST_BATCHES = 2  # started for throughput side by side
+FAIR_BATCHES = 4  # up to which a client that has nothing under way gets a batch of its own
+MOST_CACHES = 2.5  # that all batches may take together; one batch for throughput may take one cache
 GATHER_SECONDS = 0.01  # in which those who ask together arrive, where nothing runs; small beside a prompt's time
 JOIN_SECONDS = 5.0  # a text that has waited so long starts the second batch, however small
+FAIR_SECONDS = 1.0  # in which the texts of such clients gather: each batch costs the others a turn
+SHORT_FACTOR = 4  # so texts of 4096 tokens leave room for at most six levels of shorter batches
+PROMPT_TOKENS = 8  # of a prompt, computed in the time of one generated token
+SECONDS_PER_TOKEN = 0.02  # of a machine of one's own, for the order of the queue
 MOST_STOPS = 16
+LOOPBACK = ("localhost",)  # beside loopback's addresses
+WILDCARDS = ("0.0.0.0", "::")  # addresses to listen at that stand for all of a machine's addresses
 METRICS_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would collect the events otherwise
 # OpenAI's fields that this model doesn't have, and the values that ask for nothing
@@ -158,12 +180,74 @@ def read_request(body: bytes) -> ChatRequest:
         ApiError: it is no JSON, or a field has a wrong type.
     """
     try:
-        return ChatRequest.model_validate_json(body)
+        asked = ChatRequest.model_validate_json(body)
+        strict_json.parse(body.decode())  # of two equal keys the model above takes the last one without a word
+        return asked
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         text = f"{place}: {first['msg']}" if place else first["msg"]
         raise ApiError(400, " ".join(text.split()), param=place.split(".")[0] or None) from None
+    except ValueError as error:
+        raise ApiError(400, f"Invalid JSON: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who may ask
+
+
+def read_keys(api_key: str) -> list[str]:
+    """The API keys in one text, separated by commas; an empty text holds none.
+
+    Raises:
+        BadInput: the text has commas and blanks alone, which would open the server to everybody.
+    """
+    keys = list(dict.fromkeys(filter(None, map(str.strip, api_key.split(",")))))
+    if api_key and not keys:
+        raise BadInput("PHI3_MLFLOW_API_KEY: holds no key; write one, or several with commas, or unset the variable")
+    return keys
+
+
+def is_served(host: str, names: Iterable[str]) -> bool:
+    """Whether a Host header names this server: a loopback address, or one of `names`, as `host_name` writes them.
+
+    Where `names` has a wildcard address, every numeric address is one of the server's own: rebinding needs a name.
+    """
+    name = host_name(host)
+    if name in names:
+        return True
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return address.is_loopback or any(wildcard in names for wildcard in WILDCARDS)
+
+
+def host_name(text: str) -> str:
+    """A host name or address without its port, in the one form in which hosts are compared."""
+    text = text.strip().lower()
+    if text.count(":") == 1 or "]" in text:  # else the colons are those of an IPv6 address
+        text = re.sub(r":\d*$", "", text)
+    name = text.removeprefix("[").removesuffix("]").removesuffix(".")
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return name
+
+
+class ServedNames:
+    """ASGI middleware: a request under another host name is answered 421, whatever it asks for."""
+
+    def __init__(self, app, names: Iterable[str]):
+        self.app = app
+        self.names = {host_name(name) for name in (*LOOPBACK, *names) if name.strip()}
+
+    async def __call__(self, scope, receive, send):
+        host = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
+        if scope["type"] != "http" or is_served(host, self.names):
+            return await self.app(scope, receive, send)
+        text = f"Host: {host!r:.80} is not served here; the parameter allowed_hosts adds a name"
+        await ApiError(421, text, code="misdirected_request").response()(scope, receive, send)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,6 +260,7 @@ class Ticket:
 
     streamed: bool
     loop: asyncio.AbstractEventLoop
+    client: str  # among whom the model's time is shared
     events: asyncio.Queue = field(default_factory=asyncio.Queue)  # (row, new text, finish reason or ""), or an ApiError
     dropped: bool = False
     arrived: float = field(default_factory=time.monotonic)
@@ -188,14 +273,46 @@ class Place:
     row: object  # of slm.chat_model.Row, as the logged model's own copy of that module has it
     ticket: Ticket
 
+    def tokens(self) -> float:
+        """The steps that the text takes at most from its start, its prompt's computation included."""
+        return self.row.room + len(self.row.prompt) / PROMPT_TOKENS
+
+    def left(self) -> int:
+        """The tokens that may still be generated for the text."""
+        return 0 if self.row.finish_reason else self.row.room - len(self.row.output)
+
 
 @dataclass(eq=False)
 class Batch:
     places: list[Place]
     steps: Iterator[list[tuple]]
+    share: float  # of what the cache of one batch may take
 
     def live(self) -> int:
         return sum(not place.row.finish_reason for place in self.places)
+
+    def left(self) -> int:
+        return max(place.left() for place in self.places)
+
+
+def fair_order(waiting: Iterable[Place], running: Iterable[Place]) -> list[Place]:
+    """The waiting texts in the order in which they would end if each client had a machine of its own.
+
+    This is fair queueing (Demers, Keshav and Shenker, SIGCOMM 1989). Each client's short texts go first, a client with
+    much under way goes behind the others, and no text waits for ever, since its arrival counts.
+    """
+
+    def alone(place: Place) -> float:
+        return place.ticket.arrived + SECONDS_PER_TOKEN * place.tokens()
+
+    ahead: Counter = Counter()  # by client: the tokens before a text of that client
+    for place in running:
+        ahead[place.ticket.client] += place.left()
+    ends = {}
+    for place in sorted(waiting, key=alone):
+        ends[place] = alone(place) + SECONDS_PER_TOKEN * ahead[place.ticket.client]
+        ahead[place.ticket.client] += place.tokens()
+    return sorted(ends, key=ends.get)
 
 
 class Metrics:
@@ -241,17 +358,19 @@ class Worker:
             self._wake.notify()
         self._thread.join(seconds)
 
-    def submit(self, rows: list, streamed: bool) -> Ticket:
-        """Queues a request's texts.
+    def submit(self, rows: list, streamed: bool, client: str) -> Ticket:
+        """Queues a request's texts. In a full queue there is still room for a client that has no text in it.
 
         Raises:
             ApiError: the queue is full, or the server is stopping.
         """
-        ticket = Ticket(streamed, asyncio.get_running_loop())
+        ticket = Ticket(streamed, asyncio.get_running_loop(), client)
         with self._wake:
             if self._stopping:
                 raise _stopping()
-            if self.waiting and len(self.waiting) + len(rows) > self.limits.waiting:
+            waits = any(place.ticket.client == client for place in self.waiting)
+            most = self.limits.waiting if waits else 2 * self.limits.waiting
+            if self.waiting and len(self.waiting) + len(rows) > most:
                 text = f"{len(self.waiting)} texts wait already; try again later"
                 raise ApiError(429, text, "rate_limit_error", code="queue_full")
             self.waiting.extend(Place(row, ticket) for row in rows)
@@ -295,20 +414,47 @@ class Worker:
             while not self.running and seen < len(self.waiting) < self.model.batch_size:
                 seen = len(self.waiting)
                 self._wake.wait(GATHER_SECONDS)  # ends early when one more has come
-            if not self.waiting or len(self.running) >= MOST_BATCHES:
+            places = self._next_places()
+            if not places:
                 return True
-            patient = time.monotonic() - self.waiting[0].ticket.arrived < JOIN_SECONDS
-            if len(self.waiting) < sum(batch.live() for batch in self.running) and patient:
-                return True
-            places: list[Place] = []
-            left: deque[Place] = deque()
-            for place in self.waiting:  # the first one always fits
-                fits = self.model.fits([chosen.row for chosen in places], place.row)
-                (places if fits else left).append(place)
-            self.waiting = left
-            self.running.append(Batch(places, self.model.stream([place.row for place in places])))
+            self.waiting = deque(place for place in self.waiting if place not in places)
+            rows = [place.row for place in places]
+            self.running.append(Batch(places, self.model.stream(rows), self._share(rows)))
         self.metrics.batch_texts.observe(len(places))
         return True
+
+    def _next_places(self) -> list[Place]:
+        """The waiting texts that are generated together from now on; none where all go on waiting."""
+        if not self.waiting:
+            return []
+        now = time.monotonic()
+        under_way = [place for batch in self.running for place in batch.places if not place.row.finish_reason]
+        ordered = fair_order(self.waiting, under_way)
+        if len(self.running) < MOST_BATCHES:
+            patient = now - min(place.ticket.arrived for place in ordered) < JOIN_SECONDS
+            if len(ordered) >= len(under_way) or not patient:
+                return self._together(ordered)
+        left = min(batch.left() for batch in self.running)
+        busy = {place.ticket.client for place in under_way}
+        short = [place for place in ordered if SHORT_FACTOR * place.tokens() <= left]
+        others = [place for place in ordered if place.ticket.client not in busy]
+        late = len(self.running) < FAIR_BATCHES and any(now - place.ticket.arrived >= FAIR_SECONDS for place in others)
+        # half of what is left leaves room for shorter texts; a text larger than a whole cache counts as one
+        share = (MOST_CACHES - sum(min(batch.share, 1.0) for batch in self.running)) / 2
+        return self._together(short, share) or self._together(others if late else [], share)
+
+    def _together(self, ordered: list[Place], share: float = float("inf")) -> list[Place]:
+        """The texts that fit into one batch and into a share of its cache. Without a share, the first text fits."""
+        places: list[Place] = []
+        for place in ordered:
+            rows = [chosen.row for chosen in places]
+            if self.model.fits(rows, place.row) and self._share([*rows, place.row]) <= share:
+                places.append(place)
+        return places
+
+    def _share(self, rows: list) -> float:
+        """A model that was logged before there was `cache_share` gets no batches beyond MOST_BATCHES."""
+        return self.model.cache_share(rows) if hasattr(self.model, "cache_share") else 1.0
 
     def _step(self, batch: Batch) -> list[tuple[Ticket, object]]:
         """One token more for a batch, and what its requests are told of it."""
@@ -350,8 +496,19 @@ def _deliver(events: Iterable[tuple[Ticket, object]]) -> None:
 # The application
 
 
-def build(model, defaults: dict, limits: Limits | None = None, api_key: str = "") -> FastAPI:
-    """The application over a loaded chat model; `defaults` are the parameters for requests that don't give theirs."""
+def build(
+    model, defaults: dict, limits: Limits | None = None, api_key: str = "", host_names: Iterable[str] = ()
+) -> FastAPI:
+    """The application over a loaded chat model; `defaults` are the parameters for requests that don't give theirs.
+
+    `api_key` may hold several keys, separated by commas. `host_names` are served beside those of loopback.
+
+    Raises:
+        BadInput: the model can't keep several keys' prompts apart, or `api_key` holds no key.
+    """
+    keys = read_keys(api_key)
+    if len(keys) > 1 and not getattr(model, "separates_tenants", False):
+        raise BadInput("model_uri: the model was logged by a version that serves one key alone; log the model again")
     limits = limits or Limits()
     worker = Worker(model, limits)
     started = int(time.time())
@@ -364,6 +521,7 @@ def build(model, defaults: dict, limits: Limits | None = None, api_key: str = ""
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.worker = worker
+    app.add_middleware(ServedNames, names=host_names)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError):
@@ -379,9 +537,11 @@ def build(model, defaults: dict, limits: Limits | None = None, api_key: str = ""
 
     async def authorized(request: Request):
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if api_key and not (scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), api_key.encode())):
+        right = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
+        if keys and not (scheme.lower() == "bearer" and any(right)):
             worker.metrics.requests.labels("unauthorized").inc()
             raise ApiError(401, "the API key is missing or wrong", "authentication_error", code="invalid_api_key")
+        request.state.tenant = f"key {right.index(True) + 1}" if keys else ""
 
     protected = [Depends(authorized)]
 
@@ -408,6 +568,9 @@ def build(model, defaults: dict, limits: Limits | None = None, api_key: str = ""
             raise ApiError(404, f"model: {name!r:.80} is not served here; {model.name!r} is", code="model_not_found")
         return card()
 
+    def client_of(request: Request) -> str:
+        return request.state.tenant if len(keys) > 1 or not request.client else request.client.host
+
     @app.post("/v1/chat/completions", dependencies=protected)
     async def chat_completions(request: Request):
         exchange = Exchange(worker, request)
@@ -418,7 +581,9 @@ def build(model, defaults: dict, limits: Limits | None = None, api_key: str = ""
                 exchange.rows = await asyncio.to_thread(model.prepare, row, defaults)
             except ValueError as refusal:  # Refused, of the logged model's own copy of slm.chat_model
                 raise ApiError(400, str(refusal)) from None
-            exchange.begin(asked.stream)
+            for prepared in exchange.rows:
+                prepared.tenant = request.state.tenant
+            exchange.begin(asked.stream, client_of(request))
         except ApiError as error:
             worker.metrics.requests.labels("full" if error.status == 429 else "refused").inc()
             raise
@@ -441,8 +606,8 @@ class Exchange:
         self.rows: list = []
         self.start = time.perf_counter()
 
-    def begin(self, streamed: bool | None) -> None:
-        self.ticket = self.worker.submit(self.rows, bool(streamed))
+    def begin(self, streamed: bool | None, client: str) -> None:
+        self.ticket = self.worker.submit(self.rows, bool(streamed), client)
         self._watch = asyncio.create_task(self._until_the_client_goes())
         left = self.worker.limits.seconds - (time.perf_counter() - self.start)
         text = f"not answered within {self.worker.limits.seconds:g} seconds"

@@ -115,6 +115,15 @@ PARAMETERS = (
     Parameter("model_uri", "", ("serve",), "logged chat model: models:/name@alias, models:/name/3, runs:/…, folder"),
     Parameter("host", "127.0.0.1", ("serve",), "address to listen at"),
     Parameter("port", 5005, ("serve",), "port to listen at", low=1, high=65535),
+    Parameter(
+        "allowed_hosts",
+        "",
+        ("serve",),
+        "host names that requests may name beside loopback and `host`, by commas",
+        pattern=r"(?=.*\w)[\w.:\[\]-]+(, *[\w.:\[\]-]+)*",
+        remedy="write host names without scheme, path or *, such as llm.example.org",
+    ),
+    Parameter("open_to_all", False, ("serve",), "listen at an address that others reach, without a key"),
 )
 
 

@@ -10,13 +10,13 @@ import csv
 import hashlib
 import io
 import json
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
+from slm import strict_json
 from slm.errors import BadInput
 from slm.scorers import BUILT_IN, call_error, did_you_mean, quoted
 
@@ -103,16 +103,6 @@ def canonical_rows(prompts: Iterable[Prompt]) -> list[dict]:
     return [_canonical_row(prompt) for prompt in prompts]
 
 
-def parse_json(text: str) -> object:
-    """JSON, refusing what `json` lets pass: duplicate keys, NaN and Infinity. Raises ValueError in one line."""
-    try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg} at character {error.pos + 1}") from None
-
-
 def parse_yaml(text: str) -> object:
     """Safe YAML, refusing duplicate keys and aliases (a few lines of them unfold to gigabytes). Raises ValueError."""
     try:
@@ -145,18 +135,6 @@ class _StrictLoader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key_node.start_mark)
                 seen.add(key)
         return super().construct_mapping(node, deep)
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    mapping = dict(pairs)
-    if len(mapping) < len(pairs):
-        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"the key {quoted(name)} is given twice")
-    return mapping
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
 
 
 def _text_of(path: Path) -> str:
@@ -192,7 +170,7 @@ def _jsonl_rows(text: str, name: str) -> Iterator[tuple[str, object]]:
             )
         if line.strip():
             try:
-                yield f"line {number}", parse_json(line)
+                yield f"line {number}", strict_json.parse(line)
             except ValueError as error:
                 raise BadInput(f"{name} line {number}: not JSON: {error}; write one object per line") from None
 
@@ -233,7 +211,7 @@ def _csv_cell(column: str, cell: str, where: str) -> object:
         return [part.strip() for part in cell.split("|")]
     if column == "messages":
         try:
-            return parse_json(cell)
+            return strict_json.parse(cell)
         except ValueError as error:
             raise BadInput(f"{where}: `messages` is not JSON: {error}") from None
     return cell

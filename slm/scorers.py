@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from slm import strict_json
+
 SECONDS = 5  # of processor time that one score, or the check of one option, may take
 ROOM = 2**30  # bytes of memory that it may take
 PATTERN_SECONDS = 1.0  # of processor time, for a search by the scorer regex
@@ -136,7 +138,7 @@ def json_schema(output: str, expected: tuple[str, ...], schema: dict | None = No
     """1 where the answer, without a code fence around it, is JSON and fits `schema`; expected texts are not used."""
     fence = re.fullmatch(r"```(?:json|JSON)?[ \t]*\n(.*?)\n?[ \t]*```", output.strip(), re.DOTALL)
     try:
-        value = json.loads(fence[1] if fence else output, parse_constant=_no_constant)
+        value = json.loads(fence[1] if fence else output, parse_constant=strict_json.no_constant)
     except (ValueError, RecursionError) as error:
         return Score(0.0, f"not JSON: {error}; got {quoted(output)}")
     if schema is None:
@@ -374,10 +376,6 @@ def _whole_number(text: str) -> decimal.Decimal | None:
 
 def _without_punctuation(text: str) -> str:
     return "".join(m for m in text if m not in string.punctuation and not unicodedata.category(m).startswith("P"))
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
 
 
 def _any_of(expected: tuple[str, ...]) -> str:

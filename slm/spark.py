@@ -32,7 +32,19 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from slm import answers, cache, environment, loading, prompts, scorer_calls, scoring, statistics, tracking, user_scorers
+from slm import (
+    answers,
+    cache,
+    environment,
+    loading,
+    prompts,
+    scorer_calls,
+    scoring,
+    statistics,
+    strict_json,
+    tracking,
+    user_scorers,
+)
 from slm.errors import BadInput, Unavailable
 from slm.prompts import Prompt, PromptSet, ScorerCall
 from slm.scorers import quoted
@@ -396,7 +408,7 @@ def _parquet_row(value: object) -> object:
     row = {key: _parquet_row(item) for key, item in value.items() if item is not None}
     for field in ("messages", "scorers"):
         if isinstance(row.get(field), str) and row[field].startswith("["):
-            row[field] = prompts.parse_json(row[field])
+            row[field] = strict_json.parse(row[field])
     return row
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from slm import strict_json
 from slm.errors import BadInput
-from slm.prompts import FILE_BYTES, Prompt, ScorerCall, canonical_rows, parse_json, parse_yaml, read_prompt_set
+from slm.prompts import FILE_BYTES, Prompt, ScorerCall, canonical_rows, parse_yaml, read_prompt_set
 
 PROMPTS = Path(__file__).parent.parent / "prompts"
 USER = [{"role": "user", "content": "Capital of France?"}]
@@ -395,7 +396,7 @@ def test_a_users_own_scorer_is_known_when_named_and_its_options_are_left_alone(r
 
 
 def test_the_strict_parsers_read_what_is_plain():
-    assert parse_json('{"a": [1, 2.5, null, "x"]}') == {"a": [1, 2.5, None, "x"]}
+    assert strict_json.parse('{"a": [1, 2.5, null, "x"]}') == {"a": [1, 2.5, None, "x"]}
     assert parse_yaml("a: {b: [1, x]}\nc: &anchor 2\n") == {"a": {"b": [1, "x"]}, "c": 2}
 
 
