@@ -10,6 +10,7 @@ hashed, and a folder in which anything moved until the model stood in memory is 
 """
 
 import hashlib
+import linecache
 import tempfile
 import types
 import weakref
@@ -180,6 +181,8 @@ def _module(uri: str, folder: Path, description, trust_code: bool) -> tuple[type
     sha256 = hashlib.sha256(code).hexdigest()
     module = types.ModuleType(f"chat_model_{sha256[:16]}")
     module.__file__ = str(folder / FILE)
+    # the wrapper reads its own source: that of the bytes that were checked, whatever lies in the folder then
+    linecache.cache[module.__file__] = (len(code), None, code.decode().splitlines(True), module.__file__)
     exec(compile(code, module.__file__, "exec"), module.__dict__)
     return module, sha256
 
