@@ -7,6 +7,8 @@ Rendering, tokenizing, sampling, stop strings and the answers' shape are written
 fp32 all give the same greedy text. Not covered: tools, images, beam search, logit penalties (a request that asks for
 one is refused).
 
+A chat template is a stranger's program. A child process renders it, within bounds of time and memory (Confined).
+
 Tokens come from the checkpoint's own tokenizer.json, read by Hugging Face's `tokenizers`: onnxruntime-genai's
 encoder cuts a text at its first NUL.
 """
