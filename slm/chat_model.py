@@ -7,6 +7,8 @@ Rendering, tokenizing, sampling, stop strings and the answers' shape are written
 fp32 all give the same greedy text. Not covered: tools, images, beam search, logit penalties (a request that asks for
 one is refused).
 
+A chat template is a stranger's program. A child process renders it, within bounds of time and memory (Confined).
+
 Tokens come from the checkpoint's own tokenizer.json, read by Hugging Face's `tokenizers`: onnxruntime-genai's
 encoder cuts a text at its first NUL.
 """
@@ -213,8 +215,8 @@ class Confined:
     def __init__(self, program: str, seconds: float, room: int):
         self._program = f"{program}\n{inspect.getsource(_answer_calls)}\n_answer_calls(FUNCTIONS, {seconds}, {room})\n"
         self._seconds, self._room = seconds, room
-        self._lock, self._child = threading.Lock(), None
-        atexit.register(self._end)
+        self._lock, self._child, self._closed = threading.Lock(), None, False
+        atexit.register(self._close)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._leave)
 
@@ -252,6 +254,8 @@ class Confined:
         return f"ended its process with exit code {code}"
 
     def _started(self) -> subprocess.Popen:
+        if self._closed:
+            raise CallFailed("was called while the process ends")
         if not sys.executable:
             raise CallFailed("has no Python to run in: sys.executable is empty")
         path = [str(Path(entry).absolute()) for entry in sys.path if isinstance(entry, str)]
@@ -289,6 +293,11 @@ class Confined:
         child.stdin.close()
         child.stdout.close()
         return code
+
+    def _close(self) -> None:
+        """At the end of this process, where other threads may be in the middle of a call."""
+        self._closed = True
+        self._end()
 
     def _leave(self) -> None:
         """After a fork: the child belongs to the parent, and another thread may have held the lock."""

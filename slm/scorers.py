@@ -37,6 +37,8 @@ OPTION_KINDS = {
 }
 
 _CHOICE = r"(?<![^\W_]|[-'\u2019&.+/])[{choices}](?![^\W_]|[&+#/]|[-'\u2019][^\W_]|\.[A-Z]\.)"
+_BEFORE_CHOICE = " \t*_\"'\u201c\u2018(["
+_WORD = re.compile(r"[ \t]+[\"'\u201c\u2018]?(?!(?:is|because|since)\b)\w", re.ASCII)  # after a letter
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,6}(?![A-Za-z\d]))?|(?<![\w.])\.\d+"
 # A name that holds digits matches first and is thrown away; a minus after a letter, digit or bracket is a hyphen.
 _NUMBER = re.compile(
@@ -356,10 +358,11 @@ def _chosen(output: str, choices: str) -> str | None:
     if len(alone) == 1 and alone.upper() in choices:
         return alone.upper()
     for match in re.finditer(_CHOICE.replace("{choices}", re.escape(choices)), output, re.ASCII):
-        letter, rest = match[0], output[match.end() :]
-        before_word = re.match(r"[ \t]+[\"'\u201c\u2018]?(?!(?:is|because|since)\b)\w", rest, re.ASCII)
-        starts = not (before := output[: match.start()].rstrip(" \t*_\"'\u201c\u2018([")) or before[-1] in ".!?:\n"
-        if not before_word or not (letter == "I" or (letter == "A" and starts)):
+        letter, before = match[0], match.start()
+        while before and output[before - 1] in _BEFORE_CHOICE:
+            before -= 1
+        starts = not before or output[before - 1] in ".!?:\n"
+        if not _WORD.match(output, match.end()) or not (letter == "I" or (letter == "A" and starts)):
             return letter
     return None
 

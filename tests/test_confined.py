@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -187,26 +189,42 @@ def test_a_forked_process_has_a_child_of_its_own():
 
 
 OWNER = """
-import sys, threading, time
+import atexit, sys, threading, time
+atexit.register(time.sleep, 1)  # after the child was ended, the thread that called it goes on for a while
 from slm.chat_model import Confined
-confined = Confined("import os, time; FUNCTIONS = {'pid': (os.getpid, []), 'sleep': (time.sleep, [0])}", 1, 2**28)
-print(confined.call("pid"), flush=True)
-if sys.argv[1] == "idle":
+how, mark = sys.argv[1:]
+program = "import time; FUNCTIONS = {'sleep': (time.sleep, [0])}"
+confined = Confined(f"{program} # {mark}", 1, 2**28)
+confined.call("sleep", 0)
+print("started", flush=True)
+if how == "idle":
     time.sleep(3600)
-threading.Thread(target=confined.call, args=("sleep", 1 if sys.argv[1] == "busy" else 3600), daemon=True).start()
-time.sleep(3600 if sys.argv[1] == "busy" else 0.3)
+threading.Thread(target=confined.call, args=("sleep", 1 if how == "busy" else 3600), daemon=True).start()
+time.sleep(3600 if how == "busy" else 1)
 """
+
+
+def marked(mark: str) -> list[str]:
+    """The processes that have a word in their command line."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            found += [entry.parent.name] * (mark.encode() in entry.read_bytes())
+    return found
 
 
 @pytest.mark.parametrize("how", ["idle", "busy", "leaves"])
 def test_the_child_ends_with_its_parent_however_that_ends(how):
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, how], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    mark = uuid.uuid4().hex
+    command = [sys.executable, "-c", OWNER, how, mark]
+    owner = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     try:
-        pid = int(owner.stdout.readline())
+        assert owner.stdout.readline() == "started\n"
+        assert len(marked(mark)) == 2
         if how != "leaves":
             owner.kill()
         owner.wait(60)
-        assert wait_until(lambda: not is_there(pid) or "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text())
+        assert wait_until(lambda: not marked(mark))
     finally:
         owner.kill()
         owner.wait()

@@ -21,9 +21,11 @@ resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
 """
 SCORE = f"""{BOUNDS}
-from slm.scorers import Score, score
+from concurrent.futures import ThreadPoolExecutor
+from slm.scorers import score
 name, output, expected, options = json.loads(Path(sys.argv[1]).read_text())
-result = score(name, output, tuple(expected), options)
+with ThreadPoolExecutor(1) as pool:  # as a server or a notebook may: no signal gets there
+    result = pool.submit(score, name, output, tuple(expected), options).result()
 print(json.dumps([result.value, result.reason]))
 assert score("exact_match", "a", ("a",), {{}}).value == 1
 """
@@ -63,7 +65,6 @@ SCORED = {
     "scorers: mathematics without end": (("math", "$9^{9^{9^{9}}}$", ["5"], {}), TIME),
     "scorers: a factorial without end": (("math", "$1000000000!$", ["5"], {}), TIME),
     "scorers: a text of a million words": (("rouge_l", WORDS, [WORDS[:900_000]], {}), ""),
-    "scorers: a million choices": (("choice", "A b. " * 200_000, ["B"], {}), TIME),
 }
 
 

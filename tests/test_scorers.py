@@ -155,6 +155,10 @@ def test_choice_options_and_expected_letters(output, expected, options, value):
     assert value_of("choice", output, expected, **options) == value
 
 
+def test_a_long_answer_of_many_letters_is_scored():
+    assert score("choice", "A b. " * 200_000 + "D", ("D",), {}) == Score(1.0, "chose D")
+
+
 @pytest.mark.parametrize(
     ("output", "expected"),
     [
