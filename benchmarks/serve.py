@@ -76,7 +76,8 @@ def main() -> None:
 
 
 def measure(url: str) -> None:
-    client = OpenAI(base_url=url, api_key=os.environ.get("PHI3_MLFLOW_API_KEY") or "none", max_retries=0)
+    key = os.environ.get("PHI3_MLFLOW_API_KEY", "").split(",")[0].strip() or "none"  # it may hold several
+    client = OpenAI(base_url=url, api_key=key, max_retries=0)
     name = client.models.list().data[0].id
     rows = prompts.read_prompt_set(Path("prompts/general.jsonl"), "general").prompts
     questions = [list(row.messages or [{"role": "user", "content": row.prompt}]) for row in rows]

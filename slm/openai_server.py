@@ -11,7 +11,8 @@ The running batches take turns, one step each, so no batch holds up another one.
 - a text is short: each running batch may need SHORT_FACTOR times its tokens or more;
 - a client has nothing under way and has waited FAIR_SECONDS, and fewer than FAIR_BATCHES run.
 The texts that wait are ordered by fair queueing between clients. A client is an API key where there are several, and
-an address otherwise. All caches together take at most MOST_CACHES times what one batch may take.
+an address otherwise. All caches together take at most MOST_CACHES times what one batch may take; a single text that
+takes more than one batch may counts as one batch.
 
 Prompts' beginnings are computed once within one API key. With no key or one key, all clients share them.
 

@@ -48,11 +48,11 @@ def wrapper(store):
 
 
 @contextmanager
-def serving(store, **environment):
+def serving(store, *options, **environment):
     """A server process and its address; stopped at the end where the test left it running."""
     address = f"http://127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "entrypoints.serve", f"--model_uri={store[1]['chat']}"]
-    command.append(f"--port={address.rpartition(':')[2]}")
+    command += [f"--port={address.rpartition(':')[2]}", *options]
     with running(command, f"{address}/health", MLFLOW_TRACKING_URI=store[0], **environment) as process:
         yield process, address
 
@@ -73,15 +73,16 @@ def ask(client, messages=PARIS, **options):
     return client.chat.completions.create(model=NAME, messages=messages, **options)
 
 
-def metric(address: str, name: str) -> float:
-    text = urllib.request.urlopen(f"{address}/metrics", timeout=10).read().decode()
+def metric(address: str, name: str, key: str = "none") -> float:
+    request = urllib.request.Request(f"{address}/metrics", headers={"Authorization": f"Bearer {key}"})
+    text = urllib.request.urlopen(request, timeout=10).read().decode()
     found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
     return float(found[1]) if found else 0.0
 
 
-def wait_for(address: str, name: str, value: float, seconds: float = 30) -> bool:
+def wait_for(address: str, name: str, value: float, seconds: float = 30, key: str = "none") -> bool:
     for _ in range(int(seconds / 0.1)):
-        if metric(address, name) == value:
+        if metric(address, name, key) == value:
             return True
         time.sleep(0.1)
     return False
@@ -260,17 +261,18 @@ def test_the_key_is_asked_for_and_a_signal_ends_the_server_soon(store):
 
 
 @contextmanager
-def here(model, **limits):
-    """A server in this process, with limits of its own; gives its address and a client."""
+def here(model, api_key="", host_names=(), http="auto", **limits):
+    """A server in this process, with limits of its own; gives its address and a client with the first key."""
     import threading
 
     import uvicorn
 
     from slm import openai_server
 
-    app = openai_server.build(model, {}, openai_server.Limits(**limits))
+    app = openai_server.build(model, {}, openai_server.Limits(**limits), api_key, host_names)
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", timeout_graceful_shutdown=1))
+    config = uvicorn.Config(app, port=port, http=http, log_level="error", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
@@ -279,7 +281,8 @@ def here(model, **limits):
                 break
             time.sleep(0.1)
         address = f"http://127.0.0.1:{port}"
-        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        key = api_key.split(",")[0] or "none"
+        with openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=60) as client:
             yield address, client
     finally:
         server.should_exit = True
@@ -295,7 +298,7 @@ def test_a_full_queue_answers_429(wrapper, monkeypatch):
         stream = ask(client, LONG, stream=True, max_tokens=1000)
         next(stream)
         assert wait_for(address, "slm_generating", 1)
-        waits = pool.submit(ask, client)
+        waits = pool.submit(ask, client, max_tokens=1000)  # a short one would not wait
         assert wait_for(address, "slm_waiting", 1)
         with pytest.raises(openai.RateLimitError) as raised:
             ask(client)
