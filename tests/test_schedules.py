@@ -147,7 +147,7 @@ def test_the_systemd_unit_writes_into_its_cache_and_its_tmp_alone():
         assert line in lines
     [folder] = [line.partition("=")[2] for line in lines if line.startswith("CacheDirectory=")]
     assert f"Environment=PHI3_MLFLOW_CACHE=/var/cache/{folder} HOME=/var/cache/{folder}" in lines
-    # of 100 tenths; what is left is the network, kernels that are compiled at run time, and /proc
+    # the threshold is 2.0 of 10, in tenths: the network, kernels compiled at run time, and /proc are left
     done = call("systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=20", unit)
     assert done.code == 0, done.out[-300:]
 
