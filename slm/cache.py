@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from filelock import FileLock
 from slm.errors import BadInput
 
 WEIGHTS = (".safetensors", ".data")
+FICLONE = 0x40049409  # linux/fs.h: the ioctl that makes a file share another one's blocks
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -135,22 +137,46 @@ def folder(name: str, recipe: dict[str, str], build: Callable[[Path], None]) -> 
 
 
 def place(source: Path, target: Path) -> None:
-    """Puts a file at the new path `target`: as a hard link where nobody writes into it again, else as a copy.
+    """Puts a file at the new path `target`: as a clone, as a hard link where nobody writes into it again, or as a copy.
 
-    These are the weights of this cache, and the hub's, whose cache names them by their SHA-256. Where the two paths lie
-    on different file systems, or theirs knows no links, they are copied as well.
+    A clone (btrfs, XFS) shares the file's blocks until one of the two is written into. Elsewhere, the weights of this
+    cache become hard links, and so do the hub's, whose cache names them by their SHA-256. Any other file is copied, as
+    are all between two file systems, and where theirs knows no links.
     """
     source = source.resolve()
+    if _cloned(source, target):
+        return
     if _is_ours(source) or (source.parent.name == "blobs" and SHA256.fullmatch(source.name)):
         with suppress(OSError):
             os.link(source, target)
             return
     with source.open("rb") as given, target.open("xb") as written:
         left = os.fstat(given.fileno()).st_size
-        with suppress(OSError, AttributeError):  # Linux; shares blocks on btrfs and XFS, as cp does
+        with suppress(OSError, AttributeError):  # Linux; as cp does
             while count := os.copy_file_range(given.fileno(), written.fileno(), left):
                 left -= count
         shutil.copyfileobj(given, written)
+
+
+def _cloned(source: Path, target: Path) -> bool:
+    """Whether `target` now is a clone of `source`; where that can't be, it isn't there.
+
+    Raises:
+        FileExistsError: it was there before.
+    """
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    try:
+        with source.open("rb") as given, target.open("xb") as written:
+            fcntl.ioctl(written.fileno(), FICLONE, given.fileno())
+    except FileExistsError:
+        raise
+    except OSError:  # another file system, or one without clones
+        target.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _is_ours(source: Path) -> bool:

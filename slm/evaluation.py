@@ -147,6 +147,8 @@ def scored_uri(logged, checkpoint: checkpoints.Checkpoint, registered_model_name
 
     `logged` is the ModelInfo that MLflow gave.
     """
+    from slm import report
+
     if not registered_model_name:
         return logged.model_uri
     version = str(logged.registered_model_version)
@@ -161,7 +163,7 @@ def scored_uri(logged, checkpoint: checkpoints.Checkpoint, registered_model_name
     words = [f"{checkpoint.name}, as {'a transformers pipeline' if not precision else f'ONNX, {precision}'}."]
     words += [f"From {checkpoint.source}" + (f" at {checkpoint.revision}." if checkpoint.revision else ".")]
     tags = {name: value for name, value in tags.items() if value}
-    tracking.tag_version(registered_model_name, version, tags, " ".join(words))
+    tracking.tag_version(registered_model_name, version, tags, report.escaped(" ".join(words)))
     return f"models:/{registered_model_name}/{version}"
 
 

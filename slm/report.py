@@ -5,6 +5,7 @@ interval, `0.58 [0.39, 0.76]`, and what was not measured as n/a.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
@@ -20,6 +21,17 @@ from slm.statistics import Difference, Estimate
 
 MISSING = "n/a"
 FLIPS = 6  # ids shown in a line
+ID = 80  # characters of an id shown in a line
+# Controls but tab and newline, marks that turn the direction of text, zero-width ones, and what UTF-8 can't hold.
+UNSEEN = re.compile(
+    "\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufffe\uffff\ud800-\udfff]"
+)
+# What Markdown takes for more than text, as MLflow's page and GitHub read it: the signs of a tag, an entity, code,
+# emphasis, a cell, a link, an escape, a mention, a heading and a list, and the address that becomes a link by itself.
+MARKDOWN = re.compile(
+    r"[<>`*|~]|&(?=#?\w+;)|\](?=\s*[(\[:])|^\[|(?<!\w)_|_(?!\w)|\\(?=[!-/:-@\[-`{-~])|(?<!\S)@|^[#+=-]"
+    r"|:(?=//)|(?<=\bwww)\."
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,14 @@ def lines(models: Sequence[ScoredModel]) -> list[Line]:
 
 
 def remarks(report: Report) -> list[str]:
-    """What is to be told of each comparison, in sentences: the overall score, what else is beyond chance, the flips."""
+    """What is to be told of each comparison, in sentences: the overall score, what else is beyond chance, the flips.
+
+    Each is one line that a terminal shows as it is, whatever ids and labels hold.
+    """
+    return [_one_line(remark) for remark in _remarks(report)]
+
+
+def _remarks(report: Report) -> list[str]:
     told = [
         f"{model.model.label} was not given {', '.join(model.model.ignored)}: not declared by it"
         for model in report.models
@@ -136,7 +155,8 @@ def remarks(report: Report) -> list[str]:
 
 
 def _ids(how: str, ids: tuple[str, ...]) -> str:
-    shown = ", ".join(ids[:FLIPS]) + (", …" if len(ids) > FLIPS else "")
+    short = (name if len(name) <= ID else f"{name[: ID - 1]}…" for name in ids[:FLIPS])
+    shown = ", ".join(short) + (", …" if len(ids) > FLIPS else "")
     return f"{len(ids)} {how}" + (f" ({shown})" if ids else "")
 
 
@@ -153,24 +173,44 @@ def table(report: Report) -> Table:
 
 
 def markdown(report: Report) -> str:
+    """The table and the remarks; ids, labels and all other words are shown as text, whatever they hold."""
     head = ["", *(model.model.label for model in report.models)]
-    rows = [head, ["---", *("---:" for _ in report.models)]]
-    rows += [[line.label, *line.cells] for line in lines(report.models)]
-    body = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+    rows = [[line.label, *line.cells] for line in lines(report.models)]
+    cells = [map(escaped, head), ["---", *("---:" for _ in report.models)], *(map(escaped, row) for row in rows)]
+    body = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     told = [
         f"gate: **{report.verdict.state}**",
-        *(f"- {check.metric} {check.rule}: {check.state}, {check.reason}" for check in report.verdict.checks),
+        *(
+            f"- {escaped(f'{check.metric} {check.rule}: {check.state}, {check.reason}')}"
+            for check in report.verdict.checks
+        ),
     ]
-    return "\n\n".join([f"# {report.title}", body, *remarks(report), "\n".join(told)]) + "\n"
+    said = map(escaped, remarks(report))
+    return "\n\n".join([f"# {escaped(report.title)}", body, *said, "\n".join(told)]) + "\n"
+
+
+def escaped(text: str) -> str:
+    """A text in one line that Markdown shows as it is."""
+    return MARKDOWN.sub(lambda match: f"&#{ord(match[0])};", _one_line(text))
+
+
+def visible(text: str) -> str:
+    """With control characters, marks that turn text around and lone surrogates written out as [U+0000]."""
+    return UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
+
+
+def _one_line(text: str) -> str:
+    return visible(" ".join(text.split()))
 
 
 def junit(report: Report) -> str:
     """One suite per model: a case per gate rule, and one that holds the rows that failed."""
-    root = ElementTree.Element("testsuites", name=report.title)
+    root = ElementTree.Element("testsuites", name=_plain(report.title))
     for model, verdict in zip(report.models, report.verdicts, strict=True):
-        suite = ElementTree.SubElement(root, "testsuite", name=model.model.label)
+        suite = ElementTree.SubElement(root, "testsuite", name=_plain(model.model.label))
         for check in verdict.checks:
-            case = ElementTree.SubElement(suite, "testcase", classname="gate", name=f"{check.metric} {check.rule}")
+            name = _plain(f"{check.metric} {check.rule}")
+            case = ElementTree.SubElement(suite, "testcase", classname="gate", name=name)
             if check.state != "pass":
                 ElementTree.SubElement(case, "failure", type=check.state, message=_plain(check.reason))
         case = ElementTree.SubElement(suite, "testcase", classname="rows", name="every row is answered")
@@ -186,8 +226,8 @@ def junit(report: Report) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without the control characters that XML can't hold."""
-    return "".join(letter if letter >= " " and letter not in "\ufffe\uffff" else " " for letter in text)
+    """Without the control characters that XML can't hold, and with others written out."""
+    return visible("".join(letter if letter >= " " else " " for letter in text))
 
 
 def estimate(entry: Estimate | None) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from slm import scoring
 from slm.gate import Check
-from slm.report import MISSING, Report
+from slm.report import MISSING, Report, visible
 from slm.scoring import OVERALL, Sample, ScoredModel
 from slm.statistics import Difference, mean_estimate, percentile
 
@@ -55,10 +55,6 @@ GATE_SHAPES = {
     "none": "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z",
 }
 REPEATED = re.compile(r"(.+)/pass_(at|hat)_(\d+)", re.DOTALL)
-# Controls but tab and newline, marks that turn the direction of text, zero-width ones, and what UTF-8 can't hold.
-UNSEEN = re.compile(
-    "\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufffe\uffff\ud800-\udfff]"
-)
 
 
 @dataclass(frozen=True)
@@ -612,11 +608,6 @@ def _finite(value: float | None) -> float | None:
 
 
 # As text --------------------------------------------------------------------------------------------------------------
-
-
-def visible(text: str) -> str:
-    """With control characters, marks that turn text around and lone surrogates written out as [U+0000]."""
-    return UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 
 
 def _finalize(value: object) -> object:

@@ -8,6 +8,8 @@ import io
 import json
 import os
 import re
+import shutil
+import sys
 import tarfile
 import threading
 import time
@@ -18,7 +20,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from conftest import REPOSITORY, entry_point
+from conftest import REPOSITORY, call, entry_point
 
 from slm import answers, cache, checkpoints, credentials, downloads, evaluation, judges, parameters, prompts
 from slm.errors import BadInput, Unavailable
@@ -535,3 +537,40 @@ def test_on_the_command_line_a_foreign_cache_is_one_line(own_cache, tmp_path):
     assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
     assert done.err.startswith("error: cache: others may write into")
     assert not (tmp_path / "mlflow.db").exists()
+
+
+CLONES = """
+import os, sys
+from pathlib import Path
+from slm import cache
+
+folder, _ = cache.folder("thing", {}, lambda folder: (folder / "model.safetensors").write_bytes(os.urandom(90 * 2**20)))
+source = folder / "model.safetensors"
+places = [Path(f"model{number}.safetensors") for number in range(4)]
+for place in places:
+    cache.place(source, place)  # 450 MB in all, on a disk of 330
+assert not any(place.samefile(source) for place in places)
+with places[0].open("r+b") as file:
+    file.write(b"changed")
+assert len({cache.file_sha256(path) for path in (source, *places[1:])}) == 1
+assert cache.file_sha256(places[0]) != cache.file_sha256(source)
+"""
+
+
+@pytest.mark.fault("cache: a write into a logged model's weights reaches the cache and other models (btrfs, XFS)")
+@as_root
+def test_weights_are_cloned_where_the_file_system_can(tmp_path):
+    image, place = tmp_path / "image", tmp_path / "place"
+    place.mkdir()
+    with image.open("wb") as file:
+        file.truncate(330 * MIB)
+    if not shutil.which("mkfs.xfs"):
+        pytest.skip("mkfs.xfs is not installed: apt-get install xfsprogs")
+    assert call("mkfs.xfs", "-q", image).code == 0
+    mounted = ["unshare", "--mount", "bash", "-euc", f'mount -o loop {image} {place}; cd {place}; exec "$@"', "bash"]
+    if (probe := call(*mounted, "true")).code:
+        pytest.skip(f"no loop device can be mounted: {probe.err.strip()}")
+    done = call(
+        *mounted, sys.executable, "-c", CLONES, PYTHONPATH=str(REPOSITORY), PHI3_MLFLOW_CACHE=str(place / "cache")
+    )
+    assert done.code == 0, done.err

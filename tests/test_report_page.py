@@ -11,10 +11,12 @@ import shutil
 import time
 from dataclasses import fields, replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 
-from slm import gate, plots, report_page, scoring
+from slm import forms, gate, plots, report_page, scoring
+from slm import report as report_module
 from slm.loading import LoadedModel
 from slm.prompts import Prompt, PromptSet, ScorerCall
 from slm.report import Point, Report
@@ -459,12 +461,86 @@ def test_a_figure_shows_each_mean_and_leaves_out_what_is_missing():
     assert list(plots.figures(report(values(None)))) == ["latency"]
 
 
+# As Markdown and as XML -----------------------------------------------------------------------------------------------
+
+MARKUP = {
+    "an image with a handler": '<img src=x onerror="window.pwned=1">',
+    "a link with a script": "[x](javascript:window.pwned=1)",
+    "a link by reference": "[x] [y] ![z][y]",
+    "an address": "see https://evil.example/a_b www.evil.example",
+    "a table's cell": "a | b || c",
+    "code and emphasis": "`a` **b** _c_ ~~d~~ *e*",
+    "line breaks": "a\n\n# b\n\n- c\n\n[x]: https://evil.example",
+    "entities and escapes": "&lt;b&gt; &#60; \\<b> \\_",
+    "a mention": "ask @somebody",
+    "a comment that never ends": "<!-- x",
+}
+
+
+def told_of(name: str, label: str = "new") -> Report:
+    """A report whose only flip, title and label are these."""
+    made = report(FEW, FEW_WORSE)
+    ids = {"id-1": name}
+    models = []
+    for model in made.models:
+        samples = tuple(replace(sample, id=ids.get(sample.id, sample.id)) for sample in model.samples)
+        models.append(replace(model, samples=samples))
+    form = SimpleNamespace(slots=forms.NAMES)
+    models = [replace(model, model=replace(model.model, form=form)) for model in models]
+    models[0] = replace(models[0], model=replace(models[0].model, label=label))
+    return replace(made, models=tuple(models), title=name)
+
+
+SHOWN_AS_MARKUP = {
+    what: pytest.mark.fault(f"reports: {what} as id")
+    for what in MARKUP
+    if what
+    not in ("a link by reference", "an address", "a table's cell", "a mention")  # MLflow's page alone makes links
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(text, id=what, marks=SHOWN_AS_MARKUP.get(what, ())) for what, text in MARKUP.items()]
+)
+def test_an_id_shows_as_text_in_the_description(name):
+    from markdown_it import MarkdownIt
+
+    text = report_module.markdown(told_of(name, name))
+    plain = " ".join(name.split())
+    renderer = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    renderer.validateLink = lambda _: True
+    page = renderer.render(text)
+    seen = Text(page)
+    assert set(seen.tags) <= {"h1", "table", "thead", "tbody", "tr", "th", "td", "p", "strong", "ul", "li"}
+    assert f"1 better ({plain})" in words(page)
+    assert words(page).count(plain) == 5  # title, table, two remarks that begin with the label, the flip
+    assert len(re.findall("<tr>", page)) == len(text.split("\n\n")[1].splitlines()) - 1
+    assert page.count("<th>") + page.count("<th ") == 3
+
+
+@pytest.mark.fault("reports: control characters and half characters in JUnit's XML")
+def test_no_text_breaks_the_xml():
+    from xml.etree import ElementTree
+
+    made = told_of(HOSTILE, HOSTILE)
+    root = ElementTree.fromstring(report_module.junit(made).encode())
+    assert "[U+001B]" in root.get("name") or "window.pwned" in root.get("name")
+    assert "window.pwned" in root[0].get("name")
+
+
+@pytest.mark.fault("reports: a terminal's escape as id, and a very long one")
+def test_a_remark_is_one_short_line_without_a_terminal_s_escapes():
+    told = report_module.remarks(told_of("\x1b[2J\nerror: no" + "x" * 10_000))
+    assert "1 better ([U+001B][2J error: noxxx" in told[-1]
+    assert all(len(line) < 400 and line.isprintable() for line in told)
+
+
 # In a browser --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """Chromium without a screen, which finds no host."""
+    """Chromium without a screen, which finds no host but this one."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -484,7 +560,7 @@ def browser(tmp_path_factory):
         "disable-component-update",
         "disable-sync",
         "window-size=1200,900",
-        "host-resolver-rules=MAP * ~NOTFOUND",
+        "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
     ):
         options.add_argument(f"--{flag}")
@@ -672,3 +748,28 @@ def test_without_scripts_the_page_still_has_its_verdict_and_figures(opened, brow
     assert 'id="browser" class="hidden"' in shown
     assert "The answers are listed by a script, which is off here." in words(shown)
     assert "No gate. new scores 0.25 less than old" in words(shown) and 'class="shape"' in shown
+
+
+@pytest.mark.slow
+@pytest.mark.fault("reports: ids with markup in MLflow's own page")
+def test_mlflow_s_page_shows_the_ids_as_text(browser, tracking_server):
+    import mlflow
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    client = mlflow.MlflowClient(tracking_server)
+    run = client.create_run("0")
+    told = "\n\n".join(report_module.escaped(name) for name in MARKUP.values())
+    client.set_tag(run.info.run_id, "mlflow.note.content", report_module.markdown(told_of(HOSTILE)) + told + "\n\nend.")
+    client.set_terminated(run.info.run_id)
+    browser.get(f"{tracking_server}/#/experiments/0/runs/{run.info.run_id}")
+    said = "return document.body.textContent"  # also of what is below the fold
+    WebDriverWait(browser, 60, 0.2).until(lambda _: "end." in browser.execute_script(said))
+    text = " ".join(browser.execute_script(said).split())
+    assert [name for name in MARKUP.values() if " ".join(name.split()) not in text] == []
+    assert browser.execute_script("return window.pwned") is None
+    assert (
+        browser.find_elements("css selector", "img[src='x'], a[href*='evil'], a[href*='pwned'], a[href*='somebody']")
+        == []
+    )
+    browser.get("data:,")
+    browser.get_log("browser"), browser.get_log("performance")

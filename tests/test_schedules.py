@@ -139,6 +139,19 @@ def test_each_file_forbids_overlap_ends_in_time_and_takes_the_server_from_outsid
     assert [word for word in words if word not in text] == []
 
 
+@pytest.mark.fault("schedules: a job of systemd's that may read homes and write anywhere")
+def test_the_systemd_unit_writes_into_its_cache_and_its_tmp_alone():
+    unit = SCHEDULES / "phi3-evaluate.service"
+    lines = unit.read_text("utf-8").splitlines()
+    for line in ("ProtectSystem=strict", "ProtectHome=yes", "PrivateTmp=yes", "UMask=0077", "CacheDirectoryMode=0700"):
+        assert line in lines
+    [folder] = [line.partition("=")[2] for line in lines if line.startswith("CacheDirectory=")]
+    assert f"Environment=PHI3_MLFLOW_CACHE=/var/cache/{folder} HOME=/var/cache/{folder}" in lines
+    # the threshold is 2.0 of 10, in tenths: the network, kernels compiled at run time, and /proc are left
+    done = call("systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=20", unit)
+    assert done.code == 0, done.out[-300:]
+
+
 # What a start with a slot does
 
 
