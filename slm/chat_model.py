@@ -177,20 +177,33 @@ def next_token(logits: np.ndarray, row: Row) -> int:
 
 
 def read_chat_template(folder: str | Path) -> tuple[str, dict[str, str]]:
-    """A checkpoint folder's chat template ("" where it has none) and its special tokens by name."""
+    """A checkpoint folder's chat template ("" where it has none) and its special tokens by name.
+
+    Raises:
+        Refused: one of them has a form that no tokenizer gives it.
+    """
     folder = Path(folder)
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        template, special = _templates_of(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Refused(f"{path.name} holds no chat template and tokens ({type(error).__name__}: {error})") from None
+    if (folder / "chat_template.jinja").exists():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    return template, special
+
+
+def _templates_of(config: dict) -> tuple[str, dict[str, str]]:
     template = config.get("chat_template") or ""
     if isinstance(template, list):  # several named ones
         template = next((entry["template"] for entry in template if entry["name"] == "default"), "")
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     special = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
         token = config.get(name)
         if token:
             special[name] = token["content"] if isinstance(token, dict) else token
+    if not all(isinstance(text, str) for text in (template, *special.values())):
+        raise TypeError("one of them is no text")
     return template, special
 
 

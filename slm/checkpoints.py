@@ -74,11 +74,23 @@ class Checkpoint:
     def bytes(self) -> int:
         return sum(record.size for record in self.manifest.values())
 
+    @property
+    def chat_template(self) -> tuple[str, dict[str, str]]:
+        """The chat template ("" where there is none), and the special tokens by name.
+
+        Raises:
+            BadInput: they have a form that no tokenizer gives them.
+        """
+        from slm.chat_model import Refused, read_chat_template
+
+        try:
+            return read_chat_template(self.folder)
+        except Refused as refusal:
+            raise BadInput(f"model: {self.folder}: {refusal}; save the tokenizer again") from None
+
     def require_chat(self) -> None:
         """Raises BadInput where the checkpoint has no chat template."""
-        from slm.chat_model import read_chat_template
-
-        if not read_chat_template(self.folder)[0]:
+        if not self.chat_template[0]:
             raise BadInput(f"model: {self.name} has no chat template; log it with -e onnx and schema=prompt")
 
     @property

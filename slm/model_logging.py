@@ -54,7 +54,7 @@ def log_onnx(export: Checkpoint, schema: str, generation: dict, precision: str, 
 
 
 def _log(name, checkpoint, schema, generation, *, metadata=None, save_weights=True, registered_model_name=""):
-    template, special_tokens = chat_model.read_chat_template(checkpoint.folder)
+    template, special_tokens = checkpoint.chat_template
     facts = {
         "source": checkpoint.source,
         "revision": checkpoint.revision,

@@ -105,7 +105,10 @@ def _opened(uri: str, folder: Path, recorded: tuple, trust_code: bool, override:
     private = _private(place) if onnx and module is not chat_model else None
     wrapper = module.SmallLanguageModel()
     artifacts = {"onnx" if onnx else "checkpoint": private.name if private else str(place)}
-    wrapper.load_context(PythonModelContext(artifacts, settings))
+    try:
+        wrapper.load_context(PythonModelContext(artifacts, settings))
+    except ValueError as error:  # transformers' and ours, of files that don't fit each other
+        raise BadInput(f"{uri} can't be loaded: {' '.join(str(error).split()):.300}") from error
     if private:
         weakref.finalize(wrapper, private.cleanup)
     told = (metadata.get("chat_template") or "", metadata.get("special_tokens") or {})

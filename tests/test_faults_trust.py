@@ -123,6 +123,17 @@ def test_a_vocabulary_may_hold_a_token_called_auto_map(tmp_path):
     assert checkpoints.find(str(folder)).fetch().folder == folder
 
 
+@pytest.mark.fault("models: a chat template that is no text")
+@pytest.mark.parametrize("template", ["7", '[{"name": "default"}]', '["x"]', '{"default": "x"}'])
+def test_a_chat_template_of_no_known_form_is_one_line(tmp_path, template):
+    from slm import checkpoints
+
+    folder = folder_of(tmp_path / "model", tokenizer_config__json=f'{{"chat_template": {template}}}')
+    with pytest.raises(BadInput, match="holds no chat template and tokens") as caught:
+        checkpoints.find(str(folder)).fetch().require_chat()
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.fault("models: weights of a function that lie outside the folder")
 def test_external_weights_are_looked_for_in_functions_too(tmp_path):
     import onnx
