@@ -102,16 +102,13 @@ def load(
     needed = folder / "requirements.txt"
     for difference in environment.differing(needed.read_text("utf-8").splitlines() if needed.exists() else ()):
         console.out.print(f"{label}: was logged for {difference}", markup=False)
-    reset_peak_memory()
-    start = time.perf_counter()
     override = {name: value for name, value in settings.items() if name != "row_timeout"}
     try:
-        opened = wrappers.opened(uri, folder, recorded, trust_code, override)
+        opened = wrappers.opened(uri, folder, recorded, trust_code, override, reset_peak_memory)
     except Exception as error:
         if isinstance(error, BadInput) or "cuda" not in str(error).lower() or exhausted(error):
             raise  # one that was logged to run on a GPU says what is missing here
         raise BadInput(f"{uri} can't be loaded: {_one_line(error)}") from error
-    seconds = time.perf_counter() - start
     description, wrapper = opened.description, opened.wrapper
     return LoadedModel(
         label=label,
@@ -124,7 +121,7 @@ def load(
         row_timeout=row_timeout,
         sha256=description.metadata["model.sha256"],
         bytes=description.model_size_bytes or 0,
-        load_seconds=seconds,
+        load_seconds=opened.load_seconds,
         name=registered[0] if registered else f"{wrapper.name}, {label}",
         code_sha256=opened.code_sha256,
         manifest_sha256=opened.manifest.sha256,
@@ -140,13 +137,14 @@ def _load_stranger(
     import mlflow
 
     form = forms.form_of(uri, description, folder)
-    reset_peak_memory()
-    start = time.perf_counter()
     sys.dont_write_bytecode = True  # into the store's own folder
     try:
         before = manifest.stamp(folder)
         found = manifest.check(folder, recorded)
+        reset_peak_memory()
+        start = time.perf_counter()
         pyfunc = mlflow.pyfunc.load_model(str(folder))
+        seconds = time.perf_counter() - start
         if manifest.stamp(folder) != before:
             manifest.check(folder, [found.sha256])
     except Exception as error:
@@ -163,7 +161,7 @@ def _load_stranger(
         row_timeout=row_timeout,
         sha256=found.sha256,
         bytes=description.model_size_bytes or 0,
-        load_seconds=time.perf_counter() - start,
+        load_seconds=seconds,
         name=registered[0] if registered else label,
         manifest_sha256=found.sha256,
         identity=found.sha256,

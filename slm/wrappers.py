@@ -12,9 +12,10 @@ hashed, and a folder in which anything moved until the model stood in memory is 
 import hashlib
 import linecache
 import tempfile
+import time
 import types
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,11 +41,12 @@ class Opened:
     code_sha256: str  # of the wrapper that runs
     settings: dict  # it was opened with
     providers: tuple[str, ...] | None  # that an ONNX folder lists; None for a checkpoint of transformers
+    load_seconds: float  # without the checks before
 
 
 def is_ours(description) -> bool:
     """Whether a model says that this project logged it. `description` is MLflow's Model or ModelInfo."""
-    return bool((description.metadata or {}).get("model.sha256"))
+    return isinstance(description.metadata, dict) and bool(description.metadata.get("model.sha256"))
 
 
 def check(uri: str, description, trust_code: bool, logged_code) -> None:
@@ -63,11 +65,18 @@ def check(uri: str, description, trust_code: bool, logged_code) -> None:
         _check_code(uri, logged_code())
 
 
-def opened(uri: str, folder: Path, recorded: Iterable[str], trust_code: bool, override: dict) -> Opened:
+def opened(
+    uri: str,
+    folder: Path,
+    recorded: Iterable[str],
+    trust_code: bool,
+    override: dict,
+    before_loading: Callable[[], None] = lambda: None,
+) -> Opened:
     """A model of this project from its folder, checked and loaded.
 
     `recorded` are the hashes of its manifest that the tracking server keeps; `override` holds settings that take the
-    place of its own, where it has such.
+    place of its own, where it has such. `before_loading` is called between the checks and the loading.
 
     Raises:
         BadInput: a file isn't as logged, a setting is out of range, or the code may not be run.
@@ -75,13 +84,15 @@ def opened(uri: str, folder: Path, recorded: Iterable[str], trust_code: bool, ov
     """
     for _ in range(TRIES):
         before = manifest.stamp(folder)
-        found = _opened(uri, folder, tuple(recorded), trust_code, override)
+        found = _opened(uri, folder, tuple(recorded), trust_code, override, before_loading)
         if manifest.stamp(folder) == before:
             return found
     raise BadInput(f"{uri}: its files were changed while it was loaded; log it again")
 
 
-def _opened(uri: str, folder: Path, recorded: tuple, trust_code: bool, override: dict) -> Opened:
+def _opened(
+    uri: str, folder: Path, recorded: tuple, trust_code: bool, override: dict, before_loading: Callable[[], None]
+) -> Opened:
     from mlflow.models import Model
     from mlflow.pyfunc.model import PythonModelContext
 
@@ -92,7 +103,9 @@ def _opened(uri: str, folder: Path, recorded: tuple, trust_code: bool, override:
         found = manifest.check(folder, recorded)
     except ValueError as error:
         raise BadInput(f"{uri}: {error}") from None
-    metadata, known = description.metadata, dict(description.flavors["python_function"].get("config") or {})
+    metadata, known = description.metadata, (description.flavors.get("python_function") or {}).get("config")
+    if not isinstance(known, dict) or metadata.get("schema") not in ("chat", "prompt") or not description.signature:
+        raise BadInput(f"{uri}: its description lacks what this project writes there; log it again")
     settings = known | {name: value for name, value in override.items() if value and name in known}
     _check_settings(uri, settings)
     place, records = _weights(uri, folder, found, settings)
@@ -103,18 +116,21 @@ def _opened(uri: str, folder: Path, recorded: tuple, trust_code: bool, override:
     providers = genai_config.providers(genai_config.read(place)) if onnx else None
     module, code_sha256 = _module(uri, folder, description, trust_code)
     private = _private(place) if onnx and module is not chat_model else None
+    before_loading()
+    start = time.perf_counter()
     wrapper = module.SmallLanguageModel()
     artifacts = {"onnx" if onnx else "checkpoint": private.name if private else str(place)}
     try:
         wrapper.load_context(PythonModelContext(artifacts, settings))
     except ValueError as error:  # transformers' and ours, of files that don't fit each other
         raise BadInput(f"{uri} can't be loaded: {' '.join(str(error).split()):.300}") from error
+    seconds = time.perf_counter() - start
     if private:
         weakref.finalize(wrapper, private.cleanup)
     told = (metadata.get("chat_template") or "", metadata.get("special_tokens") or {})
     if (wrapper.template, wrapper.special_tokens) != told:
         raise BadInput(f"{uri}: its chat template is not the one that its description has; log it again")
-    return Opened(wrapper, description, found, code_sha256, settings, providers)
+    return Opened(wrapper, description, found, code_sha256, settings, providers, seconds)
 
 
 def _weights(uri: str, folder: Path, found: manifest.Manifest, settings: dict) -> tuple[Path, dict]:
