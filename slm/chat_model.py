@@ -497,6 +497,18 @@ def integers_saturate() -> bool:
         return True
 
 
+def exact_integers(decoder: dict) -> dict[str, str]:
+    """The session's entry for exact sums: what genai_config.json says, else exact sums where integers saturate.
+
+    Our own exports say that they need none: their sums never clip (slm/quantization.py).
+    """
+    name, exact = EXACT_INTEGERS
+    said = (decoder.get("session_options") or {}).get(name)
+    if said is not None:
+        return {name: str(said)}
+    return {name: exact} if integers_saturate() else {}
+
+
 def onnx_runtime(folder: Path, config: dict):
     """SlotRuntime where it knows the graph (grouped-query attention, on the CPU), else onnxruntime-genai itself."""
     content = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
@@ -553,6 +565,7 @@ class SlotRuntime:
         decoder = facts["decoder"]
         self._file = folder / decoder["filename"]
         self._threads = int(config.get("threads") or physical_cores())
+        self._entries = exact_integers(decoder)
         self.batch_size = max(64, LANE_ROWS * self._threads) if self._small() else 48
         self._session = self._open(self._threads)
         self._lanes: list[SlotRuntime] = []
@@ -579,8 +592,8 @@ class SlotRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        if integers_saturate():
-            options.add_session_config_entry(*EXACT_INTEGERS)
+        for entry in self._entries.items():
+            options.add_session_config_entry(*entry)
         return onnxruntime.InferenceSession(str(self._file), options, providers=["CPUExecutionProvider"])
 
     def _small(self) -> bool:
@@ -775,9 +788,8 @@ class OnnxRuntime:
 
             onnxruntime.preload_dlls()  # CUDA's libraries, where pip has put them
         # its own default was one thread on two cores, at 0.6 of the speed
-        ours = {"session_options": {"intra_op_num_threads": int(config.get("threads") or physical_cores())}}
-        if integers_saturate():
-            ours["session_options"] |= dict([EXACT_INTEGERS])
+        threads = int(config.get("threads") or physical_cores())
+        ours = {"session_options": {"intra_op_num_threads": threads} | exact_integers(facts["decoder"])}
         window = facts["decoder"].get("sliding_window") or {}
         if window.get("layers") == []:
             # the builder (0.18) writes this for Phi-3: caches of two windows, for a graph whose layers have none

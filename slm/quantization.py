@@ -12,8 +12,14 @@ int8: both sides of a product keep one scale from end to end (W8A8), weights by 
 so that a row's sum is integer arithmetic throughout. The scale is the row's own: its numbers don't depend on the batch.
 What outliers among the activations cost is spread by SmoothQuant (arXiv:2211.10438): by channel, part of the largest
 values that a short conversation causes is divided out of the norm, or the projection, before a product, and multiplied
-into its weights. These are signed, which is twice as fast as unsigned; on x86 without VNNI their sums would saturate,
-so a session there needs session.x64quantprecision (chat_model.py sets it).
+into its weights.
+
+The weights are signed: on x86 with VNNI, unsigned weights take up to 1.9 times as long. On x86 without VNNI,
+onnxruntime adds the products of two neighbours (weights 2i and 2i + 1 of a channel) in 16 bits, and clips the sum. So a
+channel's scale is as large as it takes to keep 255 times the sum of two neighbours within 16 bits (PAIR). No session
+clips then, whoever opens it: the integers are the same with and without VNNI. genai_config.json says so, and
+chat_model.py opens folders that do not say so in a slower mode there. The coarser scale costs int8 nothing that shows,
+and int4 about as much as another choice of steps and offsets does.
 
 int4: 4 bits a weight in blocks of 32, but for the head and the layers that llama.cpp holds for the most sensitive: they
 have 8 (what the builder calls k_quant_mixed). What is done with them depends on the model's size. In a small one, the
@@ -44,10 +50,11 @@ import numpy as np
 
 from slm import chat_model
 
-RECIPE = "2"  # another one whenever what is written changes
+RECIPE = "3"  # another one whenever what is written changes
 BLOCK = 32
 ALPHA = 0.5  # how much of the activations' range goes to the weights
 SMALLEST = 1e-5  # of a channel's largest value
+PAIR = 128  # of two neighbouring weights of one sign, the sum: 255 * 128 < 2**15
 SLICE = 2**19  # weights that are quantized at once: they stay in a core's cache
 ALIGNED = 64  # bytes
 INT8 = 3  # of onnx.TensorProto
@@ -193,6 +200,7 @@ def quantize(source: Path, target: Path, precision: str) -> None:
     for path in source.iterdir():
         if not path.name.startswith(graph.file.name):
             shutil.copy(path, target / path.name)
+    _say_that_no_sum_clips(target / "genai_config.json")
     embeddings = {node.output[0]: found for node in graph.model.graph.node if (found := graph.embedding(node))}
     location = f"{graph.file.name}.data"
     with (target / location).open("wb") as data:
@@ -219,6 +227,13 @@ def quantize(source: Path, target: Path, precision: str) -> None:
     if all(entry.domain != "com.microsoft" for entry in opsets):
         opsets.append(onnx.helper.make_opsetid("com.microsoft", 1))
     onnx.save(graph.model, target / graph.file.name)
+
+
+def _say_that_no_sum_clips(file: Path) -> None:
+    """Says in genai_config.json, in onnxruntime's own words, that a session needs no exact mode."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["model"]["decoder"].setdefault("session_options", {})[chat_model.EXACT_INTEGERS[0]] = "0"
+    file.write_text(json.dumps(content, indent=4), encoding="utf-8")
 
 
 def _large(graph: Graph) -> bool:
@@ -366,7 +381,7 @@ def channels(rows: np.ndarray, inputs: np.ndarray | None, outputs: np.ndarray | 
 
     def part(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         values = _scaled(rows, begin, end, inputs, outputs)
-        scales = (np.maximum(np.abs(values).max(1), SMALLEST) / 127).astype(np.float32)
+        scales = _channel_scales(values).astype(np.float32)
         return np.rint(values / scales[:, None]).astype(np.int8), scales
 
     return _in_parts(part, rows)
@@ -385,7 +400,7 @@ def nibbles(
     def part(begin: int, end: int) -> tuple[np.ndarray, ...]:
         values = _scaled(rows, begin, end, inputs, outputs).reshape(end - begin, -1, BLOCK)
         low, high = values.min(2, keepdims=True), values.max(2, keepdims=True)
-        scales = np.maximum(np.abs(values).max((1, 2)), SMALLEST) / 127
+        scales = _channel_scales(values.reshape(end - begin, -1))
         scales = np.maximum(scales, (high - low).max((1, 2)) / (15 * 15))[:, None, None]  # 15 steps of 15 at most
         values, low, high = values / scales, low / scales, high / scales
         importance = np.abs(values) + np.sqrt(np.square(values).mean(2, keepdims=True))
@@ -401,10 +416,39 @@ def nibbles(
                 for array, found in zip(taken, (integers, step, offset), strict=True):
                     np.copyto(array, found.astype(np.int8), where=error < least)
                 least = np.minimum(least, error)
+        _ease(values, *taken)
         return *taken, scales.reshape(-1).astype(np.float32)
 
     integers, steps, offsets, scales = _in_parts(part, rows)
     return *(array.transpose(1, 2, 0) for array in (integers, steps, offsets)), scales
+
+
+def _channel_scales(values: np.ndarray) -> np.ndarray:
+    """The scales (N,) of weights (N, K).
+
+    In these units, rounded, no two neighbours of one sign add up to more than PAIR.
+    """
+    pairs = np.pad(values, ((0, 0), (0, values.shape[1] % 2))).reshape(len(values), -1, 2)
+    largest = [np.maximum(sign * pairs, 0).sum(2).max(1) for sign in (1, -1)]
+    return np.maximum(np.maximum(*largest), SMALLEST) / (PAIR - 1)  # rounding adds a half to each
+
+
+def _ease(values: np.ndarray, integers: np.ndarray, steps: np.ndarray, offsets: np.ndarray) -> None:
+    """Takes steps back, in place, where step * integers + offset carries two neighbours' sum past PAIR.
+
+    The neighbour that lies further beyond its value gives way, unless it is at the last of the 16 integers.
+    Shapes: values and integers (N, blocks, BLOCK), steps and offsets (N, blocks, 1).
+    """
+    values, fours = (array.reshape(*steps.shape[:2], -1, 2) for array in (values, integers))  # in place: a view
+    for sign, last in ((1, -8), (-1, 7)):
+        while True:
+            pairs = steps[..., None].astype(np.float32) * fours + offsets[..., None]
+            beyond = np.where(fours == last, -np.inf, sign * (pairs - values))
+            further = (beyond == beyond.max(3, keepdims=True)) & (fours != last)
+            giving = further & (np.maximum(sign * pairs, 0).sum(3, keepdims=True) > PAIR)
+            if not giving.any():
+                break
+            fours -= (sign * giving).astype(np.int8)
 
 
 def _scaled(
