@@ -1,13 +1,14 @@
-"""Folders that are expensive to make (converted weights, exports), made once and kept outside the repository.
+"""Keeps folders that are expensive to make (converted weights, exports) outside the repository. Each is made once.
 
-A folder is built under a temporary name and renamed, beside a manifest of its files' SHA-256; a file that is missing or
-was changed since makes it be built again, as files of their own: none is ever written in place, so that a store's hard
-links to them keep what they had. Two processes that want the same folder build it once. Nothing is ever
-evicted: the README says how to empty the cache.
+A folder is built under a temporary name and then renamed. A manifest beside it lists its files with their SHA-256. If a
+file is missing or was changed, the folder is built again with new files. No file is written in place, so a store's
+hard links keep their content. Two processes that want the same folder build it once. Nothing is ever evicted: the
+README says how to empty the cache.
 
-The manifests lie beside the files that they vouch for, and answers may be confidential. So the cache belongs to one
-user: its folders have mode 0700, and its own files 0600. The models in it keep 0644, because a store's hard links have
-the same mode. A folder of another user, or one that others may write into, is refused. Not covered: root.
+A person who may write into the cache could change a file and its manifest together. Answers may be confidential. So
+the cache belongs to one user: its root has mode 0700, and its own files have 0600. Model folders have 0755 and their
+files 0644, because a store's hard links have the same mode. A root of another user is refused. A root that others may
+write into is refused too. Not covered: the user root.
 """
 
 import hashlib
@@ -45,20 +46,20 @@ def root() -> Path:
 
 
 def check() -> None:
-    """Refuses a cache that another user may have filled, and shuts others out of this user's. It may not exist yet.
+    """Refuses a cache that another user may have filled. Closes this user's cache to others, if the cache exists.
 
     Raises:
-        BadInput: it belongs to somebody else, or others may write into it.
+        BadInput: the cache belongs to another user, or others may write into it.
     """
     with suppress(FileNotFoundError):
         _shut(root().resolve())
 
 
 def private(*names: str) -> Path:
-    """The cache's folder, or the one in it with these names, made where it is missing, and open to this user alone.
+    """The cache's root, or the folder below it with these names. A missing folder is made. Only this user may open it.
 
     Raises:
-        BadInput: it belongs to somebody else, or others may write into it.
+        BadInput: a folder belongs to another user, or others may write into it.
     """
     folder = root().resolve()
     for name in ("", *names):
@@ -74,7 +75,7 @@ def _shut(folder: Path) -> None:
         remedy = "set PHI3_MLFLOW_CACHE to a folder of your own"
         raise BadInput(f"cache: {folder} belongs to user {told.st_uid}, and this is user {user}; {remedy}")
     if told.st_mode & 0o022:
-        remedy = "delete it, or, where nobody else wrote into it: chmod 700"
+        remedy = "delete it, or, if nobody else wrote into it, run chmod 700 on it"
         raise BadInput(f"cache: others may write into {folder} (mode {stat.S_IMODE(told.st_mode):04o}); {remedy}")
     if told.st_mode & 0o077:
         with suppress(OSError):  # a read-only disk
@@ -82,7 +83,7 @@ def _shut(folder: Path) -> None:
 
 
 def opener(path: str, flags: int) -> int:
-    """For `open`: a file that this user alone may read, also where an earlier version made it for all."""
+    """For `open`: makes a file that only this user may read. An existing file gets the same mode."""
     file = os.open(path, flags, 0o600)
     os.fchmod(file, 0o600)
     return file
@@ -99,21 +100,21 @@ def file_sha256(path: Path) -> str:
 
 
 def manifest_of(folder: Path) -> dict[str, FileRecord]:
-    """SHA-256 and size of every file in a folder, by its path in it, sorted."""
+    """SHA-256 and size of every file in a folder, by path in the folder, sorted."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): FileRecord(file_sha256(path), path.stat().st_size) for path in files}
 
 
 def manifest_sha256(manifest: dict[str, FileRecord]) -> str:
-    """One hash for a whole folder: over the paths and hashes of its files."""
+    """One hash for a whole folder, over the paths and the SHA-256 of its files."""
     lines = "".join(f"{record.sha256}  {path}\n" for path, record in sorted(manifest.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def folder(name: str, recipe: dict[str, str], build: Callable[[Path], None]) -> tuple[Path, dict[str, FileRecord]]:
-    """The folder made by `build` from what `recipe` says, and its manifest; built where it is missing or damaged.
+    """The folder that `build` fills, and its manifest. A missing or damaged folder is built again.
 
-    `recipe` names everything the content depends on; `build` gets an empty folder to fill.
+    `recipe` names everything that the content depends on. `build` gets an empty folder.
     """
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     target = private() / f"{name}-{key}"
@@ -137,11 +138,12 @@ def folder(name: str, recipe: dict[str, str], build: Callable[[Path], None]) -> 
 
 
 def place(source: Path, target: Path) -> None:
-    """Puts a file at the new path `target`: as a clone, as a hard link where nobody writes into it again, or as a copy.
+    """Puts a file at the new path `target`, as a clone, as a hard link or as a copy.
 
-    A clone (btrfs, XFS) shares the file's blocks until one of the two is written into. Elsewhere, the weights of this
-    cache become hard links, and so do the hub's, whose cache names them by their SHA-256. Any other file is copied, as
-    are all between two file systems, and where theirs knows no links.
+    A clone (btrfs, XFS) shares the file's blocks until a program writes into one of the two files. On other file
+    systems, weights of this cache become hard links. Weights of the hub's cache become hard links too, because that
+    cache names them by their SHA-256. Any other file is copied. Weights are also copied between two file systems, and
+    on a file system without hard links.
     """
     source = source.resolve()
     if _cloned(source, target):
@@ -159,10 +161,10 @@ def place(source: Path, target: Path) -> None:
 
 
 def _cloned(source: Path, target: Path) -> bool:
-    """Whether `target` now is a clone of `source`; where that can't be, it isn't there.
+    """Makes `target` a clone of `source`. False: the file system can't clone, and there is no `target`.
 
     Raises:
-        FileExistsError: it was there before.
+        FileExistsError: `target` existed before.
     """
     if sys.platform != "linux":
         return False
@@ -180,7 +182,7 @@ def _cloned(source: Path, target: Path) -> bool:
 
 
 def _is_ours(source: Path) -> bool:
-    """Whether a file is weights in a folder that `folder` made; a user's may lie below the cache's root as well."""
+    """Whether a file has weights and lies in a folder that `folder` made. Other files below the root are a user's."""
     if source.suffix not in WEIGHTS or not source.is_relative_to(root().resolve()):
         return False
     top = root().resolve() / source.relative_to(root().resolve()).parts[0]

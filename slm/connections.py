@@ -1,11 +1,12 @@
 """Guards a server's sockets against clients that connect and then send nothing, or read nothing.
 
-uvicorn waits for a request's headers without an end, and accepts connections until the process has no descriptor left.
+uvicorn waits forever for a request's headers. It accepts connections until the process has no descriptor left.
 `Guarded` is uvicorn's own protocol over h11 with three bounds, for `uvicorn.Config(http=Guarded)`:
 - A request's headers must be complete within HEADER_SECONDS from the connection, or from the last answer.
-- A client that takes nothing of its answer for READER_SECONDS loses the connection.
-- At most `most_connections()` are served. A further connection ends the oldest one whose request hasn't arrived whole.
-  Where every request has arrived, ROOM further connections are answered: /health as ever, all else 503.
+- A client that reads nothing of its answer for READER_SECONDS loses its connection.
+- At most `most_connections()` connections are served. A further connection closes the connection that has waited
+  longest for its client. If no connection waits for its client, ROOM further connections are accepted. They get
+  /health as usual, and 503 for any other path.
 
 Not covered: bodies that arrive slowly (slm/openai_server.py has a limit), and fairness between addresses.
 """
@@ -23,7 +24,10 @@ PROBE = "/health"
 
 
 def most_connections() -> int:
-    """Half of the descriptors that this process may have open. The other half is for files and for bursts."""
+    """Half of the descriptors that this process may open, MOST_CONNECTIONS at most.
+
+    The other half is for files and for bursts.
+    """
     try:
         import resource
     except ImportError:  # not on Windows
@@ -59,7 +63,7 @@ class Guarded(H11Protocol):
         super().connection_lost(exc)
 
     def awaits_client(self) -> bool:
-        """Whether the client has to send something before there is anything to do."""
+        """Whether the server waits for the client: for a request, or for the rest of one."""
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def handle_events(self) -> None:
@@ -107,7 +111,7 @@ class Guarded(H11Protocol):
 
 
 def _probe_only(app):
-    """The application for a connection beyond the bound."""
+    """The application for a connection beyond the limit: it answers PROBE, and 503 for any other path."""
 
     async def answer(scope, receive, send):
         if scope["path"] == PROBE:

@@ -1,11 +1,13 @@
-"""A prompt set from a URI, as a file on this machine: bounded in bytes and in seconds, and removed after its use.
+"""Downloads a prompt set from a URI into a temporary file. Bytes and seconds are limited.
 
-A server may send without an end, announce another size than it sends, or send a little for ever. MLflow's artifact
-repositories (mlflow-artifacts, runs, models, s3, …) know no limit, and a thread of theirs can't be stopped. So each
-download runs in a process of its own: the system limits its files (RLIMIT_FSIZE), and this process watches the folder
-and the clock, and kills it. A plain web address, which MLflow takes for an artifact store, is read with requests there.
+A server may send without end, announce a wrong size, or send very slowly. MLflow's artifact repositories
+(mlflow-artifacts, runs, models, s3, …) have no limits, and their threads can't be stopped. So each download runs in a
+child process. The system limits the size of the child's files (RLIMIT_FSIZE). This process watches the folder and the
+time. It kills the child at a limit. MLflow treats a plain web address as an artifact store. So the child reads web
+addresses with requests instead.
 
-Not covered: models (slm/tracking.py downloads them; their size has no limit), and what the server may learn.
+Not covered: models. slm/tracking.py downloads them, without a limit on their size. Also not covered: `file:` URIs, and
+what the server learns from the request.
 """
 
 import itertools
@@ -35,11 +37,11 @@ TOO_LARGE = "too large"
 
 @contextmanager
 def file(uri: str, limit: int = FILE_BYTES, seconds: float = SECONDS) -> Iterator[Path]:
-    """The file that a URI names, for as long as the block runs. A `file:` URI gives the file itself.
+    """The file that a URI names. The copy is removed at the end of the block. A `file:` URI gives the file itself.
 
     Raises:
-        BadInput: it isn't there, or has more than `limit` bytes.
-        Unavailable: the server fails, or takes more than `seconds`.
+        BadInput: the file does not exist, or has more than `limit` bytes.
+        Unavailable: the server fails, or the download takes more than `seconds`.
     """
     if uri.startswith("file:"):
         yield tracking.download(uri)
@@ -79,12 +81,12 @@ def _downloaded(uri: str, scratch: Path, limit: int, seconds: float) -> Path:
 
 
 def _watched(process: subprocess.Popen, scratch: Path, limit: int, end: float) -> dict:
-    """What the process says at its end, or why it may not go on."""
+    """The child's last message, or the reason why the child must be killed."""
     while process.poll() is None:
         if _size(scratch) > limit:
             return {"error": TOO_LARGE}
         if time.monotonic() > end:
-            return {"error": "it takes too long; try again, or download it yourself", "unavailable": True}
+            return {"error": "it takes too long; try again, or download the file yourself", "unavailable": True}
         with suppress(subprocess.TimeoutExpired):
             process.wait(POLL)
     lines = process.stdout.read().decode(errors="replace").splitlines()
@@ -93,11 +95,11 @@ def _watched(process: subprocess.Popen, scratch: Path, limit: int, end: float) -
     try:
         return json.loads(lines[-1])
     except (IndexError, ValueError):
-        return {"error": f"the process that does it ended with {process.returncode}", "unavailable": True}
+        return {"error": f"the download process ended with exit code {process.returncode}", "unavailable": True}
 
 
 def _size(folder: Path) -> int:
-    """The bytes of all files below a folder; files that vanish meanwhile count nothing."""
+    """The bytes of all files below a folder. A file that disappears meanwhile counts as 0 bytes."""
     size = 0
     for path in folder.rglob("*"):
         with suppress(OSError):
@@ -110,7 +112,7 @@ def _size(folder: Path) -> int:
 
 
 def main(uri: str, folder: str, limit: str) -> None:
-    """Downloads, and prints one line of JSON: `path`, or `error` and whether it is the server's."""
+    """Downloads the file, and prints one line of JSON: `path`, or `error` and `unavailable` (the server failed)."""
     import threading
 
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
@@ -130,7 +132,7 @@ def _end_with_the_parent() -> None:
 
 
 def _limit_files(limit: int) -> None:
-    """The system sends SIGXFSZ where a file of this process gets more bytes than the limit; it ends the process."""
+    """Makes the system send SIGXFSZ when a file of this process exceeds the limit. The handler ends the process."""
     with suppress(ImportError, ValueError, OSError):  # Windows; or a limit that is lower already
         import resource
 
@@ -151,7 +153,7 @@ def _fetched(uri: str, folder: Path) -> str:
 
 
 def _from_the_web(uri: str, folder: Path) -> str:
-    """A web address's file under the name that stands in the address, whose suffix says what it is."""
+    """Downloads from a web address. The file keeps its name, because the suffix of the name tells the format."""
     import requests
 
     name = PurePosixPath(unquote(urlsplit(uri).path).replace("\\", "/")).name.replace("\0", "")[-100:]
@@ -163,7 +165,7 @@ def _from_the_web(uri: str, folder: Path) -> str:
         except requests.TooManyRedirects:
             raise BadInput(f"it redirects more than {REDIRECTS} times") from None
         except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL) as error:
-            raise BadInput(f"it redirects to no web address: {error}") from None
+            raise BadInput(f"it redirects to something other than a web address: {error}") from None
         with answer:
             steps = [step.url for step in (*answer.history, answer)]
             if any(one.startswith("https:") and other.startswith("http:") for one, other in itertools.pairwise(steps)):

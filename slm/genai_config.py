@@ -1,11 +1,12 @@
-"""genai_config.json of an ONNX GenAI folder, rebuilt from the settings that may reach the runtime.
+"""Checks genai_config.json of an ONNX GenAI folder, and rebuilds it from the settings that may reach the runtime.
 
-onnxruntime-genai obeys whatever stands in this file: it loads libraries, writes profiles, opens other folders and uses
-names as C format strings. So SCHEMA lists every setting that is passed on, with the values that it may have, and all
-else is refused by name. What is logged and loaded is the text that `rebuilt` makes, never the text that was found.
+onnxruntime-genai obeys every setting in this file. A setting can load a library, write a profile or open another
+folder. The runtime also uses some names as C format strings. So SCHEMA lists every allowed setting with its allowed
+values. Any other setting is refused, and the error names it. Only the text that `rebuilt` makes is logged. The file of
+a logged model is checked by `read` before it is loaded.
 
-The keys are those of onnxruntime-genai 0.18 (src/config.cpp) for a decoder of text on the CPU or CUDA. Models of
-images, speech or several graphs, and execution providers that name libraries or files, are refused.
+SCHEMA has the keys of onnxruntime-genai 0.18 (src/config.cpp) for a text decoder on the CPU or CUDA. Models for images
+or speech, and models of several graphs, are refused. Execution providers that name libraries or files are refused too.
 """
 
 import json
@@ -179,7 +180,7 @@ def read(folder: Path) -> dict:
     """The settings in a folder's genai_config.json.
 
     Raises:
-        BadInput: it is no JSON, gives a key twice, or holds a setting or a value that isn't passed on.
+        BadInput: the file is not JSON, gives a key twice, or holds a setting or a value that is not allowed.
     """
     path = folder / NAME
     try:
@@ -193,40 +194,40 @@ def read(folder: Path) -> dict:
 
 
 def rebuilt(content: dict) -> bytes:
-    """The one text that settings are written as."""
+    """The settings as JSON text. Equal settings give equal bytes: keys are sorted."""
     return (json.dumps(content, indent=4, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def providers(content: dict) -> tuple[str, ...]:
-    """The execution providers that settings list; none means the CPU."""
+    """The execution providers that the settings list. An empty tuple means the CPU."""
     options = content["model"]["decoder"].get("session_options", {}).get("provider_options", [])
     return tuple(name for entry in options for name in entry)
 
 
 def _problem(content: object) -> str:
-    """What is wrong with the settings, as the rest of a line; "" where nothing is."""
+    """The fault in the settings, as the end of an error line; "" if there is no fault."""
     import jsonschema
 
     decoder = content.get("model", {}) if isinstance(content, dict) else None
     decoder = decoder.get("decoder") if isinstance(decoder, dict) else None
     if not isinstance(decoder, dict) or "filename" not in decoder:
-        return "names no decoder; export it again"
+        return "names no decoder; export the model again"
     if not is_inside(decoder["filename"]):
-        return f"names {decoder['filename']!r:.80}, which is no file's name in its folder"
+        return f"names {decoder['filename']!r:.80}, which is not a file in the model's folder"
     if not decoder["filename"].endswith(".onnx"):
-        return f"names the graph {decoder['filename']!r:.80}, which is no .onnx file"
+        return f"names the graph {decoder['filename']!r:.80}, which is not an .onnx file"
     errors = sorted(jsonschema.Draft202012Validator(SCHEMA).iter_errors(content), key=lambda error: error.json_path)
     if not errors:
         return ""
     error, place = errors[0], errors[0].json_path.removeprefix("$.")
     unknown = sorted(set(error.instance) - set(error.schema["properties"])) if _names_unknown(error) else []
     if unknown and place.endswith("provider_options[0]"):
-        return f"asks for the execution provider {unknown[0]!r:.80}; known are {', '.join(PROVIDERS)}"
+        return f"asks for the execution provider {unknown[0]!r:.80}; write one of {', '.join(PROVIDERS)}"
     if unknown:
         shown = f"{place}.{unknown[0]}".removeprefix("$.")
-        return f"sets {shown!r:.120} to {_value(error.instance[unknown[0]])}, which isn't passed on; remove it"
+        return f"sets {shown!r:.120} to {_value(error.instance[unknown[0]])}, which is not allowed; remove it"
     reason = " ".join(error.message.split())
-    return f"has {_value(error.instance)} as {place:.120}, which is out of its range: {reason:.120}"
+    return f"has {_value(error.instance)} as {place:.120}, which is not allowed: {reason:.120}"
 
 
 def _names_unknown(error) -> bool:
@@ -238,7 +239,7 @@ def _value(value: object) -> str:
 
 
 def is_inside(name: object) -> bool:
-    """Whether a name is that of a file in its folder, or below it."""
+    """Whether a name is a relative file path that stays inside its folder."""
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
         return False
     path = PurePosixPath(name)

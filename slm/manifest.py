@@ -1,11 +1,13 @@
-"""What a logged model's folder must hold: every file by its SHA-256, wrapper and MLmodel included.
+"""The manifest of a logged model: every file in its folder with its SHA-256, including the wrapper and MLmodel.
 
-The manifest is written when the model is logged, and lies in the model's folder (manifest.json). Its own hash is kept
-in the tag TAG of the LoggedModel and of the registered version, which whoever may write into the folder can't change.
-So a folder is the one that was logged if its files are those of the manifest, no file more, and the manifest is the
-recorded one. Models that were logged by others, or before there was such a manifest, have the hash of all their files.
+The manifest is written when the model is logged. It lies in the model's folder (manifest.json). One hash over the list
+of files is kept in the tag TAG of the LoggedModel and the registered version. A person who may only write into the
+folder cannot change this tag. A folder is unchanged if it holds exactly the manifest's files, and the manifest has the
+recorded hash. A model that others logged has no manifest. Its hash is taken over the files that are found. A manifest
+of format 1 lists only the weights.
 
-Not covered: who logged the model. Whoever may write to the tracking server may record what they like.
+Not covered: who logged the model. A person who may write to the tracking server can record any hash. A model without a
+recorded hash is compared with its own manifest alone.
 """
 
 import json
@@ -23,7 +25,7 @@ ADDED = ("registered_model_meta",)  # by MLflow, to a copy that it fetches: the 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A logged model's files, as they were found to be."""
+    """The files of a logged model, with their hashes."""
 
     place: str  # of the weights in the model's folder; "" where it was logged by others
     files: dict[str, cache.FileRecord]  # by path in the model's folder
@@ -34,7 +36,7 @@ class Manifest:
 
     @property
     def weights(self) -> dict[str, cache.FileRecord]:
-        """The files of the checkpoint or the export, by path in its folder."""
+        """The files of the checkpoint or the export, by path in the folder of the weights."""
         start = f"{self.place}/"
         return {name.removeprefix(start): record for name, record in self.files.items() if name.startswith(start)}
 
@@ -42,7 +44,7 @@ class Manifest:
 def write(folder: Path, place: str, placed: dict[str, cache.FileRecord]) -> Manifest:
     """Writes the manifest of a model that is about to be stored.
 
-    `placed` are the files that the store has already, or that are links here, by path in the model's folder.
+    `placed` has the files that are already in the store, or that are links in `folder`. The keys are paths in `folder`.
     """
     here = {name: _recorded(folder / name) for name in _names(folder) if name not in placed}
     manifest = Manifest(place, dict(sorted((here | placed).items())))
@@ -53,12 +55,12 @@ def write(folder: Path, place: str, placed: dict[str, cache.FileRecord]) -> Mani
 
 
 def check(folder: Path, recorded: Iterable[str] = ()) -> Manifest:
-    """The files of a logged model's folder, after each was compared with the manifest logged with it.
+    """Compares each file of a logged model with its manifest, and gives the files.
 
-    `recorded` are the manifest's own hashes, as the tracking server and the registry keep them.
+    `recorded` has the hashes of the manifest that the tracking server and the registry keep. It may be empty.
 
     Raises:
-        ValueError: a file is missing, was changed or was added, or the manifest isn't the recorded one.
+        ValueError: a file is missing, changed or added, or the manifest does not have the recorded hash.
     """
     names = _names(folder)
     written = _read(folder)
@@ -76,14 +78,14 @@ def check(folder: Path, recorded: Iterable[str] = ()) -> Manifest:
     for sha256 in recorded:
         if sha256 != found.sha256:
             raise ValueError(
-                f"its files (manifest {found.sha256[:12]}) are not those that were logged (manifest {sha256[:12]}); "
-                "log it again"
+                f"its files (manifest {found.sha256[:12]}) differ from the logged files (manifest {sha256[:12]}); "
+                "log the model again"
             )
     return found
 
 
 def stamp(folder: Path) -> list[tuple]:
-    """What changes when anything in a folder is written, replaced or moved: for a check that nothing was meanwhile."""
+    """Facts that change when a file in a folder is written, replaced or moved. Equal stamps mean: nothing changed."""
     return [
         (str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         for path in (folder, *sorted(folder.rglob("*")))
@@ -93,7 +95,7 @@ def stamp(folder: Path) -> list[tuple]:
 
 
 def _names(folder: Path) -> list[str]:
-    """The files that count, by path in the folder: no bytecode, which is never run, and not what MLflow adds."""
+    """The paths of the files that a manifest covers: not bytecode, which is never run, and not what MLflow adds."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(
         path.as_posix() for path in paths if "__pycache__" not in path.parts and path.as_posix() not in (NAME, *ADDED)
@@ -102,12 +104,12 @@ def _names(folder: Path) -> list[str]:
 
 def _recorded(path: Path) -> cache.FileRecord:
     if not path.is_file():
-        raise ValueError(f"{path.name} is no file that can be read")
+        raise ValueError(f"{path.name} is not a readable file")
     return cache.FileRecord(cache.file_sha256(path), path.stat().st_size)
 
 
 def _read(folder: Path) -> dict | None:
-    """The manifest as it was written; None where there is none."""
+    """The manifest in the folder; None if the folder has no manifest."""
     path = folder / NAME
     if not path.exists():
         return None

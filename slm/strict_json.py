@@ -1,7 +1,8 @@
-"""JSON that every reader reads alike.
+"""Reads JSON, and refuses JSON that two readers could understand in different ways.
 
-Two readers of one text may keep different ones of two equal keys: a check that reads the one, and a runtime that obeys
-the other, don't protect anybody. So equal keys are refused, as are NaN and Infinity, which are no JSON.
+If a text gives a key twice, one reader may keep the first value, and another reader the last value. A check of the
+first value then gives no protection against the last one. So a key that is given twice is refused. NaN and Infinity
+are refused too, because they are not JSON.
 """
 
 import json
@@ -9,10 +10,10 @@ from collections import Counter
 
 
 def parse(text: str) -> object:
-    """The value that a JSON text stands for.
+    """The value of a JSON text.
 
     Raises:
-        ValueError: in one line, what is wrong with it.
+        ValueError: the text is not strict JSON. The message says why in one line.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=no_constant)

@@ -242,7 +242,9 @@ def recorded_manifests(uri: str) -> tuple[str, ...]:
     logged = re.fullmatch(r"models:/(m-[0-9a-f]+)", uri)
     model_id = logged[1] if logged else None
     try:
-        if not model_id and not version:
+        if uri.startswith("runs:/"):
+            model_id = _model_of_run(client, uri)
+        elif not model_id and not version:
             model_id = mlflow.models.get_model_info(uri).model_id
         if model_id:
             found.append(client.get_logged_model(model_id).tags.get(manifest.TAG))
@@ -260,6 +262,15 @@ def _state(uri: str) -> str:
         uri = mlflow.MlflowClient().get_model_version(*version).source or ""
     model_id = re.fullmatch(r"models:/(m-[0-9a-f]+)", uri)
     return str(mlflow.get_logged_model(model_id[1]).status) if model_id else "READY"
+
+
+def _model_of_run(client, uri: str) -> str | None:
+    """The id of the LoggedModel that `runs:/RUN_ID/name` names, as the tracking server has it; None where none."""
+    run_id, _, name = uri.removeprefix("runs:/").partition("/")
+    outputs = client.get_run(run_id).outputs
+    models = [client.get_logged_model(output.model_id) for output in (outputs.model_outputs if outputs else ())]
+    named = sorted((model for model in models if model.name == name), key=lambda model: model.creation_timestamp)
+    return named[-1].model_id if named else None
 
 
 def log_dataset(prompt_set):

@@ -1,9 +1,14 @@
-"""A model's folder from outside, checked before anything opens it: damage that shows without loading, and ways out.
+"""Checks a model's folder from outside before any library opens it, for damage and for paths that leave the folder.
 
-What is refused: weight files that are cut off or whose parts are missing, links and paths that leave the folder, files
-that aren't what their names say (native code, above all), JSON that two readers could read in two ways, and settings
-that ask for code of the folder's own. A flipped bit in a weight doesn't show here, unless the hub's cache says what the
-file's SHA-256 must be; once a model is logged, its manifest does (slm/manifest.py).
+Refused are:
+- weight files that are cut off or incomplete;
+- links and paths that leave the folder;
+- files whose content does not fit their names, native code above all;
+- JSON that two readers could understand in different ways;
+- settings that ask to run code from the folder (auto_map).
+
+Not covered: pickles and source files beside the weights, which are never loaded. A flipped bit in a weight is found
+only if the hub's cache has the file's SHA-256. After logging, the manifest finds such a bit (slm/manifest.py).
 """
 
 from collections.abc import Iterator
@@ -30,10 +35,10 @@ JSON_BYTES = 256 * 2**20  # a tokenizer of a quarter of a million tokens has 30 
 
 
 def check_links(folder: Path) -> None:
-    """Refuses links that leave the folder; those of the hub's cache, into its own blobs, are none of these.
+    """Refuses links that leave the folder. Links from a hub snapshot to the blobs of the hub's cache are allowed.
 
     Raises:
-        BadInput
+        BadInput: a link leaves the folder.
     """
     allowed = [folder.resolve(), *_blobs(folder)]
     for path in folder.rglob("*"):
@@ -44,10 +49,10 @@ def check_links(folder: Path) -> None:
 
 
 def check_files(folder: Path, manifest: dict[str, cache.FileRecord]) -> None:
-    """Refuses files that aren't what their names say, are cut off, lack their parts, or differ from the hub's cache.
+    """Refuses files that do not fit their names, are cut off or incomplete, or differ from the hub's SHA-256.
 
     Raises:
-        BadInput
+        BadInput: a file is refused. The message names the file and the remedy.
     """
     for name, record in manifest.items():
         path = folder / name
@@ -64,7 +69,7 @@ def check_files(folder: Path, manifest: dict[str, cache.FileRecord]) -> None:
 
 
 def _blobs(folder: Path) -> list[Path]:
-    """Where the hub's cache keeps the files of a snapshot's folder."""
+    """The folders in which the hub's cache keeps the files of a snapshot."""
     places = [parent for parent in folder.absolute().parents if parent.name == "snapshots"]
     return [(place.parent / "blobs").resolve() for place in places[:1]]
 
@@ -80,14 +85,14 @@ def _check_kind(path: Path) -> None:
     elif path.suffix in TEXTS or path.name.startswith(TEXT_NAMES):
         text = _text(path, TEXT_BYTES)
         if "\0" in text:
-            raise BadInput(f"model: {path} is no text, as its name says; remove it from the model's folder")
+            raise BadInput(f"model: {path} should be text, but is not; remove it from the model's folder")
 
 
 def read_json(path: Path) -> object:
-    """A JSON file of a model's folder, which gives no key twice and asks for no code of the folder's own.
+    """The content of a JSON file in a model's folder.
 
     Raises:
-        BadInput
+        BadInput: the file is not strict JSON, or it asks to run code from the folder (auto_map).
     """
     try:
         content = strict_json.parse(_text(path, JSON_BYTES))
@@ -95,7 +100,7 @@ def read_json(path: Path) -> object:
         raise BadInput(f"model: {path} can't be read as JSON: {error}") from None
     for key, value in _entries(content):
         if key == "auto_map" and value and not isinstance(value, int):  # a vocabulary may have such a token
-            raise BadInput(f"model: {path} asks to run code of its own (auto_map), which is refused")
+            raise BadInput(f"model: {path} asks to run code from the model's folder (auto_map), which is refused")
     return content
 
 
@@ -104,12 +109,12 @@ def _text(path: Path, limit: int) -> str:
         with path.open("rb") as file:
             data = file.read(limit + 1)
         if len(data) > limit:
-            raise BadInput(f"model: {path} is larger than {limit // 2**20} MiB, which no such file is; fetch it again")
+            raise BadInput(f"model: {path} is larger than {limit // 2**20} MiB, the limit here; fetch it again")
         return data.decode()
     except OSError as error:
         raise BadInput(f"model: {path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise BadInput(f"model: {path} is no text, as its name says; remove it from the model's folder") from None
+        raise BadInput(f"model: {path} should be text, but is not; remove it from the model's folder") from None
 
 
 def _entries(value: object) -> Iterator[tuple[object, object]]:
@@ -139,7 +144,7 @@ def _check_index(path: Path) -> None:
         names = set(read_json(path)["weight_map"].values())
     except (KeyError, TypeError, AttributeError) as error:
         raise BadInput(
-            f"model: {path} is no index of weights ({type(error).__name__}: {error}); save it again"
+            f"model: {path} is not an index of weights ({type(error).__name__}: {error}); save it again"
         ) from None
     for name in names:
         if not genai_config.is_inside(name) or not (path.parent / name).is_file():
@@ -158,7 +163,7 @@ def _check_onnx(path: Path) -> None:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         name = entries.get("location", "")
         if not genai_config.is_inside(name):
-            raise BadInput(f"model: {path} takes weights from {name!r:.80}, outside its folder, which is refused")
+            raise BadInput(f"model: {path} takes weights from {name!r:.80}, which is not in its folder and is refused")
         data = path.parent / name
         end = int(entries.get("offset") or 0) + int(entries.get("length") or 0)
         if not data.is_file() or data.stat().st_size < end:
@@ -166,7 +171,7 @@ def _check_onnx(path: Path) -> None:
 
 
 def _tensors(model) -> Iterator:
-    """The tensors of a model's graph, its functions and the graphs in their nodes, whose data is in another file."""
+    """The tensors whose data is in another file: of the main graph, of functions, and of graphs inside nodes."""
     import onnx
 
     waiting = [model.graph, *model.functions]

@@ -1,12 +1,13 @@
-"""Which code runs a logged model of this project, and the model opened with it.
+"""Chooses the code that runs a logged model of this project, and opens the model with that code.
 
-A logged model's folder holds a copy of the wrapper (chat_model.py), and MLflow's own loaders run that copy. Whoever may
-register a model could put any code there. So this project runs the wrapper of its own repository where the model was
-logged by the same version; the logged copy, where its bytes are those of a released version; any other code, and models
-of others, with `trust_code` alone.
+A logged model's folder holds a copy of the wrapper (chat_model.py). MLflow's own loaders run that copy. A person who
+may register a model could put any code into the copy. So this project runs the wrapper of its own repository if the
+model was logged by the same version. The logged copy runs if its bytes are those of a released version. Any other copy
+runs only with `trust_code`. slm/loading.py opens models of others, also only with `trust_code`.
 
-What is loaded is what was checked: the manifest is held against every file, the wrapper is run from the bytes that were
-hashed, and a folder in which anything moved until the model stood in memory is refused.
+The files that are loaded are the files that were checked. Every file is compared with the manifest. The wrapper runs
+from the bytes that were hashed. If a file changes before the model is in memory, the model is opened again. After
+TRIES attempts, the model is refused.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ RELEASED = {  # SHA-256 of the wrapper, by version
 }
 PLACES = ("artifacts/onnx", "model")  # of the weights in a model's folder
 TRIES = 3  # of loading, where somebody else's link to the same files counts as a change
-REMEDY = "trust_code=true runs it, where you trust who made it"
+REMEDY = "set trust_code=true if you trust the code's author"
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,17 @@ def is_ours(description) -> bool:
 
 
 def check(uri: str, description, trust_code: bool, logged_code) -> None:
-    """Refuses a model that runs code of others, by its description: no model is loaded.
+    """Refuses a model that would run code of others. Only the description is read; no model is loaded.
 
-    `logged_code` gives the bytes of the wrapper that was logged; it is called where they matter.
+    `logged_code` returns the bytes of the logged wrapper. It is called only if the wrapper's version is not ours.
 
     Raises:
-        BadInput
+        BadInput: the model would run code of others.
     """
     if trust_code:
         return
     if not is_ours(description):
-        raise BadInput(f"{uri} runs code that was logged with it; {REMEDY}")
+        raise BadInput(f"{uri} runs code that was logged with the model; {REMEDY}")
     if _version(description) != chat_model.VERSION:
         _check_code(uri, logged_code())
 
@@ -75,19 +76,19 @@ def opened(
 ) -> Opened:
     """A model of this project from its folder, checked and loaded.
 
-    `recorded` are the hashes of its manifest that the tracking server keeps; `override` holds settings that take the
-    place of its own, where it has such. `before_loading` is called between the checks and the loading.
+    `recorded` has the hashes of the manifest that the tracking server keeps. `override` replaces settings that the
+    model has; an empty value replaces nothing. `before_loading` is called between the checks and the loading.
 
     Raises:
-        BadInput: a file isn't as logged, a setting is out of range, or the code may not be run.
-        Unavailable: the hub that it refers to can't be reached.
+        BadInput: a file was changed, a setting is out of range, or the code is not allowed to run.
+        Unavailable: the hub that holds the weights can't be reached.
     """
     for _ in range(TRIES):
         before = manifest.stamp(folder)
         found = _opened(uri, folder, tuple(recorded), trust_code, override, before_loading)
         if manifest.stamp(folder) == before:
             return found
-    raise BadInput(f"{uri}: its files were changed while it was loaded; log it again")
+    raise BadInput(f"{uri}: its files changed while it was loaded; stop what writes there, and try again")
 
 
 def _opened(
@@ -105,12 +106,12 @@ def _opened(
         raise BadInput(f"{uri}: {error}") from None
     metadata, known = description.metadata, (description.flavors.get("python_function") or {}).get("config")
     if not isinstance(known, dict) or metadata.get("schema") not in ("chat", "prompt") or not description.signature:
-        raise BadInput(f"{uri}: its description lacks what this project writes there; log it again")
+        raise BadInput(f"{uri}: its MLmodel lacks entries that this project writes; log the model again")
     settings = known | {name: value for name, value in override.items() if value and name in known}
     _check_settings(uri, settings)
     place, records = _weights(uri, folder, found, settings)
     if cache.manifest_sha256(records) != metadata["model.sha256"]:
-        raise BadInput(f"{uri}: its weights are not those that its description names; log it again")
+        raise BadInput(f"{uri}: its weights differ from model.sha256 in its MLmodel; log the model again")
     weights.check_files(place, records)
     onnx = found.place == PLACES[0]
     providers = genai_config.providers(genai_config.read(place)) if onnx else None
@@ -129,28 +130,28 @@ def _opened(
         weakref.finalize(wrapper, private.cleanup)
     told = (metadata.get("chat_template") or "", metadata.get("special_tokens") or {})
     if (wrapper.template, wrapper.special_tokens) != told:
-        raise BadInput(f"{uri}: its chat template is not the one that its description has; log it again")
+        raise BadInput(f"{uri}: its chat template or tokens differ from those in its MLmodel; log the model again")
     return Opened(wrapper, description, found, code_sha256, settings, providers, seconds)
 
 
 def _weights(uri: str, folder: Path, found: manifest.Manifest, settings: dict) -> tuple[Path, dict]:
-    """The folder of the weights, and its files: in the logged model, or on the hub where it only refers to them."""
+    """The folder of the weights, and its files. A model that was logged without weights has them on the hub."""
     if found.place not in PLACES:
-        raise BadInput(f"{uri} has no weights at {' or '.join(PLACES)}; log it again")
+        raise BadInput(f"{uri} has no weights in {' or '.join(PLACES)}; log the model again")
     if found.weights:
         place = folder / found.place
         if (place / genai_config.NAME).exists() != (found.place == PLACES[0]):
-            raise BadInput(f"{uri}: {found.place} is of another kind than the model; log it again")
+            raise BadInput(f"{uri}: the files in {found.place} don't fit the model's kind; log the model again")
         return place, found.weights
     source = checkpoints.find(str(settings.get("hub_id")), str(settings.get("revision")))
     if source.kind != "hub":
-        raise BadInput(f"{uri} refers to {settings.get('hub_id')!r:.80}, which is no hub id; log it again")
+        raise BadInput(f"{uri} refers to {settings.get('hub_id')!r:.80}, which is not a hub id; log the model again")
     checkpoint = source.fetch()
     return checkpoint.folder, checkpoint.manifest
 
 
 def _private(place: Path) -> tempfile.TemporaryDirectory:
-    """A folder with links to the files of an export, and the rebuilt settings: for wrappers that read the file."""
+    """A temporary folder with links to an export's files, and with rebuilt settings. A logged wrapper reads it."""
     private = tempfile.TemporaryDirectory(prefix="phi3-mlflow-")
     for path in place.iterdir():
         if path.name == genai_config.NAME:
@@ -161,7 +162,7 @@ def _private(place: Path) -> tempfile.TemporaryDirectory:
 
 
 def _check_settings(uri: str, settings: dict) -> None:
-    """Refuses settings that this project wouldn't log."""
+    """Refuses settings that this project never logs."""
     allowed = {
         "batch_size": lambda value: isinstance(value, int) and 0 <= value <= 4096,
         "threads": lambda value: isinstance(value, int) and 0 <= value <= 1024,
@@ -175,7 +176,7 @@ def _check_settings(uri: str, settings: dict) -> None:
     }
     for name, value in settings.items():
         if name not in allowed or not allowed[name](value):
-            raise BadInput(f"{uri}: the setting {name!r:.60} can't be {value!r:.60}; log it again")
+            raise BadInput(f"{uri}: the setting {name!r:.60} is unknown or can't be {value!r:.60}; log it again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,13 +204,26 @@ def _module(uri: str, folder: Path, description, trust_code: bool) -> tuple[type
     # the wrapper reads its own source: that of the bytes that were checked, whatever lies in the folder then
     linecache.cache[module.__file__] = (len(code), None, code.decode().splitlines(True), module.__file__)
     exec(compile(code, module.__file__, "exec"), module.__dict__)
+    module.render = _bounded_render(module)
     return module, sha256
+
+
+def _bounded_render(module: types.ModuleType) -> Callable[..., str]:
+    """Rendering with bounds, for a wrapper that may render chat templates without bounds."""
+
+    def render(template: str, special_tokens: dict[str, str], messages: list[dict]) -> str:
+        try:
+            return chat_model.render(template, special_tokens, messages)
+        except chat_model.Refused as refusal:
+            raise module.Refused(str(refusal)) from None
+
+    return render
 
 
 def _check_code(uri: str, code: bytes) -> None:
     if hashlib.sha256(code).hexdigest() not in RELEASED.values():
         raise BadInput(
-            f"{uri} was logged with a wrapper of no released version of this project; log it again, or {REMEDY}"
+            f"{uri} has a wrapper that is not from a released version of this project; log it again, or {REMEDY}"
         )
 
 

@@ -50,10 +50,10 @@ def test_the_package_that_carries_the_weights_is_never_imported():
         ({"config__json": "{"}, "can't be read as JSON"),
         ({"config__json": "{}"}, "holds no .safetensors weights"),
         ({"config__json": "{}", "pytorch_model__bin": "x"}, "its pickled .bin weights are refused"),
-        ({"config__json": '{"auto_map": {"AutoModel": "m.M"}}', "m__py": ""}, "asks to run code of its own"),
+        ({"config__json": '{"auto_map": {"AutoModel": "m.M"}}', "m__py": ""}, "asks to run code from"),
         ({"config__json": "{}", "model__safetensors": ""}, "has no tokenizer.json"),
         ({"genai_config__json": "not json"}, "can't be read as JSON"),
-        ({"genai_config__json": "{}"}, "genai_config.json names no decoder; export it again"),
+        ({"genai_config__json": "{}"}, "genai_config.json names no decoder; export the model again"),
         ({"genai_config__json": GENAI_CONFIG}, "has no model.onnx, which its genai_config.json names"),
     ],
 )

@@ -71,7 +71,7 @@ FAULTS = {
     ),
     "models: an index that is none": (
         lambda at: folder_of(at, model__safetensors__index__json="[]"),
-        "is no index of weights (TypeError",
+        "is not an index of weights (TypeError",
     ),
     "models: config.json is a list": (lambda at: folder_of(at, config__json="[]"), "config.json is no JSON object"),
     "models: config.json nested without end": (
@@ -80,7 +80,7 @@ FAULTS = {
     ),
     "models: auto_map of the tokenizer": (
         lambda at: folder_of(at, tokenizer_config__json='{"auto_map": {"AutoTokenizer": ["t.T", null]}}'),
-        "tokenizer_config.json asks to run code of its own (auto_map), which is refused",
+        "tokenizer_config.json asks to run code from the model's folder (auto_map), which is refused",
     ),
     "models: no genai_config.json": (
         lambda at: genai_folder_of(at, genai_config__json=None),
@@ -88,11 +88,11 @@ FAULTS = {
     ),
     "models: a genai_config.json of the wrong shape": (
         lambda at: genai_folder_of(at, genai_config__json='{"model": {"decoder": {"filename": 7}}}'),
-        "genai_config.json names 7, which is no file's name in its folder",
+        "genai_config.json names 7, which is not a file in the model's folder",
     ),
     "models: .. in genai_config.json": (
         lambda at: genai_folder_of(at, genai_config__json=genai(filename="../../model.onnx")),
-        "genai_config.json names '../../model.onnx', which is no file's name in its folder",
+        "genai_config.json names '../../model.onnx', which is not a file in the model's folder",
     ),
     "models: an absolute path in genai_config.json": (
         lambda at: genai_folder_of(at, genai_config__json=genai(filename="/etc/passwd")),
@@ -100,7 +100,7 @@ FAULTS = {
     ),
     "models: a native library in genai_config.json": (
         lambda at: genai_folder_of(at, genai_config__json=genai(session_options={"custom_ops_library": "./x.so"})),
-        "sets 'model.decoder.session_options.custom_ops_library' to './x.so', which isn't passed on; remove it",
+        "sets 'model.decoder.session_options.custom_ops_library' to './x.so', which is not allowed; remove it",
     ),
     "models: truncated ONNX data": (
         lambda at: genai_folder_of(at, model__onnx__data=bytes(23)),
@@ -116,7 +116,7 @@ FAULTS = {
     ),
     "models: .. in the ONNX graph": (
         lambda at: genai_folder_of(at, model__onnx=tiny_models.onnx_graph("../secret")),
-        "model.onnx takes weights from '../secret', outside its folder, which is refused",
+        "model.onnx takes weights from '../secret', which is not in its folder and is refused",
     ),
 }
 

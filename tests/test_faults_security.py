@@ -414,7 +414,7 @@ def test_the_copy_of_a_prompt_set_is_removed_once_it_is_read(hostile, tmp_path, 
     ("path", "kind", "line"),
     [
         ("circle.jsonl", BadInput, "it redirects more than 5 times"),
-        ("inside.jsonl", BadInput, "it redirects to no web address"),
+        ("inside.jsonl", BadInput, "it redirects to something other than a web address"),
         ("none.jsonl", BadInput, "the server answers 404 Not Found"),
         ("down.jsonl", Unavailable, "the server answers 503 Service Unavailable"),
     ],

@@ -28,19 +28,19 @@ REFUSED = {
     SETTINGS + "a library behind a second key of the same name": (TWICE, "the key 'session_options' is given twice"),
     SETTINGS + "a profile that is written to a path": (
         genai(session_options={"enable_profiling": "/tmp/profile"}),
-        "sets 'model.decoder.session_options.enable_profiling' to '/tmp/profile', which isn't passed on; remove it",
+        "sets 'model.decoder.session_options.enable_profiling' to '/tmp/profile', which is not allowed; remove it",
     ),
     SETTINGS + "a graph that is written to a path": (
         genai(session_options={"session.optimized_model_filepath": "/tmp/x"}),
-        "session.optimized_model_filepath' to '/tmp/x', which isn't passed on",
+        "session.optimized_model_filepath' to '/tmp/x', which is not allowed",
     ),
     SETTINGS + "a library of an execution provider": (
         genai(session_options={"provider_options": [{"qnn": {"backend_path": "./x.so"}}]}),
-        "asks for the execution provider 'qnn'; known are cpu, cuda",
+        "asks for the execution provider 'qnn'; write one of cpu, cuda",
     ),
     SETTINGS + "an address for the GPU's allocator": (
         genai(session_options={"provider_options": [{"cuda": {"gpu_external_alloc": "140737"}}]}),
-        "gpu_external_alloc' to '140737', which isn't passed on",
+        "gpu_external_alloc' to '140737', which is not allowed",
     ),
     SETTINGS + "an adapter's file": (
         json.dumps({"model": {"decoder": {"filename": "model.onnx"}, "vision": {"adapter_filename": "../a"}}}),
@@ -52,23 +52,23 @@ REFUSED = {
     ),
     SETTINGS + "a tokenizer in another folder": (
         json.dumps({"model": {"decoder": {"filename": "model.onnx"}, "tokenizer_dir": "/etc"}}),
-        "sets 'model.tokenizer_dir' to '/etc', which isn't passed on",
+        "sets 'model.tokenizer_dir' to '/etc', which is not allowed",
     ),
     SETTINGS + "a name that is a format": (
         genai(inputs={"past_key_names": "%s%s%n"}),
-        "has '%s%s%n' as model.decoder.inputs.past_key_names, which is out of its range",
+        "has '%s%s%n' as model.decoder.inputs.past_key_names, which is not allowed",
     ),
     SETTINGS + "a name as wide as the memory": (
         genai(outputs={"present_key_names": "%0999999999d"}),
-        "has '%0999999999d' as model.decoder.outputs.present_key_names, which is out of its range",
+        "has '%0999999999d' as model.decoder.outputs.present_key_names, which is not allowed",
     ),
     SETTINGS + "a number out of all range": (
         '{"model": {"decoder": {"filename": "model.onnx", "num_hidden_layers": 1e999}}}',
-        "model.decoder.num_hidden_layers, which is out of its range",
+        "model.decoder.num_hidden_layers, which is not allowed",
     ),
     SETTINGS + "a graph whose weights are not looked at": (
         genai(filename="model.bin"),
-        "names the graph 'model.bin', which is no .onnx file",
+        "names the graph 'model.bin', which is not an .onnx file",
     ),
 }
 
@@ -91,7 +91,7 @@ FILES = {
         {"added_tokens__json": b"MZ\x90\0" + bytes(64)},
         "added_tokens.json is a Windows library",
     ),
-    "models: a text that is none": (folder_of, {"README__md": b"a\0b"}, "README.md is no text, as its name says"),
+    "models: a text that is none": (folder_of, {"README__md": b"a\0b"}, "README.md should be text, but is not"),
     "models: a key given twice in config.json": (
         folder_of,
         {"config__json": '{"auto_map": {"AutoModel": "m.M"}, "auto_map": null}'},
@@ -105,7 +105,7 @@ FILES = {
     "models: auto_map below the top of a configuration": (
         folder_of,
         {"processor_config__json": '{"image": {"auto_map": {"AutoProcessor": "p.P"}}}'},
-        "processor_config.json asks to run code of its own (auto_map), which is refused",
+        "processor_config.json asks to run code from the model's folder (auto_map), which is refused",
     ),
 }
 
@@ -146,7 +146,7 @@ def test_external_weights_are_looked_for_in_functions_too(tmp_path):
     opset = [onnx.helper.make_opsetid("", 18)]
     model.functions.append(onnx.helper.make_function("own", "f", [], ["c"], [constant], opset))
     folder = genai_folder_of(tmp_path / "model", model__onnx=model.SerializeToString())
-    assert "takes weights from '../secret', outside its folder" in refusal(folder)
+    assert "takes weights from '../secret', which is not in its folder" in refusal(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_a_logged_folder_that_was_changed_is_refused_with_its_manifest_rewritten
     rewrite(folder / path, f"{before}\n# more\n")
     if fitted:
         fit_manifest(folder)
-        assert "are not those that were logged (manifest" in refused(uri)
+        assert "differ from the logged files (manifest" in refused(uri)
     else:
         assert f"{path} {line}" in refused(uri)
 
@@ -268,6 +268,21 @@ def test_a_link_in_the_place_of_a_logged_file_is_refused(logged, tmp_path):
     path.unlink()
     path.symlink_to(tmp_path / "tokenizer.json")
     assert f"artifacts/onnx/tokenizer.json {CHANGED}" in refused(uri)
+
+
+@pytest.mark.fault("models: a model of a run that was changed and no longer says which model it is")
+def test_a_model_named_by_its_run_has_the_files_that_the_server_recorded(logged):
+    import mlflow
+
+    uri, folder = logged
+    model = mlflow.get_logged_model(uri.rpartition("/")[2])
+    named = f"runs:/{model.source_run_id}/{model.name}"
+    assert load(named).manifest_sha256 == tracking.recorded_manifests(uri)[0]
+    description = yaml.safe_load((folder / "MLmodel").read_text())
+    description.pop("model_id")
+    rewrite(folder / "MLmodel", yaml.safe_dump(description))
+    fit_manifest(folder)
+    assert "differ from the logged files" in refused(named)
 
 
 @pytest.mark.fault("registry: a version whose files are another model's")
@@ -283,15 +298,15 @@ def test_a_registered_version_keeps_the_manifest_of_its_own_files(store, int4_ex
     folders = [stored(tracking.version_source(f"models:/swapped/{version}").rpartition("/")[2]) for version in (1, 2)]
     shutil.rmtree(folders[0])
     shutil.copytree(folders[1], folders[0])
-    assert "are not those that were logged" in refused("models:/swapped/1")
+    assert "differ from the logged files" in refused("models:/swapped/1")
 
 
 @pytest.mark.fault("models: kept answers of another model, claimed")
 def test_a_description_that_names_another_models_weights_or_template_is_refused(store, logged):
     folder = logged[1]
     for name, value, line in (
-        ("model.sha256", "0" * 64, "its weights are not those that its description names"),
-        ("chat_template", "{{ messages[0].content }}", "its chat template is not the one that its description has"),
+        ("model.sha256", "0" * 64, "its weights differ from model.sha256 in its MLmodel"),
+        ("chat_template", "{{ messages[0].content }}", "its chat template or tokens differ from those in its MLmodel"),
     ):
         copy = folder.parent / f"claims-{name}"
         shutil.copytree(folder, copy)
@@ -326,7 +341,7 @@ def test_what_is_loaded_is_what_was_checked(logged, monkeypatch, restored):
     monkeypatch.setattr(manifest, "check", check_then_exchange)
     if restored:
         monkeypatch.setattr(chat_model.SmallLanguageModel, "load_context", load_then_restore)
-        assert refused(uri).endswith("its files were changed while it was loaded; log it again")
+        assert refused(uri).endswith("its files changed while it was loaded; stop what writes there, and try again")
     else:
         assert refused(uri)  # the second try finds a file more
 
@@ -377,7 +392,7 @@ def test_code_of_others_runs_with_trust_code_alone(store, tmp_path):
     done = entry_point("evaluate", *options, MLFLOW_TRACKING_URI=store)
     assert (done.code, done.err) == (
         2,
-        f"error: {uri} runs code that was logged with it; trust_code=true runs it, where you trust who made it\n",
+        f"error: {uri} runs code that was logged with the model; set trust_code=true if you trust the code's author\n",
     )
     assert "Loading" not in done.out and not marker.exists()
     done = entry_point("evaluate", *options, "--trust_code=true", MLFLOW_TRACKING_URI=store)
@@ -389,7 +404,8 @@ def with_code(folder: Path, copy: Path, marker: Path, version: str) -> str:
     """A copy of a logged model that says it is of `version`, and whose wrapper leaves `marker`; the code's SHA-256."""
     shutil.copytree(folder, copy)
     own = (copy / "chat_model.py").read_text()
-    rewrite(copy / "chat_model.py", f"{own}\nPath({str(marker)!r}).touch()\n")
+    unbounded = "def render(*given):\n    raise SystemExit('it renders by itself')"
+    rewrite(copy / "chat_model.py", f"{own}\nPath({str(marker)!r}).touch()\n{unbounded}\n")
     description = yaml.safe_load((copy / "MLmodel").read_text())
     description["metadata"]["wrapper"] = {"version": version, "sha256": "0" * 64}
     description.pop("model_id")
@@ -410,7 +426,7 @@ def test_a_model_of_this_version_is_run_by_the_repositorys_wrapper(logged, tmp_p
 def test_a_wrapper_of_no_released_version_is_refused(logged, tmp_path, monkeypatch):
     marker = tmp_path / "it-ran"
     sha256 = with_code(logged[1], tmp_path / "model", marker, "0.0.9")
-    line = f"{tmp_path}/model was logged with a wrapper of no released version of this project; log it again, or "
+    line = f"{tmp_path}/model has a wrapper that is not from a released version of this project; log it again, or "
     assert refused(str(tmp_path / "model")) == line + wrappers.REMEDY
     assert not marker.exists()
     load(str(tmp_path / "model"), trust_code=True)
