@@ -568,6 +568,7 @@ class SlotRuntime:
         self._entries = exact_integers(decoder)
         self.batch_size = max(64, LANE_ROWS * self._threads) if self._small() else 48
         self._session = self._open(self._threads)
+        self._opened = self._stamp()
         self._lanes: list[SlotRuntime] = []
         inputs = {entry.name: entry for entry in self._session.get_inputs()}
         dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -598,7 +599,13 @@ class SlotRuntime:
 
     def _small(self) -> bool:
         """Whether the weights may be held a second time: where their files are gone, they can't be."""
-        return 0 < sum(path.stat().st_size for path in self._file.parent.glob(f"{self._file.name}*")) <= LANE_BYTES
+        return 0 < sum(size for _, _, size, *_ in self._stamp()) <= LANE_BYTES
+
+    def _stamp(self) -> list[tuple]:
+        """What changes when one of the graph's files is written or replaced; nothing where the files are gone."""
+        files = sorted(path for path in self._file.parent.glob(f"{self._file.name}*") if path.exists())
+        found = [(path.name, path.stat()) for path in files]
+        return [(name, told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns) for name, told in found]
 
     def lanes(self, rows: int) -> list["SlotRuntime"]:
         """What `rows` under way are best stepped by, side by side, a thread each.
@@ -613,6 +620,8 @@ class SlotRuntime:
                 return [self]
             lane = copy.copy(self)
             lane._session = self._open(1)
+            if self._stamp() != self._opened:  # these may be other weights
+                return [self]
             self._lanes = [lane] * self._threads
         return self._lanes
 

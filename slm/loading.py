@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slm import (
+    cache,
     chat_model,
     console,
     endpoints,
@@ -143,6 +144,8 @@ def _load_stranger(
         found = manifest.check(folder, recorded)
         reset_peak_memory()
         start = time.perf_counter()
+        if any(folder.rglob("__pycache__")):  # Python would run this bytecode, which no manifest covers
+            sys.pycache_prefix = str(cache.private("bytecode"))
         pyfunc = mlflow.pyfunc.load_model(str(folder))
         seconds = time.perf_counter() - start
         if manifest.stamp(folder) != before:

@@ -89,7 +89,7 @@ def stamp(folder: Path) -> list[tuple]:
     return [
         (str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         for path in (folder, *sorted(folder.rglob("*")))
-        if "__pycache__" not in path.parts
+        if "__pycache__" not in path.relative_to(folder).parts
         for status in [path.lstat()]
     ]
 

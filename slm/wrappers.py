@@ -17,6 +17,7 @@ import time
 import types
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,20 +115,20 @@ def _opened(
         raise BadInput(f"{uri}: its weights differ from model.sha256 in its MLmodel; log the model again")
     weights.check_files(place, records)
     onnx = found.place == PLACES[0]
-    providers = genai_config.providers(genai_config.read(place)) if onnx else None
+    content = genai_config.read(place) if onnx else {}
+    providers = genai_config.providers(content) if onnx else None
     module, code_sha256 = _module(uri, folder, description, trust_code)
-    private = _private(place) if onnx and module is not chat_model else None
-    before_loading()
-    start = time.perf_counter()
-    wrapper = module.SmallLanguageModel()
-    artifacts = {"onnx" if onnx else "checkpoint": private.name if private else str(place)}
-    try:
-        wrapper.load_context(PythonModelContext(artifacts, settings))
-    except ValueError as error:  # transformers' and ours, of files that don't fit each other
-        raise BadInput(f"{uri} can't be loaded: {' '.join(str(error).split()):.300}") from error
-    seconds = time.perf_counter() - start
-    if private:
-        weakref.finalize(wrapper, private.cleanup)
+    with ExitStack() as stack:
+        read = stack.enter_context(_private(place, content)) if onnx else str(place)
+        before_loading()
+        start = time.perf_counter()
+        wrapper = module.SmallLanguageModel()
+        try:
+            wrapper.load_context(PythonModelContext({"onnx" if onnx else "checkpoint": read}, settings))
+        except ValueError as error:  # transformers' and ours, of files that don't fit each other
+            raise BadInput(f"{uri} can't be loaded: {' '.join(str(error).split()):.300}") from error
+        seconds = time.perf_counter() - start
+        weakref.finalize(wrapper, stack.pop_all().close)
     told = (metadata.get("chat_template") or "", metadata.get("special_tokens") or {})
     if (wrapper.template, wrapper.special_tokens) != told:
         raise BadInput(f"{uri}: its chat template or tokens differ from those in its MLmodel; log the model again")
@@ -150,13 +151,15 @@ def _weights(uri: str, folder: Path, found: manifest.Manifest, settings: dict) -
     return checkpoint.folder, checkpoint.manifest
 
 
-def _private(place: Path) -> tempfile.TemporaryDirectory:
-    """A temporary folder with links to an export's files, and with rebuilt settings. A logged wrapper reads it."""
+def _private(place: Path, content: dict) -> tempfile.TemporaryDirectory:
+    """A temporary folder with links to an export's files, and with the rebuilt settings.
+
+    onnxruntime-genai reads its settings from a file, and runs what they name. Nobody else may write into this folder.
+    """
     private = tempfile.TemporaryDirectory(prefix="phi3-mlflow-")
+    (Path(private.name) / genai_config.NAME).write_bytes(genai_config.rebuilt(content))
     for path in place.iterdir():
-        if path.name == genai_config.NAME:
-            (Path(private.name) / path.name).write_bytes(genai_config.rebuilt(genai_config.read(place)))
-        else:
+        if path.name != genai_config.NAME:
             (Path(private.name) / path.name).symlink_to(path.resolve())
     return private
 

@@ -464,6 +464,49 @@ def test_no_schedule_trusts_code():
         assert "trust_code" not in path.read_text(encoding="utf-8").replace("trust_code is left off", "")
 
 
+@pytest.mark.fault("models: bytecode that was added to a trusted model")
+def test_bytecode_in_a_models_folder_is_never_run(store, tmp_path):
+    import importlib.util
+    import py_compile
+
+    import mlflow
+
+    uri, marker = log_code(tmp_path)
+    folder = stored(tracking.version_source(uri).rpartition("/")[2])
+    [code] = folder.glob("*.py")
+    other = tmp_path / "other.py"
+    other.write_text(code.read_text().replace("it-ran", "other-ran"))
+    cached = Path(importlib.util.cache_from_source(str(code)))
+    cached.parent.mkdir(exist_ok=True)
+    py_compile.compile(str(other), str(cached), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    mlflow.pyfunc.load_model(str(folder))
+    assert (tmp_path / "other-ran").exists()  # as MLflow itself runs it
+    (tmp_path / "other-ran").unlink()
+    marker.unlink(missing_ok=True)
+    load(uri, trust_code=True)
+    assert marker.exists() and not (tmp_path / "other-ran").exists()
+
+
+@pytest.mark.fault("models: settings that are exchanged while they are read")
+def test_the_runtime_reads_settings_that_nobody_else_can_write(logged, monkeypatch):
+    uri, folder = logged
+    place, seen = folder / "artifacts" / "onnx", []
+
+    def kept(self, context):
+        seen.append(Path(context.artifacts["onnx"]))
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(chat_model.SmallLanguageModel, "load_context", kept)
+    assert refused(uri).endswith("can't be loaded: far enough")
+    [private] = seen
+    assert private != place and not private.exists()  # it is gone with the model
+    with wrappers._private(place, genai_config.read(place)) as name:
+        settings = Path(name) / genai_config.NAME
+        assert not settings.is_symlink() and settings.read_bytes() == genai_config.rebuilt(genai_config.read(place))
+        assert Path(name).stat().st_mode & 0o777 == 0o700
+        assert (Path(name) / "model.onnx").resolve() == (place / "model.onnx").resolve()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Promotion
 
