@@ -186,10 +186,10 @@ def read_chat_template(folder: str | Path) -> tuple[str, dict[str, str]]:
     path = folder / "tokenizer_config.json"
     try:
         template, special = _templates_of(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if (folder / "chat_template.jinja").exists():
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise Refused(f"{path.name} holds no chat template and tokens ({type(error).__name__}: {error})") from None
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     return template, special
 
 
@@ -410,6 +410,7 @@ def _rendered(template: str, special_tokens: dict[str, str], messages: list[dict
         # what is done with the text afterwards, in the tokenizer, has no bounds of its own
         most = 2**20 + 4 * len(json.dumps(messages))
         if len(text) <= most:
+            text.encode()  # the tokenizer takes no half of a character
             return {"text": text}
         reason = f"its text has {len(text):,} characters, {most:,} at most are taken"
     except MemoryError:
@@ -647,7 +648,14 @@ class SlotRuntime:
                 if row.finish_reason:
                     continue
                 row.started = time.perf_counter()
-                token = next_token(self._read(held, slot, np.array(row.prompt, dtype=np.int64), row.tenant), row)
+                for logits in self._pieces(held, slot, np.array(row.prompt, dtype=np.int64), row.tenant):
+                    if logits is None:
+                        yield {}  # another batch may have its turn while a long prompt is read
+                    if row.finish_reason:
+                        break
+                if row.finish_reason:
+                    continue
+                token = next_token(logits, row)
                 yield {place: token}
                 if not row.finish_reason:
                     lengths[slot], last[slot] = len(row.prompt), token
@@ -703,7 +711,12 @@ class SlotRuntime:
         )
 
     def _read(self, held: Slots, slot: int, prompt: np.ndarray, tenant: str = "") -> np.ndarray:
-        """Puts a prompt's keys and values into a slot; the logits that follow it, shape (vocabulary,).
+        """Puts a prompt's keys and values into a slot; the logits that follow it, shape (vocabulary,)."""
+        *_, logits = self._pieces(held, slot, prompt, tenant)
+        return logits
+
+    def _pieces(self, held: Slots, slot: int, prompt: np.ndarray, tenant: str) -> Iterator[np.ndarray | None]:
+        """Puts a prompt's keys and values into a slot: None after each piece, and the logits after the last one.
 
         One token alone goes through other kernels, with other numbers: so the last two always go together.
         """
@@ -724,7 +737,7 @@ class SlotRuntime:
             self._run(binding, prompt[None, begun:end], np.array([begun]))
             held.prompts[slot] = prompt[:end]
             begun = end
-        return binding.get_outputs()[-1].numpy()[0, -1]
+            yield None if begun < len(prompt) else binding.get_outputs()[-1].numpy()[0, -1]
 
     def _at_once(self, span: int) -> int:
         """How many tokens of a prompt go through the graph together."""

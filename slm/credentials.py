@@ -39,6 +39,11 @@ SETTING = re.compile(
     r"(?:=|[\"']?\s*[:=]\s*(?=[\"'])))(?!(?:none|null|true|false)\b)(?:'[^']+'|\"[^\"]+\"|[^\s&;'\"]+)",
     re.IGNORECASE,
 )
+WRITTEN = re.compile(  # as YAML, a configuration file or a header has it: with a digit or a mark in the value
+    rf"((?:^|(?<=[\s,{{]))(?:[\w-]*(?:{NAMED}|{A_TOKEN}))\s*[:=]\s*)(?=\S*[\d_+/=!$%&*-])[^\s'\",;<\[{{]{{6,}}",
+    re.IGNORECASE,
+)
+FLAG = re.compile(rf"(--(?:[\w-]*(?:{NAMED}|token))(?:=|\s+))(?!-)[^\s'\"]+", re.IGNORECASE)
 HEADER = re.compile(
     r"(authorization[\"']?\s*[:=]\s*[\"']?(?:(?:bearer|basic|token|digest|api-?key)\s+|(?=\S{0,200}\d)(?=\S{8})))[^\s\"',;]+",
     re.IGNORECASE,
@@ -49,15 +54,18 @@ PRIVATE_KEY = re.compile(
     rf"(-----BEGIN [A-Z ]*PRIVATE KEY-----)(?!{SHOWN}).+?(?=-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL
 )
 TOKEN = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{16,}|gh[opsur]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"\b(?:ASIA[A-Z0-9]{16}|hvs\.[\w-]{20,}|ya29\.[\w-]{20,}|dckr_pat_[\w-]{20,}|dop_v1_[0-9a-f]{32,}"
+    r"|gsk_\w{20,}|nvapi-[\w-]{20,}|shp(?:at|ca|pa|ss)_[0-9a-fA-F]{20,}|T[A-Z0-9]{8,}/B[A-Z0-9]{8,}/\w{20,}"
+    r"|hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{16,}|gh[opsur]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|glpat-[\w-]{16,}|xox[abeprs]-[\w-]{10,}|AKIA[A-Z0-9]{16}|dapi[0-9a-f]{32}|AIza[\w-]{30,}|npm_[A-Za-z0-9]{30,}"
     r"|pypi-[\w-]{50,}|[rs]k_live_[A-Za-z0-9]{16,}|SG\.[\w-]{16,}\.[\w-]{16,}"
     r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+)"
 )
 VARIABLE = re.compile(
-    r"(?i)passw(?:or)?d(?:$|_)|(?:^|_)"
+    r"(?i)passw(?:or)?d(?:$|_)|(?:bind|smtp|db|root)_?(?:pw|pass)(?:$|_)|(?:redis|smtp)_?auth$|(?:^|_)cookie$|(?:^|_)"
     r"(?:token|secret|pass|passphrase|pwd|pat|(?:api_?|access_?|private_?)?key|credentials)(?:$|_)"
 )
+PASSWORD_IN_URL = re.compile(r"[\w+.-]+://[^\s/@:]*:(\S+)@[^\s@]+")  # DATABASE_URL and the like
 LENGTH = 8  # of a variable's value, below which it may be any word
 
 
@@ -68,7 +76,7 @@ def scrubbed(text: str) -> str:
     text = IN_DATABASE_URL.sub(rf"\1{SHOWN}@", text)
     text = IN_URL.sub(f"{SHOWN}@", text)
     text = BASIC.sub(_without_basic, text)
-    for pattern in (IN_QUERY, SETTING, HEADER, BEARER, PRIVATE_KEY):
+    for pattern in (IN_QUERY, SETTING, WRITTEN, FLAG, HEADER, BEARER, PRIVATE_KEY):
         text = pattern.sub(rf"\1{SHOWN}", text)
     return TOKEN.sub(SHOWN, text)
 
@@ -93,6 +101,7 @@ def _values() -> list[str]:
     """
     named = [value for name, value in os.environ.items() if VARIABLE.search(name)]
     named += os.environ.get("PHI3_MLFLOW_API_KEY", "").split(",")  # which may hold several keys
+    named += [found[1] for value in os.environ.values() for found in (PASSWORD_IN_URL.match(value),) if found]
     named = [value.strip() for value in named if len(value.strip()) >= LENGTH]
     secret = [value for value in named if not (value.startswith(("/", "~")) and _is_path(value))]
     return sorted({form for value in secret for form in (value, quote(value, safe=""))}, key=len, reverse=True)

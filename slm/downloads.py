@@ -33,6 +33,7 @@ REDIRECTS = 5
 POLL = 0.05  # seconds between two looks at the folder
 TIMEOUTS = (10, 60)  # seconds until a web server is connected, and between two of its bytes
 TOO_LARGE = "too large"
+ROOM = 4 * 2**30  # bytes of memory, MLflow's libraries among them
 
 
 @contextmanager
@@ -138,6 +139,7 @@ def _limit_files(limit: int) -> None:
 
         signal.signal(signal.SIGXFSZ, _say_too_large)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_AS, (ROOM, ROOM))  # an answer that is no file never ends either
 
 
 def _say_too_large(number, frame) -> None:
@@ -146,10 +148,17 @@ def _say_too_large(number, frame) -> None:
 
 
 def _fetched(uri: str, folder: Path) -> str:
-    if re.match(r"https?://", uri) and "/mlflow-artifacts/artifacts/" not in uri:
+    if re.match(r"https?://", uri, re.IGNORECASE) and not _is_artifact(uri):
         return _from_the_web(uri, folder)
     mlflow = tracking.quiet_mlflow()
     return mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder))
+
+
+def _is_artifact(uri: str) -> bool:
+    """Whether a web address is an artifact of the tracking server. MLflow sends that server's credentials along."""
+    if "/mlflow-artifacts/artifacts/" not in uri:
+        return False
+    return urlsplit(uri)[:2] == urlsplit(tracking.quiet_mlflow().get_tracking_uri())[:2]
 
 
 def _from_the_web(uri: str, folder: Path) -> str:

@@ -55,6 +55,7 @@ class LoadedModel:
     name: str  # by which earlier runs of it are found: the registered model's, the checkpoint's, the endpoint's
     code_sha256: str = ""  # of the wrapper that runs
     manifest_sha256: str = ""  # of all its files; "" for an endpoint
+    unchanged: Callable[[], None] | None = None  # raises BadInput once its files are others
     identity: str = ""  # one hash over what its answers depend on; an endpoint's address
     facts: dict = field(default_factory=dict)  # for the run's record: model, template, used, origin
 
@@ -126,6 +127,7 @@ def load(
         name=registered[0] if registered else f"{wrapper.name}, {label}",
         code_sha256=opened.code_sha256,
         manifest_sha256=opened.manifest.sha256,
+        unchanged=opened.unchanged,
         identity=identity(description, opened.code_sha256),
         facts=_facts(opened),
     )

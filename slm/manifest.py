@@ -63,6 +63,8 @@ def check(folder: Path, recorded: Iterable[str] = ()) -> Manifest:
         ValueError: a file is missing, changed or added, or the manifest does not have the recorded hash.
     """
     names = _names(folder)
+    if odd := next((name for name in names if not name.isprintable()), None):  # the hash has a line for each name
+        raise ValueError(f"{odd!r:.80} is not the name of a file that this project logs")
     written = _read(folder)
     if written is None:
         found = Manifest("", {name: _recorded(folder / name) for name in names})

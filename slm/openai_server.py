@@ -20,7 +20,9 @@ A page in a browser can give its own name the address of this machine (DNS rebin
 under a host name that the server was told to serve.
 
 Not covered: TLS, users and quotas (a proxy's work), tools, images, log probabilities, more than one model or process.
-A text does not join a running batch. A long prompt is one step of its batch. slm/connections.py guards the sockets.
+A text does not join a running batch. A long prompt is read in pieces where the model's runtime refills, and other
+batches take their turn between two pieces. With any other runtime, a prompt is one step of its batch.
+slm/connections.py guards the sockets.
 """
 
 import asyncio

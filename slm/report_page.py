@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -328,9 +329,11 @@ def tag_rows(report: Report) -> list[Row]:
     """Per tag, each model's overall score over the prompts that have it; a prompt counts under each of its tags."""
     clusters = {prompt.id: prompt.cluster for prompt in report.prompt_set.prompts}
     overall = [scoring.values_by_scorer(model.samples).get(OVERALL, {}) for model in report.models]
-    rows = []
-    for tag in sorted({tag for prompt in report.prompt_set.prompts for tag in prompt.tags}):
-        tagged = [prompt.id for prompt in report.prompt_set.prompts if tag in prompt.tags]
+    rows, with_tag = [], defaultdict(list)
+    for prompt in report.prompt_set.prompts:
+        for tag in dict.fromkeys(prompt.tags):
+            with_tag[tag].append(prompt.id)
+    for tag, tagged in sorted(with_tag.items()):
         found = [{id: values[id] for id in tagged if id in values} for values in overall]
         estimates = [mean_estimate(list(values.values()), [clusters[id] for id in values]) for values in found]
         marks = tuple(

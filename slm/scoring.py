@@ -94,6 +94,8 @@ def score(
             now = time.perf_counter()
             answered[prompt.id, repeat] = answer
             if not answer.get("error"):
+                if model.unchanged:
+                    model.unchanged()
                 kept.add(keys[prompt.id, repeat], answer, now - before)
             elapsed, before = elapsed + now - before, now
             advance()

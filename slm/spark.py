@@ -530,7 +530,7 @@ def described(prompt_set: SparkPromptSet, job: Job) -> loading.LoadedModel:
 
 def _described(job: Job) -> tuple[loading.LoadedModel | None, str]:
     try:
-        return replace(_model(job)[0], pyfunc=None, wrapper=None, ask=None), ""
+        return replace(_model(job)[0], pyfunc=None, wrapper=None, ask=None, unchanged=None), ""
     except BadInput as error:
         return None, str(error)
 

@@ -11,6 +11,7 @@ Not covered: pickles and source files beside the weights, which are never loaded
 only if the hub's cache has the file's SHA-256. After logging, the manifest finds such a bit (slm/manifest.py).
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,7 @@ NATIVE = {  # what files of machine code begin with
 TEXTS = (".md", ".txt", ".jinja", ".py", ".yaml", ".yml")
 TEXT_NAMES = ("LICENSE", "LICENCE", "NOTICE", "README")
 TEXT_BYTES = 16 * 2**20
+PLACE = re.compile(r"\d{1,18}", re.ASCII)  # of a tensor in a file, in bytes
 JSON_BYTES = 256 * 2**20  # a tokenizer of a quarter of a million tokens has 30 MB
 
 
@@ -70,8 +72,9 @@ def check_files(folder: Path, manifest: dict[str, cache.FileRecord]) -> None:
 
 def _blobs(folder: Path) -> list[Path]:
     """The folders in which the hub's cache keeps the files of a snapshot."""
-    places = [parent for parent in folder.absolute().parents if parent.name == "snapshots"]
-    return [(place.parent / "blobs").resolve() for place in places[:1]]
+    places = [parent.parent / "blobs" for parent in folder.absolute().parents if parent.name == "snapshots"]
+    # a link here could lead anywhere: the hub's cache has a folder
+    return [place.resolve() for place in places[:1] if not place.is_symlink()]
 
 
 def _check_kind(path: Path) -> None:
@@ -147,6 +150,8 @@ def _check_index(path: Path) -> None:
             f"model: {path} is not an index of weights ({type(error).__name__}: {error}); save it again"
         ) from None
     for name in names:
+        if isinstance(name, str) and not name.endswith(".safetensors"):
+            raise BadInput(f"model: {path} names {name!r:.80}, which is not a .safetensors file; save the model again")
         if not genai_config.is_inside(name) or not (path.parent / name).is_file():
             raise BadInput(f"model: {path} names {name!r:.80}, which is not in its folder; fetch the model again")
 
@@ -161,11 +166,16 @@ def _check_onnx(path: Path) -> None:
         raise BadInput(f"model: {path} is damaged (no ONNX graph can be read from it); fetch it again") from None
     for tensor in _tensors(model):
         entries = {entry.key: entry.value for entry in tensor.external_data}
+        numbers = [entries.get(key) or "0" for key in ("offset", "length")]
+        if len(entries) < len(tensor.external_data) or not all(map(PLACE.fullmatch, numbers)):
+            raise BadInput(
+                f"model: {path} is damaged (the place of {tensor.name!r:.80} cannot be read); fetch it again"
+            )
         name = entries.get("location", "")
         if not genai_config.is_inside(name):
             raise BadInput(f"model: {path} takes weights from {name!r:.80}, which is not in its folder and is refused")
         data = path.parent / name
-        end = int(entries.get("offset") or 0) + int(entries.get("length") or 0)
+        end = sum(map(int, numbers))
         if not data.is_file() or data.stat().st_size < end:
             raise BadInput(f"model: {data} is missing or cut off ({end:,} bytes are needed); fetch it again")
 
@@ -180,10 +190,10 @@ def _tensors(model) -> Iterator:
         found = list(getattr(one, "initializer", ()))
         for sparse in getattr(one, "sparse_initializer", ()):
             found += [sparse.values, sparse.indices]
-        for node in one.node:
-            for attribute in node.attribute:
-                found += [attribute.t, *attribute.tensors]
-                for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                    found += [sparse.values, sparse.indices]
-                waiting += [inner for inner in (attribute.g, *attribute.graphs) if inner.node]
+        attributes = [*getattr(one, "attribute_proto", ()), *(entry for node in one.node for entry in node.attribute)]
+        for attribute in attributes:
+            found += [attribute.t, *attribute.tensors]
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                found += [sparse.values, sparse.indices]
+            waiting += [*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs]
         yield from (tensor for tensor in found if tensor.data_location == onnx.TensorProto.EXTERNAL)

@@ -18,11 +18,11 @@ import types
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slm import cache, chat_model, checkpoints, genai_config, manifest, weights
-from slm.errors import BadInput
+from slm.errors import BadInput, exhausted
 
 FILE = "chat_model.py"
 RELEASED = {  # SHA-256 of the wrapper, by version
@@ -44,6 +44,7 @@ class Opened:
     settings: dict  # it was opened with
     providers: tuple[str, ...] | None  # that an ONNX folder lists; None for a checkpoint of transformers
     load_seconds: float  # without the checks before
+    unchanged: Callable[[], None]  # raises BadInput once its files are others than those that were checked
 
 
 def is_ours(description) -> bool:
@@ -88,7 +89,7 @@ def opened(
         before = manifest.stamp(folder)
         found = _opened(uri, folder, tuple(recorded), trust_code, override, before_loading)
         if manifest.stamp(folder) == before:
-            return found
+            return replace(found, unchanged=_watch(uri, folder, before, found.manifest.sha256))
     raise BadInput(f"{uri}: its files changed while it was loaded; stop what writes there, and try again")
 
 
@@ -125,14 +126,38 @@ def _opened(
         wrapper = module.SmallLanguageModel()
         try:
             wrapper.load_context(PythonModelContext({"onnx" if onnx else "checkpoint": read}, settings))
-        except ValueError as error:  # transformers' and ours, of files that don't fit each other
-            raise BadInput(f"{uri} can't be loaded: {' '.join(str(error).split()):.300}") from error
+        except (ValueError, KeyError, TypeError, OSError) as error:  # of files that don't fit each other
+            if exhausted(error):
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise BadInput(f"{uri} can't be loaded: {type(error).__name__}: {reason:.300}") from error
+        except BaseException as error:
+            if type(error).__module__ != "pyo3_runtime":  # where tokenizers' code in Rust gives up
+                raise
+            raise BadInput(f"{uri} can't be loaded: its tokenizer.json is damaged ({str(error)!r:.200})") from error
         seconds = time.perf_counter() - start
         weakref.finalize(wrapper, stack.pop_all().close)
     told = (metadata.get("chat_template") or "", metadata.get("special_tokens") or {})
     if (wrapper.template, wrapper.special_tokens) != told:
         raise BadInput(f"{uri}: its chat template or tokens differ from those in its MLmodel; log the model again")
-    return Opened(wrapper, description, found, code_sha256, settings, providers, seconds)
+    return Opened(wrapper, description, found, code_sha256, settings, providers, seconds, lambda: None)
+
+
+def _watch(uri: str, folder: Path, before: list[tuple], sha256: str) -> Callable[[], None]:
+    """A check that costs little: weights are read from the disk as they are used, so a write now is an answer's."""
+    seen = before
+
+    def unchanged() -> None:
+        nonlocal seen
+        try:
+            now = manifest.stamp(folder)
+            if now != seen:  # another link to the same file counts as a change
+                manifest.check(folder, [sha256])
+                seen = now
+        except (ValueError, OSError) as error:
+            raise BadInput(f"{uri}: its files were changed while it answered ({error})") from None
+
+    return unchanged
 
 
 def _weights(uri: str, folder: Path, found: manifest.Manifest, settings: dict) -> tuple[Path, dict]:

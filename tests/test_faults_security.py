@@ -54,6 +54,20 @@ SECRETS = {
     "environment variables in a text": ("GITHUB_PAT=a DB_PASS=b MYSQL_PWD=c", "GITHUB_PAT=… DB_PASS=… MYSQL_PWD=…"),
     "a code in a query": ("https://f.example/api?code=sesame&x=1", "https://f.example/api?code=…&x=1"),
     "a token in a fragment": ("https://f.example/#access_token=sesame", "https://f.example/#access_token=…"),
+    "a password as YAML has it": ("user: me\npassword: sesame1!\n", "user: me\npassword: …\n"),
+    "a key as a configuration file has it": ("aws_secret_access_key = ab/c+d1", "aws_secret_access_key = …"),
+    "a password as an option": ("psql --password=sesame -U me", "psql --password=… -U me"),
+    "a token as an option": ("curl --token sesame -v", "curl --token … -v"),
+    "a key in a header of its own": ("X-Api-Key: sesame-1", "X-Api-Key: …"),
+    "a temporary key of AWS": (f"id ASIA{'A1' * 8}", "id …"),
+    "a token of Vault": (f"hvs.{'aB3' * 8}", "…"),
+    "a token of Google": (f"ya29.{'aB3' * 8}", "…"),
+    "a token of Docker": (f"dckr_pat_{'aB3' * 8}", "…"),
+    "a token of NVIDIA": (f"nvapi-{'aB3' * 8}", "…"),
+    "a webhook of Slack": (
+        f"https://hooks.slack.com/services/T{'A1' * 5}/B{'A1' * 5}/{'aB3' * 8}",
+        "https://hooks.slack.com/services/…",
+    ),
     "a private key": (
         "-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY-----",
         "-----BEGIN RSA PRIVATE KEY-----…-----END RSA PRIVATE KEY-----",
@@ -118,13 +132,19 @@ def test_a_harmless_text_stays_and_is_no_refused_parameter(text):
     "name",
     [
         pytest.param(name, marks=pytest.mark.fault(f"secrets: the value of {name}"))
-        for name in ("PGPASSWORD", "MYSQL_PWD", "DB_PASS", "GITHUB_PAT")
+        for name in ("PGPASSWORD", "MYSQL_PWD", "DB_PASS", "GITHUB_PAT", "LDAP_BINDPW", "REDIS_AUTH", "SMTPPASS")
     ],
 )
 def test_the_value_of_a_secret_variable_is_left_out_wherever_it_stands(monkeypatch, name):
     monkeypatch.setenv(name, "open sesame!")
     assert credentials.scrubbed("login failed for open sesame! at db") == "login failed for … at db"
     assert credentials.scrubbed("GET /?q=open%20sesame%21") == "GET /?q=…"
+
+
+@pytest.mark.fault("secrets: the password in a variable that is a URL")
+def test_the_password_of_a_url_in_the_environment_is_left_out_by_itself(monkeypatch):
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me:open-sesame@db/x")
+    assert credentials.scrubbed("login with open-sesame failed") == "login with … failed"
 
 
 @pytest.mark.fault("secrets: a variable's value that begins with a slash")
@@ -284,6 +304,7 @@ class Hostile(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         name = unquote(path).rpartition("/")[2]
         self.server.asked.append(self.path)
+        self.server.credentials.append(self.headers.get("Authorization"))
         with suppress(ConnectionError):
             if path.endswith("/mlflow/runs/get"):
                 info = {"run_id": "1", "artifact_uri": "mlflow-artifacts:/", "lifecycle_stage": "active"}
@@ -341,7 +362,7 @@ def hostile(monkeypatch, tmp_path):
     import mlflow
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hostile)
-    server.daemon_threads, server.sent, server.asked = True, 0, []
+    server.daemon_threads, server.sent, server.asked, server.credentials = True, 0, [], []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     server.uri = f"http://127.0.0.1:{server.server_port}"
     (tmp_path / "tmp").mkdir()
@@ -367,6 +388,19 @@ HOSTILE = {
     "a tracking server's gzip bomb": "mlflow-artifacts:/bomb.jsonl",
     "a tracking server's folder of 500 files": "mlflow-artifacts:/many",
 }
+
+
+@pytest.mark.fault("downloads: another server's address in the form of the tracking server's artifacts")
+def test_the_tracking_servers_credentials_go_to_no_other_server(hostile, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "sesame")
+    artifact = "/api/2.0/mlflow-artifacts/artifacts/set.jsonl"
+    other = hostile.uri.replace("127.0.0.1", "localhost")
+    assert len(read(f"{other}{artifact}").prompts) == 1
+    assert hostile.asked == [artifact] and hostile.credentials == [None]  # nothing was listed either
+
+
+def test_a_web_address_may_have_a_scheme_in_capitals(hostile):
+    assert len(read(f"HTTP{hostile.uri.removeprefix('http')}/set.jsonl").prompts) == 1
 
 
 @pytest.mark.parametrize(

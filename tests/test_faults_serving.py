@@ -64,6 +64,20 @@ def test_one_token_is_answered_while_two_long_answers_are_generated(model):
             stream.close()
 
 
+@pytest.mark.fault("serving: another client's long prompt")
+def test_a_long_prompt_is_read_in_pieces_between_which_others_have_their_turn(model, monkeypatch):
+    monkeypatch.setattr(model._runtime, "_at_once", lambda span: 16)
+    question = {"messages": [{"role": "user", "content": "word " * 100}], "max_tokens": 2}
+    [row], [dropped] = model.prepare(question), model.prepare(question)
+    turns = [len(step) for step in model.stream([row])]
+    pieces = -(-len(row.prompt) // 16)
+    assert turns[: pieces - 1] == [0] * (pieces - 1) and turns[pieces - 1 :] == [1, 1]
+    steps = model.stream([dropped])
+    assert next(steps) == []
+    dropped.finish_reason = "cancelled"
+    assert next(steps, None) is None and not dropped.output
+
+
 @pytest.mark.fault("serving: one client's many long answers, and another client")
 @pytest.mark.parametrize("known_by", ["address", "key"])
 def test_a_client_is_answered_beside_another_ones_many_long_answers(model, known_by):

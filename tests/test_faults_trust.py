@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -102,6 +103,16 @@ FILES = {
         {"generation_config__json": '{"eos_token_id": 1, "eos_token_id": 2}'},
         "generation_config.json can't be read as JSON: the key 'eos_token_id' is given twice",
     ),
+    "models: an index that names weights of another kind": (
+        folder_of,
+        {"model__safetensors__index__json": '{"weight_map": {"a": "model.bin"}}', "model__bin": b"\x80\x02"},
+        "names 'model.bin', which is not a .safetensors file; save the model again",
+    ),
+    "models: a place in a file that is no number": (
+        genai_folder_of,
+        {"model__onnx": tiny_models.onnx_graph(length="abc")},
+        "model.onnx is damaged (the place of 'weight' cannot be read); fetch it again",
+    ),
     "models: auto_map below the top of a configuration": (
         folder_of,
         {"processor_config__json": '{"image": {"auto_map": {"AutoProcessor": "p.P"}}}'},
@@ -121,6 +132,31 @@ def test_a_vocabulary_may_hold_a_token_called_auto_map(tmp_path):
 
     folder = folder_of(tmp_path / "model", vocab__json='{"auto_map": 7}')
     assert checkpoints.find(str(folder)).fetch().folder == folder
+
+
+@pytest.mark.fault("models: a folder that poses as the hub's cache")
+def test_a_link_into_blobs_that_are_a_link_themselves_is_refused(tmp_path):
+    (tmp_path / "secret.txt").write_text("sesame")
+    folder = folder_of(tmp_path / "hub" / "snapshots" / "m")
+    (tmp_path / "hub" / "blobs").symlink_to("/")
+    (folder / "notes").symlink_to(tmp_path / "secret.txt")
+    assert f"{folder / 'notes'} is a link to {tmp_path / 'secret.txt'}, outside the folder" in refusal(folder)
+
+
+@pytest.mark.fault("models: a chat template that is a folder")
+def test_a_chat_template_that_is_a_folder_is_one_line(tmp_path):
+    from slm import checkpoints
+
+    folder = folder_of(tmp_path / "model")
+    (folder / "chat_template.jinja").mkdir()
+    with pytest.raises(BadInput, match="holds no chat template and tokens"):
+        checkpoints.find(str(folder)).fetch().require_chat()
+
+
+@pytest.mark.fault("models: a chat template that makes half a character")
+def test_a_template_that_makes_half_a_character_is_refused():
+    with pytest.raises(chat_model.Refused, match="refused the conversation: UnicodeEncodeError"):
+        chat_model.render('{{ "\\ud800" }}', {}, [{"role": "user", "content": "x"}])
 
 
 @pytest.mark.fault("models: a chat template that is no text")
@@ -344,6 +380,43 @@ def test_what_is_loaded_is_what_was_checked(logged, monkeypatch, restored):
         assert refused(uri).endswith("its files changed while it was loaded; stop what writes there, and try again")
     else:
         assert refused(uri)  # the second try finds a file more
+
+
+@pytest.mark.fault("models: weights that are written while the model answers")
+def test_no_answer_is_kept_of_a_model_that_was_changed_while_it_answered(logged, tmp_path, monkeypatch):
+    from slm import answers, prompts, scoring
+
+    monkeypatch.setenv("PHI3_MLFLOW_CACHE", str(tmp_path / "cache"))
+    uri, folder = logged
+    model = load(uri)
+    os.link(folder / "artifacts" / "onnx" / "model.onnx.data", tmp_path / "another link")
+    model.unchanged()  # a link to a file is no change of it
+    rewrite(folder / "artifacts" / "onnx" / "model.onnx.data", b"other weights")
+    rows = tmp_path / "set.jsonl"
+    rows.write_text('{"id": "a", "prompt": "Hi", "expected": "x"}\n')
+    with pytest.raises(BadInput, match="its files were changed while it answered"):
+        scoring.score(model, prompts.read_prompt_set(rows, "set"), GENERATION | {"batch_size": 0}, 1, "all")
+    [kept] = (tmp_path / "cache" / "answers").glob("*.jsonl")
+    assert answers._read(kept) == []
+
+
+@pytest.mark.fault("models: weights that are exchanged before a second session opens them")
+def test_no_second_session_is_opened_over_other_weights(logged):
+    _, folder = logged
+    runtime = load(logged[0]).wrapper._runtime
+    if runtime._threads == 1:
+        pytest.skip("one core has one session")
+    path = folder / "artifacts" / "onnx" / "model.onnx.data"
+    content = path.read_bytes()
+    rewrite(path, content)
+    assert runtime.lanes(1000) == [runtime]
+
+
+@pytest.mark.fault("models: a name that makes two lines of the manifest")
+def test_a_file_whose_name_has_a_line_break_is_refused(logged):
+    uri, folder = logged
+    (folder / "a\nb").touch()
+    assert r"'a\nb' is not the name of a file that this project logs" in refused(uri)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
