@@ -505,8 +505,8 @@ def exact_integers(decoder: dict) -> dict[str, str]:
     """
     name, exact = EXACT_INTEGERS
     said = (decoder.get("session_options") or {}).get(name)
-    if said is not None:
-        return {name: str(said)}
+    if said in ("0", "1"):
+        return {name: said}
     return {name: exact} if integers_saturate() else {}
 
 

@@ -261,6 +261,7 @@ def test_weights_that_fill_no_whole_blocks_keep_eight_bits(fp32_export, tmp_path
         ("x86_64", "avx2 avx_vnni", None, None),
         ("AMD64", "avx2 avx512f", None, "1"),
         ("AMD64", "avx2 avx512f", "0", "0"),  # as our own exports
+        ("AMD64", "avx2 avx512f", "perhaps", "1"),
         ("x86_64", "avx2 avx512f avx512_vnni", "1", "1"),
         ("x86_64", None, None, "1"),
         ("aarch64", "asimd", None, None),
