@@ -453,6 +453,7 @@ def test_a_run_whose_driver_was_killed_resumes_from_the_parts_that_are_done(run,
     numbers, uri = write_numbers(tmp_path / "numbers.jsonl", 160), log_model(tmp_path, "model", delay=0.1)
     options = {"model_uris": uri, "prompts": numbers, "engine": "spark"}
     command = [sys.executable, "-m", "entrypoints.evaluate", "--spark_master=local[2,4]", "--traces=false"]
+    command.append("--trust_code=true")
     command += [f"--{name}={value}" for name, value in options.items()]
     environment = os.environ | {"MLFLOW_EXPERIMENT_NAME": "spark"}
     with (tmp_path / "driver.log").open("w") as log:
