@@ -222,10 +222,11 @@ def _at_address(judge: str) -> JudgeModel:
 
 
 def _logged(uri: str) -> JudgeModel:
-    resolved = tracking.resolve(uri)
+    resolved = tracking.resolve(uri, trust_code=True)  # nothing is loaded yet
     facts = tracking.quiet_mlflow().models.get_model_info(resolved).metadata or {}
     if "model.sha256" not in facts or facts.get("schema") != "chat":
         raise BadInput(f"judge: {uri} is not a chat model that this project logged; write {EXAMPLES}")
+    tracking.resolve(resolved)  # of this project, and still with code that may not be run
     return JudgeModel(resolved, f"{facts['model.sha256']} {LOGGED_PARAMETERS}", is_logged=True)
 
 
