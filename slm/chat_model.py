@@ -410,7 +410,6 @@ def _rendered(template: str, special_tokens: dict[str, str], messages: list[dict
         # what is done with the text afterwards, in the tokenizer, has no bounds of its own
         most = 2**20 + 4 * len(json.dumps(messages))
         if len(text) <= most:
-            text.encode()  # the tokenizer takes no half of a character
             return {"text": text}
         reason = f"its text has {len(text):,} characters, {most:,} at most are taken"
     except MemoryError:
@@ -1121,11 +1120,11 @@ class SmallLanguageModel(PythonModel):
             prompt = row.get("prompt")
             if not isinstance(prompt, str) or not prompt:
                 raise Refused(f"prompt must be a non-empty text, got {prompt!r}")
-            ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+            ids = self._ids(prompt)
             if not ids or ids[0] not in self._special_ids:  # else it came through a template, which adds its own
-                ids = self._tokenizer.encode(prompt, add_special_tokens=True).ids
+                ids = self._ids(prompt, add_special_tokens=True)
         else:
-            ids = self._tokenizer.encode(self.render(messages_of(row.get("messages"))), add_special_tokens=False).ids
+            ids = self._ids(self.render(messages_of(row.get("messages"))))
         room = self._runtime.context_length - len(ids)
         if not ids or room < 1:
             raise Refused(f"the prompt has {len(ids)} tokens; the context length is {self._runtime.context_length}")
@@ -1201,6 +1200,12 @@ class SmallLanguageModel(PythonModel):
         )
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except (TypeError, UnicodeEncodeError):  # half of a character, which no tokenizer takes
+            raise Refused("the prompt holds half of a character (a lone surrogate); remove it") from None
 
     def _rows(self, model_input) -> list[dict]:
         """The input as one dict per row; {"prompt": [texts]}, which MLflow makes one cell of, is a row per text."""

@@ -72,6 +72,7 @@ def test_a_long_prompt_is_read_in_pieces_between_which_others_have_their_turn(mo
     turns = [len(step) for step in model.stream([row])]
     pieces = -(-len(row.prompt) // 16)
     assert turns[: pieces - 1] == [0] * (pieces - 1) and turns[pieces - 1 :] == [1, 1]
+    model._runtime._idle.clear()  # else the second one begins where the first one ended
     steps = model.stream([dropped])
     assert next(steps) == []
     dropped.finish_reason = "cancelled"

@@ -154,9 +154,11 @@ def test_a_chat_template_that_is_a_folder_is_one_line(tmp_path):
 
 
 @pytest.mark.fault("models: a chat template that makes half a character")
-def test_a_template_that_makes_half_a_character_is_refused():
-    with pytest.raises(chat_model.Refused, match="refused the conversation: UnicodeEncodeError"):
-        chat_model.render('{{ "\\ud800" }}', {}, [{"role": "user", "content": "x"}])
+def test_a_template_that_makes_half_a_character_is_refused(logged):
+    wrapper = load(logged[0]).wrapper
+    wrapper.template = '{{ "\\ud800" }}'
+    with pytest.raises(chat_model.Refused, match="the prompt holds half of a character"):
+        wrapper.prepare({"messages": [{"role": "user", "content": "x"}]})
 
 
 @pytest.mark.fault("models: a chat template that is no text")
@@ -570,7 +572,7 @@ def test_the_runtime_reads_settings_that_nobody_else_can_write(logged, monkeypat
         raise ValueError("far enough")
 
     monkeypatch.setattr(chat_model.SmallLanguageModel, "load_context", kept)
-    assert refused(uri).endswith("can't be loaded: far enough")
+    assert refused(uri).endswith("can't be loaded: ValueError: far enough")
     [private] = seen
     assert private != place and not private.exists()  # it is gone with the model
     with wrappers._private(place, genai_config.read(place)) as name:

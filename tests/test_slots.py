@@ -122,8 +122,8 @@ def test_the_first_token_is_drawn_from_the_logits_of_its_prompt(wrapper):
 
 
 def test_a_row_that_is_dropped_before_its_turn_is_not_begun(wrapper, monkeypatch):
-    read, begun = type(wrapper._runtime)._read, []
-    monkeypatch.setattr(type(wrapper._runtime), "_read", lambda self, *words: begun.append(1) or read(self, *words))
+    read, begun = type(wrapper._runtime)._pieces, []
+    monkeypatch.setattr(type(wrapper._runtime), "_pieces", lambda self, *words: begun.append(1) or read(self, *words))
     rows = [wrapper.prepare({"messages": PLACES[at:], "max_tokens": 2})[0] for at in (0, 1, 0)]
     for step, _ in enumerate(wrapper._run(rows, 3, streamed=True)):
         if step == 0:  # the first row's first token
