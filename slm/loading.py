@@ -108,7 +108,8 @@ def load(
     try:
         opened = wrappers.opened(uri, folder, recorded, trust_code, override, reset_peak_memory)
     except Exception as error:
-        if isinstance(error, BadInput) or "cuda" not in str(error).lower() or exhausted(error):
+        about_gpu = any(word in str(error).lower() for word in ("cuda", "nvidia"))
+        if isinstance(error, BadInput) or not about_gpu or exhausted(error):
             raise  # one that was logged to run on a GPU says what is missing here
         raise BadInput(f"{uri} can't be loaded: {_one_line(error)}") from error
     description, wrapper = opened.description, opened.wrapper

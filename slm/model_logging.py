@@ -173,6 +173,8 @@ def requirements(wrapper: str, scratch: Path) -> list[str]:
     names = [environment.installed_as(name) for name in PACKAGES[wrapper]]
     found = environment.closure(names)
     lines = {name: f"{name}=={version.split('+')[0]}" for name, version in found.items()}
+    if "torch" in names:  # its CUDA build pins its libraries itself, and its CPU build has none of them
+        lines = {name: line for name, line in lines.items() if not name.startswith(("nvidia-", "cuda-", "triton"))}
     constraints = scratch / "constraints.txt"
     constraints.write_text("".join(f"{lines[name]}\n" for name in sorted(lines)), encoding="utf-8")
     asked = [lines[name].replace("onnxruntime-gpu==", "onnxruntime-gpu[cuda,cudnn]==") for name in names]

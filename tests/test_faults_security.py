@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tarfile
 import threading
@@ -208,6 +209,17 @@ def test_the_cpu_build_and_the_cuda_build_of_torch_are_both_locked():
     for folder in os.environ.get("PIP_FIND_LINKS", "").split():
         wheel = Path(folder) / f"{line.replace('==', '-')}+cpu-cp311-cp311-manylinux_2_28_x86_64.whl"
         assert not wheel.exists() or cache.file_sha256(wheel) == cpu
+
+
+def test_a_locked_file_can_be_had_without_what_only_a_gpu_needs(tmp_path):
+    printed = subprocess.run([REPOSITORY / ".ci" / "cpu", "locked-test.txt"], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    assert printed.returncode == 0
+    (tmp_path / "cpu.txt").write_bytes(printed.stdout)
+    whole, cpu = requirements_of(REPOSITORY / "locked-test.txt"), requirements_of(tmp_path / "cpu.txt")
+    [torch] = set(cpu) - set(whole)
+    assert re.fullmatch(r"torch==[\d.]+\+cpu --hash=sha256:[0-9a-f]{64}", torch)
+    missing = {line.partition("==")[0] for line in set(whole) - set(cpu)} - {"torch"}
+    assert "nvidia-cublas" in missing and all(name.startswith(("nvidia-", "cuda-", "triton")) for name in missing)
 
 
 @pytest.mark.fault("supply chain: an install command without hashes")

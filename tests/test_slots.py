@@ -169,18 +169,18 @@ def test_a_row_waits_for_no_core_that_is_busy(on_two_cores, monkeypatch):
     runtime = type(on_two_cores._runtime)
     if len(on_two_cores._runtime.lanes(40)) == 1:
         pytest.skip("its weights are held once")
-    read, step, begun = runtime._read, runtime._next, Counter()
+    pieces, step, begun = runtime._pieces, runtime._next, Counter()
 
     def counted(self, *words):
         begun[threading.get_ident()] += 1
-        return read(self, *words)
+        return pieces(self, *words)
 
     def slowed(self, *words):
         if threading.get_ident() == next(iter(begun)):
             time.sleep(0.5)
         return step(self, *words)
 
-    monkeypatch.setattr(runtime, "_read", counted)
+    monkeypatch.setattr(runtime, "_pieces", counted)
     monkeypatch.setattr(runtime, "_next", slowed)
     rows = [{"messages": [{"role": "user", "content": f"Count from {n}."}], "max_tokens": 3} for n in range(10, 50)]
     assert len([*on_two_cores.answers(rows, batch_size=32)]) == 40
