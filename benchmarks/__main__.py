@@ -38,11 +38,11 @@ def main() -> None:
 
 def check_gpu() -> None:
     """Every side must be able to use the GPU: the wrappers, and llama.cpp."""
-    from slm import evaluation
-    from slm.errors import BadInput
+    from slm.base.errors import BadInput
+    from slm.evaluation import steps
 
     try:
-        evaluation.check_devices(argparse.Namespace(device="cuda", execution_provider="cuda"))
+        steps.check_devices(argparse.Namespace(device="cuda", execution_provider="cuda"))
     except BadInput as error:
         raise SystemExit(f"error: {error}") from None
     import llama_cpp

@@ -14,8 +14,13 @@ from pathlib import Path
 from benchmarks import peers
 from benchmarks.generation import speed, wrapper
 from benchmarks.ratios import Row, in_turn, ratios
-from slm import checkpoints, console, evaluation, onnx_export, parameters, prompts, tracking
-from slm.chat_model import physical_cores
+from slm.base import console, parameters
+from slm.evaluation import steps
+from slm.models import checkpoints, onnx_export
+from slm.models.chat_model import physical_cores
+from slm.prompts import prompt_sets
+from slm.scorers.confined import CHECKS
+from slm.tracking import lifecycle, mlflow_client
 
 BARE_BATCH_SIZE = 16  # its best in benchmarks/generation.py
 
@@ -23,10 +28,10 @@ BARE_BATCH_SIZE = 16  # its best in benchmarks/generation.py
 def measure(scratch: Path, provider: str) -> list[Row]:
     console.out.quiet = True
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-    mlflow = tracking.quiet_mlflow()
+    mlflow = mlflow_client.quiet_mlflow()
     mlflow.set_tracking_uri(f"sqlite:///{scratch}/mlflow.db")
     mlflow.set_experiment(experiment_id=mlflow.create_experiment("evaluating", artifact_location=f"{scratch}/store"))
-    from slm import model_logging
+    from slm.models import model_logging
 
     checkpoint = checkpoints.find("smollm2-135m-instruct").fetch()
     export = onnx_export.export(checkpoint, "int4", provider)
@@ -36,20 +41,20 @@ def measure(scratch: Path, provider: str) -> list[Row]:
             "onnx": model_logging.log_onnx(export, "chat", generation, "int4").model_uri,
             "pipeline": model_logging.log_pipeline(checkpoint, generation).model_uri,
         }
-    whole = prompts.read_prompt_set(Path("prompts/general.jsonl"), "general")
-    part = prompts.PromptSet(**{**vars(whole), "prompts": whole.prompts[::5]})
+    whole = prompt_sets.read_prompt_set(Path("prompts/general.jsonl"), "general", CHECKS)
+    part = prompt_sets.PromptSet(**{**vars(whole), "prompts": whole.prompts[::5]})
     model = wrapper(onnx=export.folder)
     texts = {id(chosen): [model.render(list(row.messages)) for row in chosen.prompts] for chosen in (whole, part)}
     ids = [model.prepare({"messages": list(row.messages)})[0].prompt for row in whole.prompts]
     tokenizer = model._tokenizer
 
-    def evaluate(name: str, prompt_set: prompts.PromptSet) -> float:
+    def evaluate(name: str, prompt_set: prompt_sets.PromptSet) -> float:
         options = [f"--model_uris={uris[name]}", f"--max_tokens={peers.MAX_TOKENS}", "--resume=false"]
         args = parameters.parse("evaluate", "", options)
-        with tracking.run("evaluate", args):
+        with lifecycle.run("evaluate", args):
             start = time.perf_counter()
-            scored, run_id = evaluation.score_model(name, uris[name], prompt_set, args)
-            evaluation.conclude(name, [(scored, run_id)], (), prompt_set)
+            scored, run_id = steps.score_model(name, uris[name], prompt_set, args)
+            steps.conclude(name, [(scored, run_id)], (), prompt_set)
             seconds = time.perf_counter() - start - scored.model.load_seconds
         return sum(sample.output_tokens for sample in scored.samples) / seconds
 

@@ -22,21 +22,25 @@ from rich.table import Table
 
 from benchmarks import logging_cost
 from benchmarks.ratios import Row
-from slm import cache
+from slm.base import cache
 
 PHASES = """
 import json, sys, time
 from pathlib import Path
 phase, provider, scratch = sys.argv[1:]
 scratch = Path(scratch)
-from slm import checkpoints, loading, model_logging, onnx_export, prompts, tracking
+from slm.answers import loading
+from slm.models import checkpoints, model_logging, onnx_export
+from slm.prompts import prompt_sets
+from slm.scorers.confined import CHECKS
+from slm.tracking import mlflow_client
 facts = {}
 def checkpoint():
     return checkpoints.find(str(scratch / "phi-3-shaped")).fetch()
 generation = {"max_tokens": 16, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": []}
 generation |= {"device": "cuda" if provider == "cuda" else "auto", "dtype": "bf16", "execution_provider": provider}
 def log(name):
-    mlflow = tracking.quiet_mlflow()
+    mlflow = mlflow_client.quiet_mlflow()
     mlflow.set_tracking_uri(f"sqlite:///{scratch}/mlflow.db")
     mlflow.set_experiment(experiment_id=mlflow.create_experiment(name, artifact_location=f"{scratch}/store"))
     found = checkpoint() if name == "pipeline" else onnx_export.export(checkpoint(), "int4", provider)
@@ -45,12 +49,12 @@ def log(name):
             return model_logging.log_onnx(found, "chat", generation, "int4").model_uri
         return model_logging.log_pipeline(found, generation).model_uri
 def score(name):
-    mlflow = tracking.quiet_mlflow()
+    mlflow = mlflow_client.quiet_mlflow()
     mlflow.set_tracking_uri(f"sqlite:///{scratch}/mlflow.db")
     start = time.perf_counter()
     model = mlflow.pyfunc.load_model((scratch / f"{name}.uri").read_text())
     facts["load"] = time.perf_counter() - start
-    rows = prompts.read_prompt_set(Path("prompts/general.jsonl"), "general").prompts[:8]
+    rows = prompt_sets.read_prompt_set(Path("prompts/general.jsonl"), "general", CHECKS).prompts[:8]
     rows = [{"messages": list(row.messages), "max_tokens": 16} for row in rows]
     wrapper = model.unwrap_python_model()
     for label, batch_size in (("one", 1), ("together", 8)):
@@ -91,7 +95,7 @@ def bandwidth(provider: str) -> float:
         return max(device.nbytes / _seconds(lambda: device.max().item()) for _ in range(5))
     from concurrent.futures import ThreadPoolExecutor
 
-    from slm.chat_model import physical_cores
+    from slm.models.chat_model import physical_cores
 
     threads = physical_cores()
     data = np.ones(2**28, dtype=np.float64)

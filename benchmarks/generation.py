@@ -11,8 +11,11 @@ from pathlib import Path
 
 from benchmarks import peers, precision
 from benchmarks.ratios import Row, best, in_turn, ratios
-from slm import checkpoints, onnx_export, prompts
-from slm.chat_model import Answer, SmallLanguageModel, integers_saturate, physical_cores
+from slm.models import checkpoints, onnx_export
+from slm.models.chat_model import Answer, SmallLanguageModel, integers_saturate, physical_cores
+from slm.prompts import prompt_sets
+from slm.prompts.prompt_rows import Prompt
+from slm.scorers.confined import CHECKS
 
 BATCH_SIZES = (8, 16, 32)
 WITHOUT_VNNI = "integers of 8 bits are multiplied as fast as that by processors with VNNI"
@@ -31,8 +34,8 @@ def wrapper(**artifacts) -> SmallLanguageModel:
     return model
 
 
-def prompt_rows() -> tuple[prompts.Prompt, ...]:
-    return prompts.read_prompt_set(Path("prompts/general.jsonl"), "general").prompts
+def prompt_rows() -> tuple[Prompt, ...]:
+    return prompt_sets.read_prompt_set(Path("prompts/general.jsonl"), "general", CHECKS).prompts
 
 
 def questions() -> list[dict]:

@@ -13,7 +13,7 @@ def rows_of(group: str, provider: str) -> list[Row]:
     """A group's rows with everything on `provider`, cpu or cuda."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from benchmarks import evaluation, full_size, generation, logging_cost, start
-    from slm import cache
+    from slm.base import cache
 
     cache.root().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache.root()) as scratch:

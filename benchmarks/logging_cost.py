@@ -17,14 +17,18 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.ratios import Row, in_turn, ratios
-from slm import cache, checkpoints, onnx_export
+from slm.base import cache
+from slm.models import checkpoints, onnx_export
 
 PROBE = """
 import json, shutil, subprocess, sys, time
 from pathlib import Path
-from slm import cache, checkpoints, loading, model_logging, tracking
+from slm.answers import loading
+from slm.base import cache
+from slm.models import checkpoints, model_logging
+from slm.tracking import mlflow_client
 name, folder, scratch = sys.argv[1:]
-mlflow = tracking.quiet_mlflow()
+mlflow = mlflow_client.quiet_mlflow()
 mlflow.set_tracking_uri(f"sqlite:///{scratch}/mlflow.db")
 files = [path for path in Path(folder).iterdir()]
 manifest = {path.name: cache.FileRecord("0" * 64, path.stat().st_size) for path in files}

@@ -40,7 +40,7 @@ def growth_bytes(model, calls: int) -> int:
 def main() -> None:
     import mlflow
 
-    from slm import checkpoints, model_logging, onnx_export
+    from slm.models import checkpoints, model_logging, onnx_export
 
     checkpoint = checkpoints.find("smollm2-135m-instruct").fetch()
     table = Table("wrapper", "before", "growth over 1,000 calls", title="memory, goal: growth under 20 MB")

@@ -26,7 +26,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from slm import cache, console, parameters, prompts, tracking
+from slm.base import cache, console, parameters
+from slm.prompts import prompt_sets
+from slm.scorers.confined import CHECKS
+from slm.tracking import lifecycle, mlflow_client
 
 GOAL = 2.0  # ms a prompt, without the evaluation view
 SIZES = (500, 2000)
@@ -73,10 +76,12 @@ def measure(uri: str, scratch: Path) -> tuple[dict[int, list[tuple]], tuple]:
     os.environ["PHI3_MLFLOW_CACHE"] = str(scratch / "cache")
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     scratch.mkdir()
-    mlflow = tracking.quiet_mlflow()
+    mlflow = mlflow_client.quiet_mlflow()
     import pandas
 
-    from slm import evaluation, loading, traces
+    from slm.answers import loading
+    from slm.evaluation import steps
+    from slm.report import traces
 
     mlflow.set_tracking_uri(uri)
     artifacts = None if uri.startswith("http") else str(scratch / "artifacts")
@@ -91,11 +96,11 @@ def measure(uri: str, scratch: Path) -> tuple[dict[int, list[tuple]], tuple]:
     for turn, size in enumerate((20, *SIZES * ROUNDS)):
         prompt_set = made(turn, size, scratch / f"{turn}.jsonl")
         args = parameters.parse("evaluate", "", [f"--model_uris={logged.model_uri}"])
-        with tracking.run("overhead", args):
+        with lifecycle.run("overhead", args):
             start, cpu = time.perf_counter(), time.process_time()
-            scored, run_id = evaluation.score_model("echo", logged.model_uri, prompt_set, args)
+            scored, run_id = steps.score_model("echo", logged.model_uri, prompt_set, args)
             middle = time.perf_counter()
-            evaluation.conclude("overhead", [(scored, run_id)], (), prompt_set)
+            steps.conclude("overhead", [(scored, run_id)], (), prompt_set)
             end, cpu = time.perf_counter(), time.process_time() - cpu
         if scored.metrics["contains/mean"] < 1:
             raise SystemExit(f"the echo was not scored as one: {scored.metrics}")
@@ -108,13 +113,13 @@ def measure(uri: str, scratch: Path) -> tuple[dict[int, list[tuple]], tuple]:
     return costs, (len(found), view.seconds * 1000 / TRACED)
 
 
-def made(turn: int, size: int, path: Path) -> prompts.PromptSet:
+def made(turn: int, size: int, path: Path) -> prompt_sets.PromptSet:
     rows = []
     for n in range(size):
         question = f"Turn {turn}: after {n} comes the number {n + 1}, and what comes then?"
         rows.append({"id": f"row-{n}", "prompt": question, "expected": str(n + 1), "scorers": ["contains", "token_f1"]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return prompts.read_prompt_set(path, str(path))
+    return prompt_sets.read_prompt_set(path, str(path), CHECKS)
 
 
 @contextmanager

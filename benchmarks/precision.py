@@ -15,8 +15,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from slm import checkpoints, onnx_export, prompts, scorers
-from slm.chat_model import SmallLanguageModel
+from slm.models import checkpoints, onnx_export
+from slm.models.chat_model import SmallLanguageModel
+from slm.prompts import prompt_sets
+from slm.scorers import confined
 
 EXPORTS = {  # the builder's options, where its own precision is meant
     "fp32": ("fp32", None),
@@ -39,7 +41,7 @@ class Context:
 
 def main() -> None:
     path = Path(sys.argv[1] if len(sys.argv) > 1 else "prompts/general.jsonl")
-    prompt_set = prompts.read_prompt_set(path, str(path)).prompts
+    prompt_set = prompt_sets.read_prompt_set(path, str(path), confined.CHECKS).prompts
     rows = [
         {"messages": list(prompt.messages or [{"role": "user", "content": prompt.prompt}]), "max_tokens": 48}
         for prompt in prompt_set
@@ -101,7 +103,7 @@ def common(text: str, other: str) -> int:
 def score(prompt_set, answers) -> float:
     values = []
     for prompt, answer in zip(prompt_set, answers, strict=True):
-        results = [scorers.score(call.name, answer.text, prompt.expected, call.options) for call in prompt.scorers]
+        results = [confined.score(call.name, answer.text, prompt.expected, call.options) for call in prompt.scorers]
         scored = [result.value for result in results if result.value is not None]
         values += [sum(scored) / len(scored)] if scored else []
     return statistics.fmean(values)

@@ -23,7 +23,8 @@ from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
-from slm import prompts
+from slm.prompts import prompt_sets
+from slm.scorers.confined import CHECKS
 
 CLIENTS = 8
 REQUESTS = 200
@@ -33,7 +34,7 @@ ROUNDS = 5
 def log_model(folder: Path) -> str:
     import mlflow
 
-    from slm import checkpoints, model_logging, onnx_export
+    from slm.models import checkpoints, model_logging, onnx_export
 
     export = onnx_export.export(checkpoints.find("smollm2-135m-instruct").fetch(), "int4", "cpu")
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
@@ -79,7 +80,7 @@ def measure(url: str) -> None:
     key = os.environ.get("PHI3_MLFLOW_API_KEY", "").split(",")[0].strip() or "none"  # it may hold several
     client = OpenAI(base_url=url, api_key=key, max_retries=0)
     name = client.models.list().data[0].id
-    rows = prompts.read_prompt_set(Path("prompts/general.jsonl"), "general").prompts
+    rows = prompt_sets.read_prompt_set(Path("prompts/general.jsonl"), "general", CHECKS).prompts
     questions = [list(row.messages or [{"role": "user", "content": row.prompt}]) for row in rows]
     questions = [questions[at % len(questions)] for at in range(REQUESTS)]
 

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.overhead import server
-from slm import checkpoints, model_logging, onnx_export, tracking
+from slm.models import checkpoints, model_logging, onnx_export
+from slm.tracking import mlflow_client
 
 DELAY = 0.05  # seconds a row
 DRIVER = "512m"  # of heap, for --memory
@@ -52,7 +53,7 @@ def main() -> None:
     os.environ.update(SPARK_LOCAL_IP="127.0.0.1", PYSPARK_PYTHON=sys.executable)
     with tempfile.TemporaryDirectory(prefix="phi3-mlflow-") as scratch, server(Path(scratch)) as uri:
         os.environ["MLFLOW_TRACKING_URI"] = uri
-        tracking.quiet_mlflow().set_tracking_uri(uri)
+        mlflow_client.quiet_mlflow().set_tracking_uri(uri)
         if args.memory:
             memory(Path(scratch))
         elif args.udf:

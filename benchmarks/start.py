@@ -13,12 +13,14 @@ import time
 from pathlib import Path
 
 from benchmarks.ratios import ROUNDS, Row
-from slm import cache, checkpoints, onnx_export, tracking
+from slm.base import cache
+from slm.models import checkpoints, onnx_export
+from slm.tracking import mlflow_client
 
 
 def measure(provider: str) -> list[Row]:
-    mlflow = tracking.quiet_mlflow()
-    from slm import model_logging
+    mlflow = mlflow_client.quiet_mlflow()
+    from slm.models import model_logging
 
     export = onnx_export.export(checkpoints.find("smollm2-135m-instruct").fetch(), "int4", provider)
     generation = {"max_tokens": 64, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": []}

@@ -12,8 +12,8 @@ import argparse
 import json
 import sys
 
-from slm import tracking
-from slm.errors import BadInput
+from slm.base.errors import BadInput
+from slm.tracking import lifecycle, mlflow_client
 
 
 def parse_args(argv: list[str] | None) -> list[str]:
@@ -35,12 +35,12 @@ def parse_args(argv: list[str] | None) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return tracking.exit_code(lambda: compare(*parse_args(argv)))
+    return lifecycle.exit_code(lambda: compare(*parse_args(argv)))
 
 
 def compare(first_id: str, second_id: str) -> str:
     """The story: both runs read, compared model by model, shown; "pass" where they ended alike, else "regress"."""
-    from slm import reproduction
+    from slm.verdict import reproduction
 
     # Both runs, as they left themselves
     first, second = read(first_id, "environment.json"), read(second_id, "environment.json")
@@ -62,7 +62,7 @@ def read(run_id: str, name: str):
         BadInput: there is no such run or file, or it was written before runs left a record.
     """
     try:
-        path = tracking.download(f"runs:/{run_id}/evaluation/{name}")
+        path = mlflow_client.download(f"runs:/{run_id}/evaluation/{name}")
     except BadInput as error:
         raise BadInput(f"compare: {error}") from None
     text = path.read_text(encoding="utf-8")
@@ -76,7 +76,7 @@ def read(run_id: str, name: str):
 
 def scored_models(run_id: str, record: dict) -> list:
     """What a run scored: its child runs, or the run itself where it is one."""
-    from slm.reproduction import Scored
+    from slm.verdict.reproduction import Scored
 
     if "models" not in record:
         return [Scored(record, read(run_id, "samples.jsonl"))]
@@ -89,7 +89,7 @@ def show(labels: list[str], compared: list, gate: list) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from slm import console
+    from slm.base import console
 
     table = Table("differs", "first run", "second run", header_style="bold")
     shared = [one for one in compared[0].differences if all(one in other.differences for other in compared)]

@@ -11,8 +11,12 @@ model gets a child run; the run itself gets the comparison and the verdict.
 import argparse
 import sys
 
-from slm import checkpoints, endpoints, onnx_export, parameters, schedule, tracking
-from slm.errors import BadInput
+from slm.answers import endpoints
+from slm.base import model_uri, parameters
+from slm.base.errors import BadInput
+from slm.evaluation import schedule
+from slm.models import checkpoints, onnx_export
+from slm.tracking import lifecycle, registry
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -20,23 +24,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return tracking.exit_code(lambda: evaluate(parse_args(argv)))
+    return lifecycle.exit_code(lambda: evaluate(parse_args(argv)))
 
 
 def evaluate(args: argparse.Namespace) -> str:
     """The story of the run; returns the gate's state."""
-    from slm import evaluation
+    from slm.evaluation import steps
 
     # What was asked for, checked before anything is opened or fetched
-    prompt_set = evaluation.read_prompts(args)
-    thresholds = evaluation.read_gate(args)
-    evaluation.generation(args)
-    evaluation.check_engine(args)
-    evaluation.check_devices(args)
+    prompt_set = steps.read_prompts(args)
+    thresholds = steps.read_gate(args)
+    steps.generation(args)
+    steps.check_engine(args)
+    steps.check_devices(args)
     uris = [uri.strip() for uri in args.model_uris.split(",") if uri.strip()]
     if args.baseline and not uris:
         raise BadInput("baseline: needs model_uris to compare with it; with none, the pipeline is the baseline")
-    if args.alias and not (thresholds and len(uris) == 1 and tracking.can_be_promoted(uris[0])):
+    if args.alias and not (thresholds and len(uris) == 1 and model_uri.can_be_promoted(uris[0])):
         raise BadInput("alias: needs thresholds, and one registered version in model_uris, models:/name/3 or @alias")
     schedule.check(args)
     for uri in filter(endpoints.is_endpoint, [*uris, args.baseline]):
@@ -52,9 +56,9 @@ def evaluate(args: argparse.Namespace) -> str:
 
         # The models: those named, or both wrappers of `model`, the pipeline being the baseline
         if source is None:
-            named = [(uri, tracking.resolve(uri, args.trust_code)) for uri in uris]
+            named = [(uri, registry.resolve(uri, args.trust_code)) for uri in uris]
             if args.baseline:
-                named.append((args.baseline, tracking.resolve(args.baseline, args.trust_code)))
+                named.append((args.baseline, registry.resolve(args.baseline, args.trust_code)))
             subject, baseline = prompt_set.name, len(uris) if args.baseline else None
         else:
             named = log_both(source, args)
@@ -65,22 +69,24 @@ def evaluate(args: argparse.Namespace) -> str:
             return settled
 
         # Each scored as logged, compared, gated
-        before = evaluation.alias_version(named[0][1], args.alias)
-        results = [evaluation.score_model(label, uri, prompt_set, args, thresholds) for label, uri in named]
-        verdict = evaluation.conclude(subject, results, thresholds, prompt_set, baseline)
+        before = steps.alias_version(named[0][1], args.alias)
+        results = [steps.score_model(label, uri, prompt_set, args, thresholds) for label, uri in named]
+        verdict = steps.conclude(subject, results, thresholds, prompt_set, baseline)
         if args.alias and verdict.state == "pass":
-            evaluation.promote(named[0][1], args.alias, before, results[0][0].model.manifest_sha256)
+            steps.promote(named[0][1], args.alias, before, results[0][0].model.manifest_sha256)
         schedule.conclude(args, verdict.state)
         if args.traces:
-            evaluation.show_answers(results, prompt_set)
+            steps.show_answers(results, prompt_set)
         return verdict.state
 
 
 def log_both(source: checkpoints.Source, args: argparse.Namespace) -> list[tuple[str, str]]:
     """Logs both wrappers of one checkpoint, with the same chat schema; their labels and URIs, ONNX first."""
-    from slm import console, evaluation, model_logging
+    from slm.base import console
+    from slm.evaluation import steps
+    from slm.models import model_logging
 
-    options = evaluation.generation(args)
+    options = steps.generation(args)
     with console.step(f"Fetching {source.name}"):
         checkpoint = source.fetch()
         checkpoint.require_chat()
@@ -93,8 +99,8 @@ def log_both(source: checkpoints.Source, args: argparse.Namespace) -> list[tuple
         pipeline = model_logging.log_pipeline(checkpoint, options, registered_model_name=name)
         onnx = model_logging.log_onnx(export, "chat", options, args.precision, registered_model_name=name)
     return [
-        (f"onnx {args.precision}", evaluation.scored_uri(onnx, export, name, args.precision)),
-        ("pipeline", evaluation.scored_uri(pipeline, checkpoint, name)),
+        (f"onnx {args.precision}", steps.scored_uri(onnx, export, name, args.precision)),
+        ("pipeline", steps.scored_uri(pipeline, checkpoint, name)),
     ]
 
 

@@ -11,7 +11,9 @@ A ready ONNX GenAI folder is logged as it is; any other checkpoint is exported f
 import argparse
 import sys
 
-from slm import checkpoints, onnx_export, parameters, tracking
+from slm.base import parameters
+from slm.models import checkpoints, onnx_export
+from slm.tracking import lifecycle
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -19,22 +21,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return tracking.exit_code(lambda: log_and_score(parse_args(argv)))
+    return lifecycle.exit_code(lambda: log_and_score(parse_args(argv)))
 
 
 def log_and_score(args: argparse.Namespace) -> str:
     """The story of the run; returns the gate's state, which is "none" here."""
-    from slm import console, evaluation
+    from slm.base import console
+    from slm.evaluation import steps
 
     # What was asked for, checked before anything is opened or fetched
-    prompt_set = evaluation.read_prompts(args)
-    options = evaluation.generation(args)
+    prompt_set = steps.read_prompts(args)
+    options = steps.generation(args)
     source = checkpoints.find(args.model, args.revision, args.subfolder)
     if not source.is_onnx:
-        evaluation.check_devices(args)
+        steps.check_devices(args)
         onnx_export.check(args.precision, args.execution_provider)
 
-    with tracking.run("onnx", args):
+    with lifecycle.run("onnx", args):
         # The ONNX GenAI folder, and the model logged from it
         with console.step(f"Fetching {source.name}"):
             checkpoint = source.fetch(onnx=True)
@@ -45,7 +48,7 @@ def log_and_score(args: argparse.Namespace) -> str:
                 checkpoint = onnx_export.export(checkpoint, precision, args.execution_provider)
         if args.schema == "chat":
             checkpoint.require_chat()
-        from slm import model_logging
+        from slm.models import model_logging
 
         with console.step("Logging the ONNX wrapper"):
             logged = model_logging.log_onnx(
@@ -53,9 +56,9 @@ def log_and_score(args: argparse.Namespace) -> str:
             )
 
         # The model as logged, scored
-        uri = evaluation.scored_uri(logged, checkpoint, args.registered_model_name, precision)
-        scored = evaluation.score_model("onnx", uri, prompt_set, args)
-        return evaluation.conclude(f"{source.name} on {prompt_set.name}", [scored], (), prompt_set).state
+        uri = steps.scored_uri(logged, checkpoint, args.registered_model_name, precision)
+        scored = steps.score_model("onnx", uri, prompt_set, args)
+        return steps.conclude(f"{source.name} on {prompt_set.name}", [scored], (), prompt_set).state
 
 
 if __name__ == "__main__":

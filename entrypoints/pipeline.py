@@ -8,8 +8,10 @@ The run gets the logged model "pipeline", and a child run with its scores on the
 import argparse
 import sys
 
-from slm import checkpoints, parameters, tracking
-from slm.errors import BadInput
+from slm.base import parameters
+from slm.base.errors import BadInput
+from slm.models import checkpoints
+from slm.tracking import lifecycle
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -17,27 +19,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return tracking.exit_code(lambda: log_and_score(parse_args(argv)))
+    return lifecycle.exit_code(lambda: log_and_score(parse_args(argv)))
 
 
 def log_and_score(args: argparse.Namespace) -> str:
     """The story of the run; returns the gate's state, which is "none" here."""
-    from slm import console, evaluation
+    from slm.base import console
+    from slm.evaluation import steps
 
     # What was asked for, checked before anything is opened or fetched
-    prompt_set = evaluation.read_prompts(args)
-    options = evaluation.generation(args)
-    evaluation.check_devices(args)
+    prompt_set = steps.read_prompts(args)
+    options = steps.generation(args)
+    steps.check_devices(args)
     source = checkpoints.find(args.model, args.revision, args.subfolder)
     if not args.save_weights and source.kind != "hub":
         raise BadInput(f"save_weights: false needs a hub id to refer to, and {args.model} is none")
 
-    with tracking.run("pipeline", args):
+    with lifecycle.run("pipeline", args):
         # The checkpoint, and the model logged from it
         with console.step(f"Fetching {source.name}"):
             checkpoint = source.fetch()
             checkpoint.require_chat()
-        from slm import model_logging
+        from slm.models import model_logging
 
         with console.step("Logging the pipeline"):
             logged = model_logging.log_pipeline(
@@ -45,9 +48,9 @@ def log_and_score(args: argparse.Namespace) -> str:
             )
 
         # The model as logged, scored
-        uri = evaluation.scored_uri(logged, checkpoint, args.registered_model_name)
-        scored = evaluation.score_model("pipeline", uri, prompt_set, args)
-        return evaluation.conclude(f"{source.name} on {prompt_set.name}", [scored], (), prompt_set).state
+        uri = steps.scored_uri(logged, checkpoint, args.registered_model_name)
+        scored = steps.score_model("pipeline", uri, prompt_set, args)
+        return steps.conclude(f"{source.name} on {prompt_set.name}", [scored], (), prompt_set).state
 
 
 if __name__ == "__main__":

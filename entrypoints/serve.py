@@ -16,8 +16,9 @@ import socket
 import sys
 from contextlib import nullcontext
 
-from slm import parameters, tracking
-from slm.errors import BadInput
+from slm.base import parameters
+from slm.base.errors import BadInput
+from slm.tracking import lifecycle
 
 BACKLOG = 64  # connections that are accepted at once, before the first of them is counted
 
@@ -27,7 +28,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return tracking.exit_code(lambda: serve(parse_args(argv)))
+    return lifecycle.exit_code(lambda: serve(parse_args(argv)))
 
 
 def serve(args: argparse.Namespace) -> str:
@@ -43,16 +44,17 @@ def serve(args: argparse.Namespace) -> str:
 
     import uvicorn
 
-    from slm import connections, console, openai_server
+    from slm.base import console
+    from slm.serving import connections, http_app, protocol
 
-    openai_server.read_keys(api_key)
+    protocol.read_keys(api_key)
 
-    with tracking.run("serve", args) if "MLFLOW_RUN_ID" in os.environ else nullcontext():
+    with lifecycle.run("serve", args) if "MLFLOW_RUN_ID" in os.environ else nullcontext():
         # The model, and the server until a signal comes
         with console.step(f"Loading {args.model_uri}"):
-            model, defaults = openai_server.load(args.model_uri, args.trust_code)
+            model, defaults = http_app.load(args.model_uri, args.trust_code)
         host_names = [args.host, *args.allowed_hosts.split(",")]
-        app = openai_server.build(model, defaults, api_key=api_key, host_names=host_names)
+        app = http_app.build(model, defaults, api_key=api_key, host_names=host_names)
         config = uvicorn.Config(
             app,
             http=connections.Guarded,

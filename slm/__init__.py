@@ -1,1 +1,4 @@
-"""What the entry points share: one module per idea, imported one way (entry points -> slm)."""
+"""The package of the entry points: a folder for each question ("room"), which imports only the rooms below it.
+
+From the top: evaluation, report, engines, verdict, scorers, serving, tracking, answers, models, prompts, base.
+"""

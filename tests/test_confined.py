@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from slm import chat_model
-from slm.chat_model import CallFailed, Confined
+from slm.models import chat_model
+from slm.models.chat_model import CallFailed, Confined
 
 PROGRAM = """
 import os, time
@@ -171,7 +171,7 @@ def test_the_child_gets_no_signal_of_a_terminal(confined):
 
 FORK = """
 import os, sys
-from slm.chat_model import Confined
+from slm.models.chat_model import Confined
 confined = Confined("import os; FUNCTIONS = {'pid': (os.getpid, [])}", 1, 2**28)
 first = confined.call("pid")
 forked = os.fork()
@@ -191,7 +191,7 @@ def test_a_forked_process_has_a_child_of_its_own():
 OWNER = """
 import atexit, sys, threading, time
 atexit.register(time.sleep, 1)  # after the child was ended, the thread that called it goes on for a while
-from slm.chat_model import Confined
+from slm.models.chat_model import Confined
 how, mark = sys.argv[1:]
 program = "import time; FUNCTIONS = {'sleep': (time.sleep, [0])}"
 confined = Confined(f"{program} # {mark}", 1, 2**28)

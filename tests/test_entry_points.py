@@ -218,7 +218,7 @@ def test_a_model_that_is_not_there_is_bad_input_before_any_is_scored(tracking_se
 
 def scoring_process(tracking_uri, experiment, *options):
     """An `evaluate` that has some answers of the ONNX wrapper, and not all of them."""
-    from slm import cache
+    from slm.base import cache
 
     kept = cache.root() / "answers"
     before = set(kept.glob("*.jsonl"))

@@ -63,7 +63,7 @@ def test_a_fresh_environment_with_only_the_logged_requirements_answers(
 ):
     from test_chat_model import GENERATION
 
-    from slm import model_logging
+    from slm.models import model_logging
 
     with tracking.start_run():
         if wrapper == "onnx":

@@ -159,7 +159,7 @@ def test_peak_memory_is_that_of_the_runs_that_gave_the_answers(run, tmp_path, st
     lines, file = store[1].read_text().splitlines(keepends=True), tmp_path / "some.jsonl"
     for begin, end, own, found in ((0, 9, 900, 900), (9, 18, 200, 200), (12, 27, 100, 200), (3, 27, 50, 900)):
         file.write_text("".join(lines[begin:end]))
-        monkeypatch.setattr("slm.loading.peak_memory_bytes", lambda own=own: own)
+        monkeypatch.setattr("slm.answers.loading.peak_memory_bytes", lambda own=own: own)
         [child] = run("1", prompts=file)[2].values()
         assert child.data.metrics["peak_memory_bytes"] == found
 
@@ -191,10 +191,10 @@ def test_the_report_looks_back_on_earlier_runs_of_the_same_prompts_and_name(run,
     _, _, children = run("2")
     [child] = children.values()
     page = mlflow.artifacts.load_text(f"{child.info.artifact_uri}/evaluation/report.html")
-    from slm import tracking
+    from slm.tracking import earlier_runs
 
     with mlflow.start_run():
-        points = tracking.history(child.data.tags["prompts.sha256"], "copier", ["score"])["score"]
+        points = earlier_runs.history(child.data.tags["prompts.sha256"], "copier", ["score"])["score"]
     assert [(point.version, round(point.mean, 2)) for point in points] == [("1", 0.9), ("3", 0.6), ("2", 0.9)]
     assert 'id="history"' in page
 
@@ -221,6 +221,6 @@ def test_a_model_that_was_never_finished_is_refused(run, store):
 
 
 def test_the_gate_that_comes_with_the_project_is_one():
-    from slm.gate import read_thresholds
+    from slm.verdict.gate import read_thresholds
 
     assert read_thresholds((REPOSITORY / "gates" / "default.yaml").read_text("utf-8"), "default.yaml")

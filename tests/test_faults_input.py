@@ -15,8 +15,11 @@ from conftest import REPOSITORY, entry_point
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slm import gate, parameters, prompts
-from slm.errors import BadInput
+from slm.base import parameters
+from slm.base.errors import BadInput
+from slm.prompts import prompt_rows, prompt_sets, readers
+from slm.scorers.confined import CHECKS
+from slm.verdict import gate
 
 ROW = {"id": "a", "prompt": "2+2?"}
 LINE = 700  # characters that a mistake's one line may have
@@ -47,7 +50,7 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=8,
 )
-fields = st.sampled_from([*prompts.FIELDS, "inputs", "expectations", "x"])
+fields = st.sampled_from([*prompt_rows.FIELDS, "inputs", "expectations", "x"])
 rows = st.dictionaries(fields, values, max_size=5)
 almost_rows = st.fixed_dictionaries(
     {"messages": st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": texts}), max_size=2) | values},
@@ -80,14 +83,14 @@ def test_any_file_is_a_prompt_set_or_refused_in_one_line(tmp_path, suffix, conte
     path = tmp_path / f"set{suffix}"
     path.write_bytes(content)
     try:
-        prompt_set = prompts.read_prompt_set(path, "x")
+        prompt_set = prompt_sets.read_prompt_set(path, "x", CHECKS)
     except BadInput as refusal:
         checked(str(refusal))
     else:
         again = tmp_path / "again.jsonl"
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in prompts.canonical_rows(prompt_set.prompts)]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in prompt_rows.canonical_rows(prompt_set.prompts)]
         again.write_text("".join(lines), encoding="utf-8")
-        assert prompts.read_prompt_set(again, "x").sha256 == prompt_set.sha256
+        assert prompt_sets.read_prompt_set(again, "x", CHECKS).sha256 == prompt_set.sha256
 
 
 def write(path, content: bytes):
@@ -110,11 +113,11 @@ COMPRESSED = gzip.compress((json.dumps(ROW) + "\n").encode() * 1000)
 def test_a_compressed_set_is_refused_and_never_unpacked(tmp_path, name, content, line):
     with pytest.raises((EOFError, zlib.error)):
         gzip.decompress(COMPRESSED[:40])
-    assert complaint(prompts.read_prompt_set, write(tmp_path / name, content), "x").startswith(line)
+    assert complaint(prompt_sets.read_prompt_set, write(tmp_path / name, content), "x", CHECKS).startswith(line)
 
 
 def repeated(text: str) -> str:
-    return text * ((prompts.FILE_BYTES - 100) // len(text))
+    return text * ((readers.FILE_BYTES - 100) // len(text))
 
 
 HOSTILE = {
@@ -133,10 +136,11 @@ HOSTILE = {
 READ = """
 import resource, sys
 from pathlib import Path
-from slm.errors import BadInput
-from slm.prompts import read_prompt_set
+from slm.base.errors import BadInput
+from slm.prompts.prompt_sets import read_prompt_set
+from slm.scorers.confined import CHECKS
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]), int(sys.argv[2])))
-try: read_prompt_set(Path(sys.argv[1]), "x")
+try: read_prompt_set(Path(sys.argv[1]), "x", CHECKS)
 except BadInput as refusal: print(refusal)
 """
 
@@ -164,7 +168,7 @@ def test_a_hostile_size_is_refused_within_two_gigabytes(tmp_path, name):
     ],
 )
 def test_a_yaml_bomb_or_tag_is_refused(tmp_path, content, line):
-    said = complaint(prompts.read_prompt_set, write(tmp_path / "set.yaml", content.encode()), "x")
+    said = complaint(prompt_sets.read_prompt_set, write(tmp_path / "set.yaml", content.encode()), "x", CHECKS)
     assert said.startswith("set.yaml") and line in said
 
 
@@ -208,7 +212,7 @@ def test_any_text_is_a_gate_or_refused_in_one_line(text):
     ids=["missing", "directory", "not UTF-8", "huge", "byte order mark"],
 )
 def test_a_gate_that_cannot_be_read_is_one_line(tmp_path, content, line):
-    from slm import evaluation
+    from slm.evaluation import steps
 
     path = tmp_path / "gate.yaml"
     if content == "folder":
@@ -216,7 +220,7 @@ def test_a_gate_that_cannot_be_read_is_one_line(tmp_path, content, line):
     elif content is not None:
         write(path, content)
     args = parameters.parse("evaluate", "", [f"--thresholds={path}"])
-    assert line.format(path=path)[:50] in complaint(evaluation.read_gate, args)
+    assert line.format(path=path)[:50] in complaint(steps.read_gate, args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

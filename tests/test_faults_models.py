@@ -8,8 +8,8 @@ import pytest
 import tiny_models
 from conftest import entry_point
 
-from slm import checkpoints, model_logging
-from slm.errors import BadInput
+from slm.base.errors import BadInput
+from slm.models import checkpoints, model_logging
 
 
 def folder_of(path: Path, **changes: bytes | str | None) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, call, entry_point
 
-from slm import credentials
+from slm.base import credentials
 
 pytestmark = pytest.mark.slow
 
@@ -277,7 +277,7 @@ def test_a_scheduled_run_takes_no_hub_id_and_so_no_moving_revision():
 
 @pytest.mark.fault("security: serving listens on loopback unless told otherwise")
 def test_serving_listens_on_loopback_by_default():
-    from slm.parameters import PARAMETERS
+    from slm.base.parameters import PARAMETERS
 
     assert {parameter.default for parameter in PARAMETERS if parameter.name == "host"} == {"127.0.0.1"}
 

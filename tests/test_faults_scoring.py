@@ -10,7 +10,8 @@ import sys
 import pytest
 from conftest import call
 
-from slm import scorers
+from slm.base import wording
+from slm.scorers import confined
 
 TIME = "took more than 5 s of processor time"
 MEMORY = "took more than 1024 MiB of memory"
@@ -22,7 +23,7 @@ resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
 """
 SCORE = f"""{BOUNDS}
 from concurrent.futures import ThreadPoolExecutor
-from slm.scorers import score
+from slm.scorers.confined import score
 name, output, expected, options = json.loads(Path(sys.argv[1]).read_text())
 with ThreadPoolExecutor(1) as pool:  # as a server or a notebook may: no signal gets there
     result = pool.submit(score, name, output, tuple(expected), options).result()
@@ -30,9 +31,10 @@ print(json.dumps([result.value, result.reason]))
 assert score("exact_match", "a", ("a",), {{}}).value == 1
 """
 READ = f"""{BOUNDS}
-from slm.errors import BadInput
-from slm.prompts import read_prompt_set
-try: read_prompt_set(Path(sys.argv[1]), "x")
+from slm.base.errors import BadInput
+from slm.prompts.prompt_sets import read_prompt_set
+from slm.scorers.confined import CHECKS
+try: read_prompt_set(Path(sys.argv[1]), "x", CHECKS)
 except BadInput as refusal: print(refusal)
 """
 
@@ -94,17 +96,17 @@ def test_a_check_without_end_refuses_the_prompt_set_in_one_line(name, tmp_path):
     row = {"id": "a", "prompt": "2+2?", "expected": "4", "scorers": [{scorer: options}]}
     line = run(READ, tmp_path / "set.jsonl", row)
     assert line.startswith(
-        f"set.jsonl line 1: option {option} is {scorers.quoted(options[option])}: its check {reason}; "
+        f"set.jsonl line 1: option {option} is {wording.quoted(options[option])}: its check {reason}; "
     )
     assert line.endswith(f"write a simpler {option}")
 
 
 def test_an_option_of_many_rows_is_checked_once(tmp_path):
-    from slm.prompts import read_prompt_set
+    from slm.prompts.prompt_sets import read_prompt_set
 
     rows = [{"id": str(at), "prompt": "?", "scorers": [{"regex": {"pattern": "^a{3}$"}}]} for at in range(2000)]
     file = tmp_path / "set.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    before = scorers._checked.cache_info()
-    assert len(read_prompt_set(file, "x").prompts) == 2000
-    assert scorers._checked.cache_info().misses <= before.misses + 1
+    before = confined._checked.cache_info()
+    assert len(read_prompt_set(file, "x", confined.CHECKS).prompts) == 2000
+    assert confined._checked.cache_info().misses <= before.misses + 1

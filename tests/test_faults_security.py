@@ -23,8 +23,14 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from conftest import REPOSITORY, call, entry_point
 
-from slm import answers, cache, checkpoints, credentials, downloads, evaluation, judges, parameters, prompts
-from slm.errors import BadInput, Unavailable
+from slm.answers import kept_answers
+from slm.base import cache, credentials, parameters
+from slm.base.errors import BadInput, Unavailable
+from slm.evaluation import steps
+from slm.models import checkpoints
+from slm.prompts import readers
+from slm.scorers import judges
+from slm.tracking import downloads
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Secrets in texts
@@ -388,7 +394,7 @@ def hostile(monkeypatch, tmp_path):
 
 
 def read(uri: str):
-    return evaluation.read_prompts(parameters.parse("evaluate", "", [f"--prompts={uri}"]))
+    return steps.read_prompts(parameters.parse("evaluate", "", [f"--prompts={uri}"]))
 
 
 HOSTILE = {
@@ -435,7 +441,7 @@ def test_a_download_stops_at_the_limit_and_nothing_is_left(hostile, tmp_path, ur
         done.set()
         watcher.join()
     assert str(caught.value) == f"{uri}: is larger than 64 MiB; split it"
-    assert most < 3 * prompts.FILE_BYTES
+    assert most < 3 * readers.FILE_BYTES
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
@@ -510,7 +516,7 @@ def own_cache(tmp_path, monkeypatch):
 def filled() -> Path:
     """A folder of the cache, made now; beside it an answer, as a run leaves it."""
     folder, _ = cache.folder("thing", {}, lambda folder: (folder / "model.safetensors").write_text("weights"))
-    with answers.opened("of a test", "all") as kept:
+    with kept_answers.opened("of a test", "all") as kept:
         kept.add("asked", {"text": "a secret answer"}, 0.1)
     return folder
 
@@ -588,7 +594,7 @@ def test_on_the_command_line_a_foreign_cache_is_one_line(own_cache, tmp_path):
 CLONES = """
 import os, sys
 from pathlib import Path
-from slm import cache
+from slm.base import cache
 
 folder, _ = cache.folder("thing", {}, lambda folder: (folder / "model.safetensors").write_bytes(os.urandom(90 * 2**20)))
 source = folder / "model.safetensors"

@@ -17,10 +17,12 @@ from conftest import entry_point
 from test_chat_model import PARIS
 from test_serve import LONG, ask, content, here, metric, serving, store, wait_for, wrapper  # noqa: F401  (fixtures)
 
-from slm import credentials, openai_server
-from slm.chat_model import Row
-from slm.errors import BadInput
-from slm.openai_server import Batch, Limits, Place, Ticket, Worker, fair_order, host_name, is_served
+from slm.base import credentials
+from slm.base.errors import BadInput
+from slm.models.chat_model import Row
+from slm.serving import batching, http_app, protocol
+from slm.serving.batching import Batch, Place, Ticket, Worker, fair_order
+from slm.serving.protocol import Limits, host_name, is_served
 
 pytestmark = pytest.mark.slow
 
@@ -142,7 +144,7 @@ def test_batches_for_short_texts_keep_to_the_memory_that_is_left(model, share):
     for _ in range(3):
         places = worker._next_places()
         taken = model.cache_share([each.row for each in places])
-        left = openai_server.MOST_CACHES - sum(min(batch.share, 1.0) for batch in worker.running)
+        left = batching.MOST_CACHES - sum(min(batch.share, 1.0) for batch in worker.running)
         assert 0 < taken <= left / 2
         worker.running.append(Batch([place("a", 0, 4096)], iter(()), taken))
 
@@ -234,15 +236,15 @@ def test_health_is_answered_beside_more_connections_than_descriptors(store):  # 
 
 @pytest.mark.fault("serving: more requests than connections")
 def test_health_is_answered_where_every_connection_has_a_request(model, monkeypatch):
-    from slm import connections
+    from slm.serving import connections as bounded
 
-    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 2)
-    with here(model, http=connections.Guarded) as (address, client):
+    monkeypatch.setattr(bounded, "MOST_CONNECTIONS", 2)
+    with here(model, http=bounded.Guarded) as (address, client):
         streams = []
         for _ in range(2):
             streams.append(ask(client, LONG, stream=True, max_tokens=4096))
             next(streams[-1])
-        for _ in range(connections.ROOM + 2):
+        for _ in range(bounded.ROOM + 2):
             with pytest.raises(openai.InternalServerError) as raised:
                 ask(client, max_tokens=1)
             assert (raised.value.status_code, raised.value.body["code"]) == (503, "overloaded")
@@ -261,10 +263,10 @@ def test_health_is_answered_where_every_connection_has_a_request(model, monkeypa
 
 @pytest.mark.fault("serving: an answer that nobody reads")
 def test_a_client_that_reads_nothing_loses_its_connection(model, monkeypatch):
-    from slm import connections
+    from slm.serving import connections as bounded
 
-    monkeypatch.setattr(connections, "READER_SECONDS", 1.0)
-    with here(model, http=connections.Guarded) as (address, _):
+    monkeypatch.setattr(bounded, "READER_SECONDS", 1.0)
+    with here(model, http=bounded.Guarded) as (address, _):
         connection = connect(address, GET, SO_RCVBUF=4096)
         connection.settimeout(60)
         with pytest.raises(ConnectionError):
@@ -336,9 +338,9 @@ def test_beginnings_are_shared_by_all_where_there_is_no_key(model, computed):
 
 def test_several_keys_need_a_model_that_keeps_them_apart(model, monkeypatch):
     monkeypatch.setattr(type(model), "separates_tenants", False)
-    openai_server.build(model, {}, api_key="one")
+    http_app.build(model, {}, api_key="one")
     with pytest.raises(BadInput, match=r"^model_uri: .* log the model again$"):
-        openai_server.build(model, {}, api_key="one,two")
+        http_app.build(model, {}, api_key="one,two")
 
 
 @pytest.mark.fault("serving: one of several keys in a text")
@@ -432,8 +434,8 @@ def test_an_open_address_without_a_key_is_one_line(tmp_path, options, key, line)
     ],
 )
 def test_json_that_says_two_things_is_refused_by_name(body, message):
-    with pytest.raises(openai_server.ApiError) as raised:
-        openai_server.read_request(body.encode())
+    with pytest.raises(protocol.ApiError) as raised:
+        protocol.read_request(body.encode())
     assert raised.value.status == 400
     assert raised.value.content["error"]["message"] == f"Invalid JSON: {message}"
 

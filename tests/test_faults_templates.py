@@ -5,7 +5,7 @@ import sys
 import pytest
 from conftest import call
 
-from slm import chat_model
+from slm.models import chat_model
 
 USER = [{"role": "user", "content": "Hi"}]
 TIME = "the model's chat template took more than 5 s of processor time"
@@ -17,7 +17,7 @@ RENDER = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
-from slm import chat_model
+from slm.models import chat_model
 try:
     chat_model.render(sys.argv[1], {}, [{"role": "user", "content": "Hi"}])
 except chat_model.Refused as refusal:

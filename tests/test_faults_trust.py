@@ -13,8 +13,12 @@ import yaml
 from conftest import REPOSITORY, entry_point
 from test_faults_models import GENERATION, folder_of, genai, genai_folder_of, refusal
 
-from slm import cache, chat_model, genai_config, loading, manifest, model_logging, tracking, wrappers
-from slm.errors import BadInput, Unavailable
+from slm.answers import loading
+from slm.base import cache
+from slm.base.errors import BadInput, Unavailable
+from slm.models import chat_model, genai_config, manifest, model_logging, wrappers
+from slm.scorers.confined import CHECKS
+from slm.tracking import registry
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A folder of a stranger, before it is logged
@@ -128,7 +132,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path, name):
 
 
 def test_a_vocabulary_may_hold_a_token_called_auto_map(tmp_path):
-    from slm import checkpoints
+    from slm.models import checkpoints
 
     folder = folder_of(tmp_path / "model", vocab__json='{"auto_map": 7}')
     assert checkpoints.find(str(folder)).fetch().folder == folder
@@ -145,7 +149,7 @@ def test_a_link_into_blobs_that_are_a_link_themselves_is_refused(tmp_path):
 
 @pytest.mark.fault("models: a chat template that is a folder")
 def test_a_chat_template_that_is_a_folder_is_one_line(tmp_path):
-    from slm import checkpoints
+    from slm.models import checkpoints
 
     folder = folder_of(tmp_path / "model")
     (folder / "chat_template.jinja").mkdir()
@@ -164,7 +168,7 @@ def test_a_template_that_makes_half_a_character_is_refused(logged):
 @pytest.mark.fault("models: a chat template that is no text")
 @pytest.mark.parametrize("template", ["7", '[{"name": "default"}]', '["x"]', '{"default": "x"}'])
 def test_a_chat_template_of_no_known_form_is_one_line(tmp_path, template):
-    from slm import checkpoints
+    from slm.models import checkpoints
 
     folder = folder_of(tmp_path / "model", tokenizer_config__json=f'{{"chat_template": {template}}}')
     with pytest.raises(BadInput, match="holds no chat template and tokens") as caught:
@@ -220,9 +224,9 @@ def stored(model_id: str) -> Path:
 
 def load(uri: str, folder: Path | None = None, trust_code: bool = False) -> loading.LoadedModel:
     """A model as `evaluate` loads it."""
-    uri = tracking.resolve(uri, trust_code)
-    recorded = tracking.recorded_manifests(uri)
-    with tracking.local_copy(uri) as found:
+    uri = registry.resolve(uri, trust_code)
+    recorded = registry.recorded_manifests(uri)
+    with registry.local_copy(uri) as found:
         return loading.load("model", uri, folder or found, {}, recorded, trust_code)
 
 
@@ -251,7 +255,7 @@ def test_a_model_is_loaded_from_what_was_logged(logged):
     model = load(uri)
     assert model.code_sha256 == cache.file_sha256(REPOSITORY / "slm" / "chat_model.py")
     assert model.pyfunc is None and isinstance(model.wrapper, chat_model.SmallLanguageModel)
-    assert tracking.recorded_manifests(uri) == (model.manifest_sha256,)
+    assert registry.recorded_manifests(uri) == (model.manifest_sha256,)
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
         *manifest.check(folder).files,
         *manifest.ADDED,
@@ -315,7 +319,7 @@ def test_a_model_named_by_its_run_has_the_files_that_the_server_recorded(logged)
     uri, folder = logged
     model = mlflow.get_logged_model(uri.rpartition("/")[2])
     named = f"runs:/{model.source_run_id}/{model.name}"
-    assert load(named).manifest_sha256 == tracking.recorded_manifests(uri)[0]
+    assert load(named).manifest_sha256 == registry.recorded_manifests(uri)[0]
     description = yaml.safe_load((folder / "MLmodel").read_text())
     description.pop("model_id")
     rewrite(folder / "MLmodel", yaml.safe_dump(description))
@@ -327,13 +331,13 @@ def test_a_model_named_by_its_run_has_the_files_that_the_server_recorded(logged)
 def test_a_registered_version_keeps_the_manifest_of_its_own_files(store, int4_export, int8_export):
     for export, precision in ((int4_export, "int4"), (int8_export, "int8")):
         logged = model_logging.log_onnx(export, "chat", GENERATION, precision, registered_model_name="swapped")
-        from slm import evaluation
+        from slm.evaluation import steps
 
-        evaluation.scored_uri(logged, export, "swapped", precision)
-    first, second = (tracking.recorded_manifests(f"models:/swapped/{version}") for version in (1, 2))
+        steps.scored_uri(logged, export, "swapped", precision)
+    first, second = (registry.recorded_manifests(f"models:/swapped/{version}") for version in (1, 2))
     assert len(first) == len(second) == 1 and first != second
     assert load("models:/swapped/1").manifest_sha256 == first[0]
-    folders = [stored(tracking.version_source(f"models:/swapped/{version}").rpartition("/")[2]) for version in (1, 2)]
+    folders = [stored(registry.version_source(f"models:/swapped/{version}").rpartition("/")[2]) for version in (1, 2)]
     shutil.rmtree(folders[0])
     shutil.copytree(folders[1], folders[0])
     assert "differ from the logged files" in refused("models:/swapped/1")
@@ -386,7 +390,9 @@ def test_what_is_loaded_is_what_was_checked(logged, monkeypatch, restored):
 
 @pytest.mark.fault("models: weights that are written while the model answers")
 def test_no_answer_is_kept_of_a_model_that_was_changed_while_it_answered(logged, tmp_path, monkeypatch):
-    from slm import answers, prompts, scoring
+    from slm.answers import kept_answers
+    from slm.engines import local
+    from slm.prompts import prompt_sets
 
     monkeypatch.setenv("PHI3_MLFLOW_CACHE", str(tmp_path / "cache"))
     uri, folder = logged
@@ -397,9 +403,9 @@ def test_no_answer_is_kept_of_a_model_that_was_changed_while_it_answered(logged,
     rows = tmp_path / "set.jsonl"
     rows.write_text('{"id": "a", "prompt": "Hi", "expected": "x"}\n')
     with pytest.raises(BadInput, match="its files were changed while it answered"):
-        scoring.score(model, prompts.read_prompt_set(rows, "set"), GENERATION | {"batch_size": 0}, 1, "all")
+        local.score(model, prompt_sets.read_prompt_set(rows, "set", CHECKS), GENERATION | {"batch_size": 0}, 1, "all")
     [kept] = (tmp_path / "cache" / "answers").glob("*.jsonl")
-    assert answers._read(kept) == []
+    assert kept_answers._read(kept) == []
 
 
 @pytest.mark.fault("models: weights that are exchanged before a second session opens them")
@@ -515,13 +521,13 @@ def test_a_wrapper_of_no_released_version_is_refused(logged, tmp_path, monkeypat
 
 @pytest.mark.fault("serving: a model whose files were changed")
 def test_the_server_takes_no_model_that_was_changed(logged):
-    from slm import openai_server
+    from slm.serving import http_app
 
     uri, folder = logged
-    assert openai_server.load(uri)[0].name == "smollm2-135m-instruct"
+    assert http_app.load(uri)[0].name == "smollm2-135m-instruct"
     rewrite(folder / "chat_model.py", "raise SystemExit('it ran')\n")
     with pytest.raises(BadInput, match=f"chat_model.py {CHANGED}"):
-        openai_server.load(uri)
+        http_app.load(uri)
 
 
 def test_the_wrappers_version_is_the_projects_and_changes_once_it_was_released():
@@ -547,7 +553,7 @@ def test_bytecode_in_a_models_folder_is_never_run(store, tmp_path):
     import mlflow
 
     uri, marker = log_code(tmp_path)
-    folder = stored(tracking.version_source(uri).rpartition("/")[2])
+    folder = stored(registry.version_source(uri).rpartition("/")[2])
     [code] = folder.glob("*.py")
     other = tmp_path / "other.py"
     other.write_text(code.read_text().replace("it-ran", "other-ran"))
@@ -590,27 +596,27 @@ def test_the_runtime_reads_settings_that_nobody_else_can_write(logged, monkeypat
 def test_a_version_is_promoted_for_the_files_that_were_scored_alone(store, int4_export):
     import mlflow
 
-    from slm import evaluation
+    from slm.evaluation import steps
 
     logged = model_logging.log_onnx(int4_export, "chat", GENERATION, "int4", registered_model_name="promoted")
-    uri = evaluation.scored_uri(logged, int4_export, "promoted", "int4")
-    [recorded] = tracking.recorded_manifests(uri)
+    uri = steps.scored_uri(logged, int4_export, "promoted", "int4")
+    [recorded] = registry.recorded_manifests(uri)
     client = mlflow.MlflowClient()
     with pytest.raises(Unavailable, match="isn't recorded to have the files that were scored"):
-        evaluation.promote(uri, "champion", "", "0" * 64)
-    assert tracking.alias_version("promoted", "champion") == ""
-    evaluation.promote(uri, "champion", "", recorded)
-    assert tracking.alias_version("promoted", "champion") == "1"
+        steps.promote(uri, "champion", "", "0" * 64)
+    assert registry.alias_version("promoted", "champion") == ""
+    steps.promote(uri, "champion", "", recorded)
+    assert registry.alias_version("promoted", "champion") == "1"
     client.set_model_version_tag("promoted", "1", manifest.TAG, "0" * 64)
     with pytest.raises(Unavailable, match="nothing was moved"):
-        evaluation.promote(uri, "other", "", recorded)
+        steps.promote(uri, "other", "", recorded)
 
 
 @pytest.mark.fault("registry: a version without a record of its files")
 def test_a_version_that_nobody_recorded_is_not_promoted(store, tmp_path):
-    from slm import evaluation
+    from slm.evaluation import steps
 
     uri, _ = log_code(tmp_path)
-    assert tracking.recorded_manifests(uri) == ()
+    assert registry.recorded_manifests(uri) == ()
     with pytest.raises(Unavailable, match="nothing was moved"):
-        evaluation.promote(uri, "champion", "", "0" * 64)
+        steps.promote(uri, "champion", "", "0" * 64)

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from slm.errors import BadInput
-from slm.gate import Check, Threshold, Verdict, decide, read_thresholds
-from slm.statistics import Difference, Estimate, mean_estimate, paired_difference
+from slm.base.errors import BadInput
+from slm.verdict.gate import Check, Threshold, Verdict, decide, read_thresholds
+from slm.verdict.statistics import Difference, Estimate, mean_estimate, paired_difference
 
 NAN = math.nan
 

@@ -15,7 +15,7 @@ sys.exit(code)
 
 
 def test_an_onnx_model_is_scored_without_torch_and_transformers(tracking, int4_export, tmp_path):
-    from slm import model_logging
+    from slm.models import model_logging
 
     generation = {"max_tokens": 8, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": []}
     with tracking.start_run():

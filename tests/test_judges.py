@@ -13,10 +13,12 @@ from conftest import entry_point
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from slm import cache, judges, scorer_calls
-from slm.errors import BadInput, Unavailable
-from slm.prompts import Prompt, PromptSet, ScorerCall, read_prompt_set
-from slm.scorers import Score
+from slm.base import cache
+from slm.base.errors import BadInput, Unavailable
+from slm.prompts.prompt_rows import Prompt, ScorerCall
+from slm.prompts.prompt_sets import PromptSet, read_prompt_set
+from slm.scorers import judges, scorer_calls
+from slm.scorers.built_in import Score
 
 YES = json.dumps({"rationale": "Let's think step by step. It is.", "result": "yes"})
 NO = json.dumps({"rationale": "It is\nnot.", "result": "no"})
@@ -417,7 +419,7 @@ def test_another_judge_changes_the_hash_of_what_was_asked(server):
 def test_a_logged_model_judges_on_loopback_and_what_it_cannot_say_is_unscored(int4_export, tracking, server):
     import mlflow
 
-    from slm import model_logging
+    from slm.models import model_logging
 
     with mlflow.start_run():
         model_logging.log_onnx(int4_export, "chat", GENERATION, "int4", registered_model_name="judge")
@@ -443,7 +445,7 @@ def test_a_logged_model_judges_on_loopback_and_what_it_cannot_say_is_unscored(in
 def test_a_logged_model_with_the_prompt_schema_cannot_judge(int4_export, tracking, server):
     import mlflow
 
-    from slm import model_logging
+    from slm.models import model_logging
 
     with mlflow.start_run():
         info = model_logging.log_onnx(int4_export, "prompt", GENERATION, "int4")
@@ -476,7 +478,7 @@ def test_a_wrong_scorer_or_judge_ends_the_command_with_one_line(server, tmp_path
 def test_users_scorers_and_judges_score_a_run_and_the_next_one_pays_for_no_judgement(
     int4_export, tracking, server, tmp_path
 ):
-    from slm import model_logging
+    from slm.models import model_logging
 
     with tracking.start_run():
         uri = model_logging.log_onnx(int4_export, "chat", GENERATION, "int4").model_uri

@@ -15,8 +15,10 @@ import echo_models
 import pytest
 from conftest import REPOSITORY, entry_point, free_port, running, without_gpu
 
-from slm import endpoints, loading, prompts, tracking
-from slm.errors import BadInput, Unavailable
+from slm.answers import endpoints, loading
+from slm.base.errors import BadInput, Unavailable
+from slm.prompts import prompt_rows
+from slm.tracking import mlflow_client, registry
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # MLflow's advice to those who log
 
@@ -25,13 +27,13 @@ GREEDY = {"max_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
 
 
-def prompt(id: str, *messages: str) -> prompts.Prompt:
+def prompt(id: str, *messages: str) -> prompt_rows.Prompt:
     """A conversation of "role: content" lines."""
     split = tuple(dict(zip(("role", "content"), line.split(": ", 1), strict=True)) for line in messages)
-    return prompts.Prompt(id, split, None, ("x",), (), None, ())
+    return prompt_rows.Prompt(id, split, None, ("x",), (), None, ())
 
 
-PLAIN = prompts.Prompt("plain", None, "Hello", ("x",), (), None, ())
+PLAIN = prompt_rows.Prompt("plain", None, "Hello", ("x",), (), None, ())
 BRIEF = prompt("brief", "system: Be brief.", "user: Hi")
 TURNS = prompt("turns", "user: Hi", "assistant: Hello", "user: Bye")
 BAD = prompt("bad", "user: fail")
@@ -73,8 +75,8 @@ def log_echo(store, folder: Path, code: str, **log) -> str:
 
 
 def load(uri: str, **settings) -> loading.LoadedModel:
-    uri = tracking.resolve(uri, trust_code=True)
-    folder = None if endpoints.is_endpoint(uri) else tracking.download(uri)
+    uri = registry.resolve(uri, trust_code=True)
+    folder = None if endpoints.is_endpoint(uri) else mlflow_client.download(uri)
     return loading.load("label", uri, folder, settings, trust_code=True)
 
 
@@ -244,7 +246,7 @@ def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(store, tmp_path):
 def test_a_model_is_the_same_one_after_it_was_loaded_from_a_store_on_this_machine(store, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     uri = log_echo(store, tmp_path, echo_models.FUNCTION)
-    folder = tracking.download(uri)
+    folder = mlflow_client.download(uri)
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # MLflow's, when it was logged
     first, second = load(uri), load(uri)
     assert not (folder / "__pycache__").exists()
@@ -468,7 +470,7 @@ WRONG = {
 @pytest.mark.parametrize(("path", "kind", "reason"), WRONG.values(), ids=WRONG)
 def test_an_address_that_cannot_be_asked_is_refused_before_any_row(server, path, kind, reason):
     with pytest.raises(kind) as raised:
-        tracking.resolve(server.address + path)
+        registry.resolve(server.address + path)
     assert reason.format(address=server.address) in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -477,17 +479,17 @@ def test_an_address_that_cannot_be_asked_is_refused_before_any_row(server, path,
 @pytest.mark.fault("security: a key in an endpoint's address")
 def test_an_address_with_a_key_in_it_is_refused_without_repeating_it(uri):
     with pytest.raises(BadInput) as raised:
-        tracking.resolve(uri)
+        registry.resolve(uri)
     assert "sesame" not in str(raised.value)
 
 
 def test_the_key_is_taken_from_the_environment_and_a_wrong_one_is_infrastructure(server, monkeypatch):
     server.key = "sesame"
     with pytest.raises(Unavailable, match=r"wants OPENAI_API_KEY \(401\): wrong key"):
-        tracking.resolve(f"{server.address}/one/v1")
+        registry.resolve(f"{server.address}/one/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "wrong")
     with pytest.raises(Unavailable, match=r"refuses the key in OPENAI_API_KEY \(401\): wrong key"):
-        tracking.resolve(f"{server.address}/one/v1#echo")
+        registry.resolve(f"{server.address}/one/v1#echo")
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")
     model = load(f"{server.address}/one/v1")
     assert asked(model, [PLAIN])["plain"]["error"] == ""
@@ -500,7 +502,7 @@ def test_an_address_where_nobody_listens_is_infrastructure(monkeypatch):
     monkeypatch.setattr(endpoints, "RETRIES", 0)
     address = f"http://127.0.0.1:{free_port()}/v1"
     with pytest.raises(Unavailable, match=f"{address} can't be reached: .*Connection refused"):
-        tracking.resolve(address)
+        registry.resolve(address)
 
 
 def test_a_row_that_an_endpoint_refuses_or_drops_fails_alone(server, monkeypatch):
@@ -552,7 +554,7 @@ def test_an_endpoints_row_that_hangs_fails_alone_by_the_row_timeout(server):
 
 
 def test_a_model_of_ours_that_hangs_fails_what_is_left_by_the_row_timeout(store, int4_export):
-    from slm import model_logging
+    from slm.models import model_logging
 
     logged = model_logging.log_onnx(int4_export, "chat", GENERATION, "int4")
     model = load(logged.model_uri, row_timeout=1)
@@ -566,11 +568,11 @@ def test_a_model_of_ours_that_hangs_fails_what_is_left_by_the_row_timeout(store,
 def test_packages_that_differ_from_those_a_model_was_logged_with_are_named(store, int4_export, tmp_path, capsys):
     from importlib.metadata import version
 
-    from slm import manifest, model_logging
+    from slm.models import manifest, model_logging
 
     logged = model_logging.log_onnx(int4_export, "chat", GENERATION, "int4")
     folder = tmp_path / "model"
-    shutil.copytree(tracking.download(logged.model_uri), folder)
+    shutil.copytree(mlflow_client.download(logged.model_uri), folder)
     assert load(str(folder)).wrapper
     assert "was logged for" not in capsys.readouterr().out
     needed = folder / "requirements.txt"
@@ -590,7 +592,7 @@ def test_packages_that_differ_from_those_a_model_was_logged_with_are_named(store
 def test_a_model_that_was_logged_to_run_on_a_gpu_says_in_one_line_that_there_is_none(store, int4_export, checkpoint):
     import torch
 
-    from slm import model_logging
+    from slm.models import model_logging
 
     # torch's CUDA build and its CPU build each say it in their own words
     absent = "Found no NVIDIA driver" if torch.version.cuda else "Torch not compiled with CUDA enabled"
@@ -603,7 +605,7 @@ def test_a_model_that_was_logged_to_run_on_a_gpu_says_in_one_line_that_there_is_
     ):
         with pytest.raises(BadInput) as raised:
             load(logged.model_uri)
-        assert str(raised.value).startswith(f"{tracking.resolve(logged.model_uri)} can't be loaded: ")
+        assert str(raised.value).startswith(f"{registry.resolve(logged.model_uri)} can't be loaded: ")
         assert reason in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -633,18 +635,18 @@ def test_an_endpoint_of_the_deployments_api_is_asked(server, monkeypatch, name, 
 def test_a_deployment_that_cannot_be_asked_is_refused(server, monkeypatch):
     monkeypatch.delenv("MLFLOW_DEPLOYMENTS_TARGET", raising=False)
     with pytest.raises(BadInput, match="set MLFLOW_DEPLOYMENTS_TARGET to the server's address"):
-        tracking.resolve("endpoints:/chat")
+        registry.resolve("endpoints:/chat")
     monkeypatch.setenv("MLFLOW_DEPLOYMENTS_TARGET", server.address)
     with pytest.raises(BadInput, match="there is no such endpoint; there are: chat, text, vectors"):
-        tracking.resolve("endpoints:/chatt")
+        registry.resolve("endpoints:/chatt")
     with pytest.raises(
         BadInput, match=r"is of type llm/v1/embeddings; one of llm/v1/chat, llm/v1/completions is needed"
     ):
-        tracking.resolve("endpoints:/vectors")
+        registry.resolve("endpoints:/vectors")
     monkeypatch.setenv("MLFLOW_DEPLOYMENTS_TARGET", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(Unavailable, match="can't be reached"):
-        tracking.resolve("endpoints:/chat")
+        registry.resolve("endpoints:/chat")
 
 
 @pytest.mark.slow
@@ -664,7 +666,7 @@ def test_a_real_gateway_is_asked_by_both_its_addresses(server, monkeypatch, tmp_
             assert answers["plain"]["output_tokens"] == 4
             assert answers["bad"]["error"]
         with pytest.raises(BadInput, match="there is no such endpoint; there are: ours"):
-            tracking.resolve("endpoints:/theirs")
+            registry.resolve("endpoints:/theirs")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -675,7 +677,7 @@ def test_a_real_gateway_is_asked_by_both_its_addresses(server, monkeypatch, tmp_
 def test_our_own_server_answers_as_the_model_that_it_serves(store, int4_export):
     from test_serve import NAME, serving
 
-    from slm import model_logging
+    from slm.models import model_logging
 
     logged = model_logging.log_onnx(int4_export, "chat", GREEDY, "int4").model_uri
     here = asked(load(logged), [PLAIN, BRIEF, TURNS], GREEDY)

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from conftest import REPOSITORY, entry_point, without_gpu
 
-from slm.errors import BadInput
-from slm.parameters import ENTRY_POINTS, PARAMETERS, parse, stop_strings
+from slm.base.errors import BadInput
+from slm.base.parameters import ENTRY_POINTS, PARAMETERS, parse, stop_strings
 
 PROJECT = yaml.safe_load((REPOSITORY / "MLproject").read_text(encoding="utf-8"))["entry_points"]
 

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from slm import strict_json
-from slm.errors import BadInput
-from slm.prompts import FILE_BYTES, Prompt, ScorerCall, canonical_rows, parse_yaml, read_prompt_set
+from slm.base import strict_json
+from slm.base.errors import BadInput
+from slm.base.strict_yaml import parse_yaml
+from slm.prompts.prompt_rows import Prompt, ScorerCall, canonical_rows
+from slm.prompts.prompt_sets import read_prompt_set
+from slm.prompts.readers import FILE_BYTES
+from slm.scorers.confined import CHECKS
 
 PROMPTS = Path(__file__).parent.parent / "prompts"
 USER = [{"role": "user", "content": "Capital of France?"}]
@@ -20,7 +24,7 @@ def read(tmp_path):
     def read(content: str | bytes, suffix: str = ".jsonl", **options):
         path = tmp_path / f"set{suffix}"
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return read_prompt_set(path, "given/by/user", **options)
+        return read_prompt_set(path, "given/by/user", options.get("known_scorers", CHECKS))
 
     return read
 
@@ -356,7 +360,7 @@ def test_a_bad_file_is_named_with_its_place_and_the_remedy(read, content, suffix
 def test_a_path_that_cannot_be_read_says_why(tmp_path, name, ending):
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(BadInput) as caught:
-        read_prompt_set(tmp_path / name, "x")
+        read_prompt_set(tmp_path / name, "x", CHECKS)
     assert str(caught.value) == f"{tmp_path / name}: {ending}"
 
 
@@ -366,7 +370,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 
     os.mkfifo(tmp_path / "set.jsonl")
     with pytest.raises(BadInput, match=r"set\.jsonl: is not a file"):
-        read_prompt_set(tmp_path / "set.jsonl", "x")
+        read_prompt_set(tmp_path / "set.jsonl", "x", CHECKS)
 
 
 def test_a_file_above_64_mib_is_refused(tmp_path):
@@ -374,7 +378,7 @@ def test_a_file_above_64_mib_is_refused(tmp_path):
     with path.open("wb") as file:
         file.truncate(FILE_BYTES + 1)
     with pytest.raises(BadInput, match=r"set\.jsonl: is larger than 64 MiB; split it"):
-        read_prompt_set(path, "x")
+        read_prompt_set(path, "x", CHECKS)
 
 
 def test_a_row_just_below_1_mib_is_read_in_every_format(read):
@@ -390,9 +394,8 @@ def test_a_row_just_below_1_mib_is_read_in_every_format(read):
 def test_a_users_own_scorer_is_known_when_named_and_its_options_are_left_alone(read):
     content = jsonl(ROW | {"scorers": {"polite": {"anything": 1}}})
     assert complaint(read, content).startswith("set.jsonl line 1: unknown scorer 'polite'")
-    assert read(content, known_scorers=("contains", "polite")).prompts[0].scorers == (
-        ScorerCall("polite", {"anything": 1}),
-    )
+    known = {"polite": lambda expected, options: None}
+    assert read(content, known_scorers=known).prompts[0].scorers == (ScorerCall("polite", {"anything": 1}),)
 
 
 def test_the_strict_parsers_read_what_is_plain():
@@ -402,6 +405,6 @@ def test_the_strict_parsers_read_what_is_plain():
 
 @pytest.mark.parametrize("path", sorted(PROMPTS.glob("*.jsonl")), ids=lambda path: path.name)
 def test_the_prompt_sets_of_the_project_read_cleanly(path):
-    prompt_set = read_prompt_set(path, f"prompts/{path.name}")
+    prompt_set = read_prompt_set(path, f"prompts/{path.name}", CHECKS)
     assert prompt_set.prompts
     assert all(prompt.id and not prompt.id.startswith("row-") for prompt in prompt_set.prompts)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from slm import chat_model, quantization
-from slm.chat_model import OnnxRuntime, SlotRuntime
-from slm.prompts import read_prompt_set
+from slm.models import chat_model, quantization
+from slm.models.chat_model import OnnxRuntime, SlotRuntime
+from slm.prompts.prompt_sets import read_prompt_set
+from slm.scorers.confined import CHECKS
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def beginnings(fp32_export):
     tokenizer = Tokenizer.from_file(str(fp32_export.folder / "tokenizer.json"))
     template, special_tokens = chat_model.read_chat_template(fp32_export.folder)
     found = []
-    for row in read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "").prompts[::3]:
+    for row in read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "", CHECKS).prompts[::3]:
         text = chat_model.render(template, special_tokens, list(row.messages))
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         found += [ids, ids[: len(ids) * 2 // 3]]
@@ -242,7 +243,7 @@ def test_factors_are_taken_into_the_weights_of_four_bits():
 
 
 def test_weights_that_fill_no_whole_blocks_keep_eight_bits(fp32_export, tmp_path, monkeypatch):
-    from slm import cache
+    from slm.base import cache
 
     monkeypatch.setattr(quantization, "BLOCK", 40)  # 576 and 1,536 are no multiples of it
     made = []

@@ -6,7 +6,7 @@ import shlex
 import pytest
 from conftest import REPOSITORY
 
-from slm.parameters import ALL, ENTRY_POINTS, PARAMETERS
+from slm.base.parameters import ALL, ENTRY_POINTS, PARAMETERS
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
@@ -60,7 +60,7 @@ def test_the_parameter_table_has_each_parameter_with_its_default(parameter):
 
 
 def test_every_scorer_and_file_that_is_named_exists():
-    from slm.scorers import BUILT_IN
+    from slm.scorers.built_in import BUILT_IN
 
     assert all(name in README for name in BUILT_IN)
     for name in re.findall(r"`(prompts/\w+\.jsonl)`|\]\(([\w/.]+)\)", README):
@@ -68,18 +68,19 @@ def test_every_scorer_and_file_that_is_named_exists():
 
 
 def test_the_example_prompt_set_row_and_gate_are_valid(tmp_path):
-    from slm.gate import read_thresholds
-    from slm.prompts import read_prompt_set
+    from slm.prompts.prompt_sets import read_prompt_set
+    from slm.scorers.confined import CHECKS
+    from slm.verdict.gate import read_thresholds
 
     file = tmp_path / "set.jsonl"
     file.write_text(re.search(r"```json\n(.*?)```", README, re.DOTALL)[1])
-    assert len(read_prompt_set(file, "").prompts) == 1
+    assert len(read_prompt_set(file, "", CHECKS).prompts) == 1
     assert len(read_thresholds(re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1], "gate.yaml")) == 5
 
 
 def test_the_printed_table_has_the_lines_that_the_program_prints():
-    from slm import report
+    from slm.report import summary
 
     block = re.search(r"```text\n(.*?)```", README, re.DOTALL)[1]
-    for line in report.lines([]):
+    for line in summary.lines([]):
         assert line.label.split(" (")[0] in block

@@ -15,12 +15,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from slm import forms, gate, plots, report_page, scoring
-from slm import report as report_module
-from slm.loading import LoadedModel
-from slm.prompts import Prompt, PromptSet, ScorerCall
-from slm.report import Point, Report
-from slm.statistics import Estimate
+from slm.answers import forms
+from slm.answers.loading import LoadedModel
+from slm.prompts.prompt_rows import Prompt, ScorerCall
+from slm.prompts.prompt_sets import PromptSet
+from slm.report import chart_data, html_page, plots, summary
+from slm.report.summary import Report
+from slm.tracking.earlier_runs import Point
+from slm.verdict import estimation, gate, scored_model
+from slm.verdict.statistics import Estimate
 
 SCRIPT = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=2><!--"
 HOSTILE = f"{SCRIPT} '\" & \x00\x1b[31m \u202egnp.exe \ud800 {{{{ 7 * 7 }}}} {{% raw %}}"
@@ -32,9 +35,9 @@ def prompt(place: int, **changes) -> Prompt:
     return replace(kept, **changes)
 
 
-def sample(asked: Prompt, model: str, scores: dict, **changes) -> scoring.Sample:
+def sample(asked: Prompt, model: str, scores: dict, **changes) -> scored_model.Sample:
     reasons = {name: f"{name} says {value}" for name, value in scores.items()}
-    answer = scoring.Sample(
+    answer = scored_model.Sample(
         id=asked.id,
         repeat=0,
         model=model,
@@ -52,11 +55,11 @@ def sample(asked: Prompt, model: str, scores: dict, **changes) -> scoring.Sample
     return replace(answer, **changes)
 
 
-def scored(label: str, samples: list, prompt_set: PromptSet, **metrics) -> scoring.ScoredModel:
+def scored(label: str, samples: list, prompt_set: PromptSet, **metrics) -> scored_model.ScoredModel:
     model = LoadedModel(**dict.fromkeys(field.name for field in fields(LoadedModel)) | {"label": label, "uri": label})
     failed = sum(answer.error is not None for answer in samples)
     told = {"rows": float(len(samples)), "rows_failed": float(failed), "rows_unscored": 0.0} | metrics
-    return scoring.ScoredModel(model, tuple(samples), scoring.estimate(tuple(samples), prompt_set), told, 0)
+    return scored_model.ScoredModel(model, tuple(samples), estimation.estimate(tuple(samples), prompt_set), told, 0)
 
 
 def report(ours: list, theirs: list | None = None, thresholds: str = "", **changes) -> Report:
@@ -69,7 +72,7 @@ def report(ours: list, theirs: list | None = None, thresholds: str = "", **chang
         if each is not None
     ]
     baseline = None if theirs is None else 1
-    compared = ({}, {}) if theirs is None else (scoring.differences(*models, prompt_set), {})
+    compared = ({}, {}) if theirs is None else (estimation.differences(*models, prompt_set), {})
     rules = gate.read_thresholds(thresholds, "gate.yaml") if thresholds else ()
     verdict = gate.decide(rules, models[0].metrics | models[0].estimates, compared[0])
     verdicts = (verdict, gate.Verdict("none", ()))[: len(models)]
@@ -151,28 +154,28 @@ def words(page: str) -> str:
     ],
 )
 def test_the_verdict_is_told_in_words(made, said):
-    assert report_page.headline(made) == said
-    assert said in words(report_page.render(made))
+    assert html_page.headline(made) == said
+    assert said in words(html_page.render(made))
 
 
 def test_a_rule_is_shown_with_its_state_its_model_and_its_reason():
-    told = words(report_page.render(report(FEW_WORSE, FEW, "score/mean: {max_drop: 0.1}")))
+    told = words(html_page.render(report(FEW_WORSE, FEW, "score/mean: {max_drop: 0.1}")))
     assert "? inconclusive score/mean max_drop 0.1 new -0.250, 95 % interval" in told
 
 
 def test_a_broken_rule_names_its_model_where_several_were_judged():
     made = report(WRONG, RIGHT, "score/mean: {min: 0.5}")
     both = replace(made, baseline=None, differences=({}, {}), verdicts=(made.verdict, made.verdict))
-    assert report_page.headline(both).startswith("Regress: new: score/mean is 0.00, below 0.5; 1 more")
+    assert html_page.headline(both).startswith("Regress: new: score/mean is 0.00, below 0.5; 1 more")
 
 
 def test_the_top_tells_prompt_set_and_facts():
-    told = words(report_page.render(report(FEW)))
+    told = words(html_page.render(report(FEW)))
     assert "prompt set smoke, 4 prompts its SHA-256 5ha0000000000000 date 2026-01-02 run abc123" in told
 
 
 def test_scores_and_differences_stand_as_numbers_beside_their_drawings():
-    page = report_page.render(report(FEW_WORSE, FEW, "score/mean: {max_drop: 0.1}"))
+    page = html_page.render(report(FEW_WORSE, FEW, "score/mean: {max_drop: 0.1}"))
     told = words(page)
     assert "0.50 [0.15, 0.85]" in told and "0.75 [0.30, 0.95]" in told
     assert "-0.25 [-0.70, +0.36] can't tell p = 1.00, 4 pairs, detectable 0.76, allowed -0.1" in told
@@ -183,7 +186,7 @@ def test_scores_and_differences_stand_as_numbers_beside_their_drawings():
 
 
 def test_the_overall_score_comes_first():
-    rows = report_page.score_rows(report([{"alpha": 1.0, "zeta": 0.0}] * 3))
+    rows = chart_data.score_rows(report([{"alpha": 1.0, "zeta": 0.0}] * 3))
     assert [row.name for row in rows] == ["score", "alpha", "zeta"]
 
 
@@ -191,13 +194,13 @@ def test_repeated_prompts_have_their_pass_at_k_under_the_overall_score():
     made = report(FEW)
     names = ("score", "contains", "score/pass_at_4", "score/pass_hat_4", "contains/pass_at_4")
     estimates = dict.fromkeys(names, Estimate(0.5, 0.1, 0.3, 0.7, 4))
-    rows = report_page.score_rows(replace(made, models=(replace(made.models[0], estimates=estimates),)))
+    rows = chart_data.score_rows(replace(made, models=(replace(made.models[0], estimates=estimates),)))
     assert [row.label for row in rows] == ["score, over all", "pass@4, over all", "pass^4, over all", "contains"]
 
 
 def test_of_several_scorers_p_is_also_told_after_holm():
     ours, theirs = [{"a": 1.0, "b": 1.0}] * 40, [{"a": 0.0, "b": 1.0}] * 40
-    details = {row.name: row.marks[0].detail for row in report_page.difference_rows(report(ours, theirs))}
+    details = {row.name: row.marks[0].detail for row in chart_data.difference_rows(report(ours, theirs))}
     assert details["a"].startswith("p < 0.001 (< 0.001 after Holm), 40 pairs")
     assert details["score"].startswith("p < 0.001, 40 pairs")
 
@@ -206,10 +209,10 @@ def test_each_tag_has_the_score_of_its_prompts():
     made = report(FEW)
     prompts = (prompt(0, tags=("maths", "hard")), prompt(1, tags=("maths",)), prompt(2, tags=("hard",)), prompt(3))
     made = replace(made, prompt_set=replace(made.prompt_set, prompts=prompts))
-    found = [(row.name, row.marks[0].mean, row.prompts) for row in report_page.tag_rows(made)]
+    found = [(row.name, row.marks[0].mean, row.prompts) for row in chart_data.tag_rows(made)]
     assert found == [("easy", 1.0, "1 prompt"), ("hard", 0.5, "2 prompts"), ("maths", 1.0, "2 prompts")]
-    assert "By tag" in words(report_page.render(made))
-    assert "By tag" not in words(report_page.render(report(FEW)))  # a single tag says nothing new
+    assert "By tag" in words(html_page.render(made))
+    assert "By tag" not in words(html_page.render(report(FEW)))  # a single tag says nothing new
 
 
 @pytest.mark.parametrize(
@@ -221,13 +224,13 @@ def test_each_tag_has_the_score_of_its_prompts():
     ],
 )
 def test_a_long_name_is_cut_in_the_middle(label, short):
-    assert report_page.short_label(label) == short and len(short) <= 24
+    assert chart_data.short_label(label) == short and len(short) <= 24
 
 
 def test_what_was_not_measured_is_told_and_not_drawn():
     made = report([{"a": 1.0}, {"a": 0.0}], [{"b": 1.0}, {"b": 0.5}])
-    page = report_page.render(made)
-    row = next(row for row in report_page.score_rows(made) if row.name == "a")
+    page = html_page.render(made)
+    row = next(row for row in chart_data.score_rows(made) if row.name == "a")
     assert [mark.missing for mark in row.marks] == [False, True]
     drawing = re.search(r'aria-label="a, old: n/a">(.*?)</svg>\s*</td>', page, re.DOTALL)[1]
     assert 'class="shape"' not in drawing and 'class="interval"' not in drawing
@@ -239,7 +242,7 @@ def test_a_cost_is_told_in_its_unit_and_against_the_baseline():
     made = report(FEW, FEW)
     costs = ({"output_tokens_per_second": 129.04, "model_bytes": 117.4e6}, {"output_tokens_per_second": 64.52})
     models = tuple(replace(m, metrics=m.metrics | cost) for m, cost in zip(made.models, costs, strict=True))
-    rows = {row["label"]: row["cells"] for row in report_page.cost_rows(replace(made, models=models))}
+    rows = {row["label"]: row["cells"] for row in chart_data.cost_rows(replace(made, models=models))}
     assert rows["output tokens/s"] == [
         {"text": "129.0", "share": 100.0, "ratio": "2.00\u00d7"},
         {"text": "64.5", "share": 50.0, "ratio": ""},
@@ -254,9 +257,9 @@ def test_latency_is_drawn_from_answers_that_did_not_fail():
     samples[0] = replace(samples[0], latency_seconds=99.0, error={"type": "refused", "message": "no"})
     samples[1] = replace(samples[1], latency_seconds=2.0)
     made = replace(made, models=(scored("new", samples, made.prompt_set),))
-    (curve,) = report_page.latency_curves(made)
+    (curve,) = chart_data.latency_curves(made)
     assert curve.points == ((0.5, pytest.approx(100 / 3)), (0.5, pytest.approx(200 / 3)), (2.0, 100.0))
-    assert report_page.latency_axis([curve]).high == 2.0
+    assert chart_data.latency_axis([curve]).high == 2.0
 
 
 def test_a_run_in_which_all_failed_has_a_page():
@@ -264,7 +267,7 @@ def test_a_run_in_which_all_failed_has_a_page():
     failure = {"type": "refused", "message": "too long"}
     samples = [replace(answer, error=failure, output="") for answer in made.models[0].samples]
     made = replace(made, models=(scored("new", samples, made.prompt_set), made.models[1]))
-    page = report_page.render(made)
+    page = html_page.render(made)
     assert "No answer was scored." in words(page)
     assert [answer["error"] for answer in page_data(page)["answers"]].count(failure) == 2
 
@@ -272,7 +275,7 @@ def test_a_run_in_which_all_failed_has_a_page():
 def test_an_interval_without_bounds_is_drawn_to_the_edge():
     made = report(FEW)
     estimates = {"score": Estimate(0.5, math.nan, -math.inf, math.inf, 1)}
-    page = report_page.render(replace(made, models=(replace(made.models[0], estimates=estimates),)))
+    page = html_page.render(replace(made, models=(replace(made.models[0], estimates=estimates),)))
     assert "0.50 [-\u221e, \u221e]" in words(page)
     assert 'class="interval" x1="0.0%" x2="100.0%"' in page
 
@@ -288,7 +291,7 @@ def test_an_interval_without_bounds_is_drawn_to_the_edge():
     ],
 )
 def test_an_axis_has_round_steps_that_take_in_its_ends(low, high, ticks):
-    axis = report_page._axis(low, high)
+    axis = chart_data._axis(low, high)
     assert axis.ticks == pytest.approx(ticks)
     assert (axis.at(axis.low), axis.at(axis.high)) == (0, 100)
 
@@ -296,7 +299,7 @@ def test_an_axis_has_round_steps_that_take_in_its_ends(low, high, ticks):
 def test_flipped_prompts_come_with_the_largest_loss_first_and_name_their_scorers():
     ours = [{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 0.0}, {"a": 1.0, "b": 0.0}, {"a": 1.0, "b": 1.0}]
     theirs = [{"a": 0.0, "b": 0.0}, {"a": 1.0, "b": 1.0}, {"a": 0.0, "b": 1.0}, {"a": 1.0, "b": 1.0}]
-    page = report_page.render(report(ours, theirs))
+    page = html_page.render(report(ours, theirs))
     assert page_data(page)["flips"] == [
         {"id": "id-1", "gap": -1.0, "worse": ["a", "b"], "better": [], "model": 0, "prompt": 1},
         {"id": "id-2", "gap": 0.0, "worse": ["b"], "better": ["a"], "model": 0, "prompt": 2},
@@ -306,7 +309,7 @@ def test_flipped_prompts_come_with_the_largest_loss_first_and_name_their_scorers
 
 
 def test_every_answer_is_in_the_page_with_its_conversation():
-    data = page_data(report_page.render(report(FEW_WORSE, FEW)))
+    data = page_data(html_page.render(report(FEW_WORSE, FEW)))
     assert [(answer["model"], answer["prompt"]) for answer in data["answers"][:3]] == [(0, 0), (1, 0), (0, 1)]
     assert len(data["answers"]) == 8 and data["left_out"] == 0
     assert data["prompts"][1] == {
@@ -333,8 +336,8 @@ def test_every_answer_is_in_the_page_with_its_conversation():
 
 def test_where_answers_are_too_many_the_flipped_and_wrong_are_kept_and_the_rest_is_counted(monkeypatch):
     made = report(values(*[1] * 30, 0, 1, 0), values(*[1] * 30, 1, 1, 0))
-    monkeypatch.setattr(report_page, "DATA_CHARACTERS", 2500)
-    page = report_page.render(made)
+    monkeypatch.setattr(html_page, "DATA_CHARACTERS", 2500)
+    page = html_page.render(made)
     data = page_data(page)
     kept = {data["prompts"][answer["prompt"]]["id"] for answer in data["answers"]}
     assert {"id-30", "id-32"} <= kept and len(json.dumps(data["answers"])) < 2500
@@ -353,13 +356,13 @@ def history(*means: float) -> tuple[Point, ...]:
 
 def test_history_ends_with_this_run_and_is_there_only_if_there_is_any():
     made = report(FEW)
-    assert 'id="history"' not in report_page.render(made)
+    assert 'id="history"' not in html_page.render(made)
     made = replace(made, history=({"contains": (), "score": history(0.5, 0.6, math.nan, 0.7)},))
-    (trend,) = report_page.trends(made)
+    (trend,) = chart_data.trends(made)
     assert [moment.when for moment in trend.moments[:1]] == ["2026-02-02 02:40"]
     assert (trend.moments[-1].when, trend.moments[-1].mean) == ("this run", 0.75)
     assert trend.unbroken() == [[0, 1], [3, 4]]  # the line has a gap where a run has no value
-    page = report_page.render(made)
+    page = html_page.render(made)
     assert page.count('class="now"') == 1
     assert "version 2, gate regress: 0.60 [0.50, 0.70]" in page
 
@@ -396,7 +399,7 @@ def hostile_report() -> Report:
 @pytest.mark.fault("security: markup from models and prompts")
 def test_nothing_that_a_model_or_a_prompt_says_becomes_markup():
     made = hostile_report()
-    page = report_page.render(made)
+    page = html_page.render(made)
     page.encode("utf-8")
     assert Text(page).tags.count("script") == 2 and "img" not in Text(page).tags
     assert not [name for name, _ in Text(page).attributes if name.startswith("on")]
@@ -408,16 +411,16 @@ def test_nothing_that_a_model_or_a_prompt_says_becomes_markup():
 
 
 def test_what_can_not_be_seen_is_written_out():
-    page = report_page.render(hostile_report())
+    page = html_page.render(hostile_report())
     heading = html.unescape(re.search("<h1>(.*?)</h1>", page)[1])
     assert "[U+0000][U+001B][31m [U+202E]gnp.exe [U+D800]" in heading
     body = page.split('<script type="application/json"')[0]
     assert not re.search("[\x00-\x08\x1b\u202e\ud800]", body)
-    assert report_page.visible("a\tb\r\nc \u05d0 \U0001f600") == "a\tb\r\nc \u05d0 \U0001f600"
+    assert summary.visible("a\tb\r\nc \u05d0 \U0001f600") == "a\tb\r\nc \u05d0 \U0001f600"
 
 
 def test_the_policy_lets_only_the_pages_own_script_run_and_nothing_be_fetched():
-    page = report_page.render(report(FEW))
+    page = html_page.render(report(FEW))
     script = re.search("<script>(.*?)</script>", page, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = re.search('Content-Security-Policy" content="(.*?)"', page)[1]
@@ -432,12 +435,12 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize(("colours", "page"), [(report_page.COLOURS, "#ffffff"), (report_page.DARK_COLOURS, "#14171b")])
+@pytest.mark.parametrize(("colours", "page"), [(chart_data.COLOURS, "#ffffff"), (chart_data.DARK_COLOURS, "#14171b")])
 def test_marks_stand_out_from_the_page_and_no_two_models_look_the_same(colours, page):
     for colour in colours:
         light, dark = sorted((luminance(colour), luminance(page)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 3  # WCAG 2.2, 1.4.11
-    styles = [report_page.model_style(place) for place in range(42)]
+    styles = [chart_data.model_style(place) for place in range(42)]
     assert len({(style["colour"], style["path"]) for style in styles}) == 42
 
 
@@ -505,7 +508,7 @@ SHOWN_AS_MARKUP = {
 def test_an_id_shows_as_text_in_the_description(name):
     from markdown_it import MarkdownIt
 
-    text = report_module.markdown(told_of(name, name))
+    text = summary.markdown(told_of(name, name))
     plain = " ".join(name.split())
     renderer = MarkdownIt("commonmark").enable(["table", "strikethrough"])
     renderer.validateLink = lambda _: True
@@ -523,14 +526,14 @@ def test_no_text_breaks_the_xml():
     from xml.etree import ElementTree
 
     made = told_of(HOSTILE, HOSTILE)
-    root = ElementTree.fromstring(report_module.junit(made).encode())
+    root = ElementTree.fromstring(summary.junit(made).encode())
     assert "[U+001B]" in root.get("name") or "window.pwned" in root.get("name")
     assert "window.pwned" in root[0].get("name")
 
 
 @pytest.mark.fault("reports: a terminal's escape as id, and a very long one")
 def test_a_remark_is_one_short_line_without_a_terminal_s_escapes():
-    told = report_module.remarks(told_of("\x1b[2J\nerror: no" + "x" * 10_000))
+    told = summary.remarks(told_of("\x1b[2J\nerror: no" + "x" * 10_000))
     assert "1 better ([U+001B][2J error: noxxx" in told[-1]
     assert all(len(line) < 400 and line.isprintable() for line in told)
 
@@ -577,7 +580,7 @@ def opened(browser, tmp_path):
 
     def open_page(made: Report):
         path = tmp_path / "report.html"
-        path.write_text(report_page.render(made), encoding="utf-8")
+        path.write_text(html_page.render(made), encoding="utf-8")
         browser.get(path.as_uri())
         return browser
 
@@ -758,8 +761,8 @@ def test_mlflow_s_page_shows_the_ids_as_text(browser, tracking_server):
 
     client = mlflow.MlflowClient(tracking_server)
     run = client.create_run("0")
-    told = "\n\n".join(report_module.escaped(name) for name in MARKUP.values())
-    client.set_tag(run.info.run_id, "mlflow.note.content", report_module.markdown(told_of(HOSTILE)) + told + "\n\nend.")
+    told = "\n\n".join(summary.escaped(name) for name in MARKUP.values())
+    client.set_tag(run.info.run_id, "mlflow.note.content", summary.markdown(told_of(HOSTILE)) + told + "\n\nend.")
     client.set_terminated(run.info.run_id)
     browser.get(f"{tracking_server}/#/experiments/0/runs/{run.info.run_id}")
     said = "return document.body.textContent"  # also of what is below the fold

@@ -14,7 +14,9 @@ import pytest
 from conftest import REPOSITORY, call, entry_point
 
 from entrypoints import compare, evaluate
-from slm import environment, model_logging, reproduction
+from slm.base import environment
+from slm.models import model_logging
+from slm.verdict import reproduction
 
 ROWS = [
     {"id": name, "prompt": f"What is the capital of {name}?", "expected": city, "scorers": ["contains"]}
@@ -80,7 +82,8 @@ def write_prompts(file, **changes):
 
 def other_template(export, folder):
     """An export whose chat template says more, and is else the same."""
-    from slm import cache, chat_model, checkpoints
+    from slm.base import cache
+    from slm.models import chat_model, checkpoints
 
     folder.mkdir()
     for name in export.manifest:
@@ -97,7 +100,7 @@ def store(tmp_path_factory, int4_export, fp32_export):
     import mlflow
     from test_chat_model import GENERATION
 
-    from slm import model_logging
+    from slm.models import model_logging
 
     folder = tmp_path_factory.mktemp("reproduction")
     uri = f"sqlite:///{folder}/mlflow.db"
@@ -208,7 +211,7 @@ def test_compare_shows_both_texts_of_an_answer_that_differs_and_the_scores(run, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("file", "named"), [("constraints.txt", "environment.constraints.sha256"), ("slm/console.py", "code.sha256")]
+    ("file", "named"), [("constraints.txt", "environment.constraints.sha256"), ("slm/base/console.py", "code.sha256")]
 )
 def test_compare_names_changed_constraints_and_code_first(run, store, tmp_path, capsys, file, named):
     copy, ids = tmp_path / "copy", []

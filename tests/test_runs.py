@@ -16,7 +16,8 @@ import pytest
 from conftest import REPOSITORY, call, free_port, serving
 from test_servers import database
 
-from slm import runs, tracking
+from slm.scorers.confined import CHECKS
+from slm.tracking import lifecycle, run_records, runs
 
 MODEL = """
 import os, time
@@ -175,7 +176,7 @@ def test_an_experiment_that_another_run_makes_first_is_taken(tracking_server, mo
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_server)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "made twice")
     monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", and_another_is_first)
-    with tracking.run("evaluate", argparse.Namespace()) as run:
+    with lifecycle.run("evaluate", argparse.Namespace()) as run:
         pass
     client = mlflow.MlflowClient(tracking_server)
     assert run.info.experiment_id == look(client, "made twice").experiment_id
@@ -188,7 +189,7 @@ def test_a_dataset_that_another_run_logs_first_is_taken(tmp_path):
     from mlflow.store.tracking.dbmodels.models import SqlDataset
     from sqlalchemy import event
 
-    from slm.prompts import read_prompt_set
+    from slm.prompts.prompt_sets import read_prompt_set
 
     file, asked = tmp_path / "mlflow.db", []
 
@@ -206,7 +207,7 @@ def test_a_dataset_that_another_run_logs_first_is_taken(tmp_path):
     try:
         with mlflow.start_run() as run:
             event.listen(SqlDataset, "before_insert", and_another_is_first)
-            tracking.log_dataset(read_prompt_set(REPOSITORY / "prompts" / "smoke.jsonl", "smoke"))
+            run_records.log_dataset(read_prompt_set(REPOSITORY / "prompts" / "smoke.jsonl", "smoke", CHECKS))
         assert len(asked) == 1  # and refused
         [logged] = mlflow.get_run(run.info.run_id).inputs.dataset_inputs
         assert logged.dataset.name == "smoke"

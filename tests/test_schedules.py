@@ -21,7 +21,8 @@ from test_environments import LINKS
 from test_evaluation import MODEL
 
 from entrypoints import evaluate
-from slm import cache, parameters, schedule
+from slm.base import cache, parameters
+from slm.evaluation import schedule
 
 SCHEDULES = REPOSITORY / "schedules"
 FILES = ("phi3-evaluate.service", "phi3-evaluate.timer", "cronjob.yaml", "github-workflow.yaml", "airflow_dag.py")

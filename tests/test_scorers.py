@@ -6,8 +6,10 @@ import threading
 
 import pytest
 
-from slm import scorers
-from slm.scorers import BUILT_IN, Score, call_error, did_you_mean, quoted, score, score_without_bounds
+from slm.base.wording import did_you_mean, quoted
+from slm.scorers import confined
+from slm.scorers.built_in import BUILT_IN, Score
+from slm.scorers.confined import call_error, score, score_without_bounds
 
 NAMES = ("exact_match", "contains", "regex", "choice", "number", "json_schema", "token_f1", "rouge_l", "math")
 
@@ -410,7 +412,7 @@ def test_a_call_is_checked_before_any_model_runs(name, expected, options, error)
 def test_every_option_has_a_default_and_a_kind_that_the_check_knows(name):
     output, expected, *options = inspect.signature(BUILT_IN[name]).parameters.values()
     assert (output.name, expected.name) == ("output", "expected")
-    assert all(o.default is not o.empty and o.annotation in scorers.OPTION_KINDS for o in options)
+    assert all(o.default is not o.empty and o.annotation in confined.OPTION_KINDS for o in options)
 
 
 def test_importing_the_scorers_loads_no_heavy_library():

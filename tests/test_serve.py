@@ -24,7 +24,7 @@ def store(int4_export, tmp_path_factory):
     """A store with the int4 model in both schemas: its URI, and the models' by schema."""
     import mlflow
 
-    from slm import model_logging
+    from slm.models import model_logging
 
     folder = tmp_path_factory.mktemp("serve")
     uri = f"sqlite:///{folder}/mlflow.db"
@@ -267,9 +267,9 @@ def here(model, api_key="", host_names=(), http="auto", **limits):
 
     import uvicorn
 
-    from slm import openai_server
+    from slm.serving import http_app, protocol
 
-    app = openai_server.build(model, {}, openai_server.Limits(**limits), api_key, host_names)
+    app = http_app.build(model, {}, protocol.Limits(**limits), api_key, host_names)
     port = free_port()
     config = uvicorn.Config(app, port=port, http=http, log_level="error", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
@@ -291,9 +291,9 @@ def here(model, api_key="", host_names=(), http="auto", **limits):
 
 @pytest.mark.slow
 def test_a_full_queue_answers_429(wrapper, monkeypatch):
-    from slm import openai_server
+    from slm.serving import batching
 
-    monkeypatch.setattr(openai_server, "MOST_BATCHES", 1)
+    monkeypatch.setattr(batching, "MOST_BATCHES", 1)
     with here(wrapper.unwrap_python_model(), waiting=1) as (address, client), ThreadPoolExecutor(1) as pool:
         stream = ask(client, LONG, stream=True, max_tokens=1000)
         next(stream)

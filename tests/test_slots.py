@@ -11,8 +11,9 @@ import pytest
 from conftest import REPOSITORY, call
 from test_chat_model import logged, models, text  # noqa: F401
 
-from slm.chat_model import sample
-from slm.prompts import read_prompt_set
+from slm.models.chat_model import sample
+from slm.prompts.prompt_sets import read_prompt_set
+from slm.scorers.confined import CHECKS
 
 PLACES = [{"role": "system", "content": "You know geography."}, {"role": "user", "content": "Where is Paris?"}]
 
@@ -33,7 +34,7 @@ def fresh(wrapper, row: dict):
 
 
 def test_more_rows_than_slots_are_answered_as_each_alone(wrapper):
-    prompts = read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "").prompts[::11]
+    prompts = read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "", CHECKS).prompts[::11]
     rows = [{"messages": list(row.messages), "max_tokens": 4 + at % 5 * 5} for at, row in enumerate(prompts)]
     found = {index: answer.text for index, [answer] in wrapper.answers(rows, batch_size=3)}
     assert [found[index] for index in range(len(rows))] == [fresh(wrapper, row).text for row in rows]
@@ -150,7 +151,7 @@ def lanes() -> list[threading.Thread]:
 
 
 def forty(max_tokens: int) -> list[dict]:
-    prompts = read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "").prompts[:120:3]
+    prompts = read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "", CHECKS).prompts[:120:3]
     return [{"messages": list(row.messages), "max_tokens": max_tokens + at % 5} for at, row in enumerate(prompts)]
 
 
@@ -215,7 +216,8 @@ def test_a_caller_that_leaves_ends_what_runs_side_by_side(on_two_cores):
 LEAVES = """
 import sys
 from types import SimpleNamespace
-from slm.chat_model import SmallLanguageModel
+from slm.models.chat_model import SmallLanguageModel
+from slm.scorers.confined import CHECKS
 
 model = SmallLanguageModel()
 model.load_context(SimpleNamespace(artifacts={"onnx": sys.argv[1]}, model_config={"threads": 2}))

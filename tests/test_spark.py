@@ -17,8 +17,10 @@ import pytest
 from conftest import REPOSITORY, call, entry_point, free_port
 
 from entrypoints import evaluate
-from slm import prompts, scorer_calls, statistics
-from slm.errors import BadInput
+from slm.base.errors import BadInput
+from slm.prompts import prompt_sets
+from slm.scorers import scorer_calls
+from slm.verdict import statistics
 
 MODEL = """
 import os, time
@@ -182,21 +184,21 @@ def test_sums_give_the_estimate_and_the_difference_that_the_scores_give(kind, n,
 
 
 def read(location, **options):
-    from slm import spark
+    from slm.engines.spark import prompt_frame
 
-    return spark.read_prompts(f"file://{location}", str(location), "", **options)
+    return prompt_frame.read_prompts(f"file://{location}", str(location), "", **options)
 
 
 def test_a_prompt_set_is_the_same_one_that_is_read_locally(session, tmp_path):
     file = REPOSITORY / "prompts" / "general.jsonl"
-    expected, found = prompts.read_prompt_set(file, str(file)), read(file)
+    expected, found = prompt_sets.read_prompt_set(file, str(file), scorer_calls.IN_ROWS), read(file)
     assert (found.sha256, found.prompts, found.rows) == (expected.sha256, expected.prompts, len(expected.prompts))
 
 
 def test_a_large_prompt_set_comes_through_the_driver_in_small_parts_and_in_its_order(session, tmp_path, monkeypatch):
     from pyspark import RDD
 
-    from slm import spark
+    from slm.engines.spark import prompt_frame
 
     file = write_numbers(tmp_path / "numbers.jsonl", 3000)
     parts = []
@@ -207,14 +209,14 @@ def test_a_large_prompt_set_comes_through_the_driver_in_small_parts_and_in_its_o
         return whole(lines, **words)
 
     monkeypatch.setattr(RDD, "toLocalIterator", noted)
-    monkeypatch.setattr(spark, "PART_BYTES", 20_000)
-    assert read(file).sha256 == prompts.read_prompt_set(file, "").sha256
+    monkeypatch.setattr(prompt_frame, "PART_BYTES", 20_000)
+    assert read(file).sha256 == prompt_sets.read_prompt_set(file, "", scorer_calls.IN_ROWS).sha256
     assert len(parts) > 10 and max(parts) < 2 * 20_000  # Spark draws the borders from a sample
 
 
 def test_a_prompt_set_that_is_released_leaves_nothing_in_the_driver(session, tmp_path):
     """Spark 4.3 keeps what a DataFrame's toLocalIterator has brought, all of it, for as long as the driver lives."""
-    from slm import spark
+    from slm.engines.spark import prompt_frame
 
     file, long = tmp_path / "long.jsonl", "x" * 4000
     file.write_text(
@@ -227,7 +229,7 @@ def test_a_prompt_set_that_is_released_leaves_nothing_in_the_driver(session, tmp
         return machine.totalMemory() - machine.freeMemory()
 
     before = used()
-    spark.release(read(file))
+    prompt_frame.release(read(file))
     wait_for(lambda: used() - before < 16 * 2**20, 30)
 
 
@@ -258,7 +260,7 @@ def test_csv_parquet_packed_files_and_folders_are_read_too(session, tmp_path, ki
     else:
         location.write_bytes(gzip.compress(lines.encode()))
     found = read(location)
-    assert found.sha256 == prompts.read_prompt_set(tmp_path / "local.jsonl", "").sha256
+    assert found.sha256 == prompt_sets.read_prompt_set(tmp_path / "local.jsonl", "", scorer_calls.IN_ROWS).sha256
     assert found.name == "set of 20"
 
 
@@ -284,7 +286,7 @@ def test_a_wrong_row_is_told_in_the_words_of_a_local_run_with_its_line(session, 
     good = [GOOD % n if suffix == "jsonl" else b"%d,What is it?\n" % n for n in range(200)]
     file.write_bytes(head + b"".join(good[:150]) + b"\n" + wrong + b"".join(good[150:]))
     with pytest.raises(BadInput) as local:
-        prompts.read_prompt_set(file, "", scorer_calls.IN_ROWS)
+        prompt_sets.read_prompt_set(file, "", scorer_calls.IN_ROWS)
     session.conf.set("spark.sql.files.maxPartitionBytes", "1000")  # the line is in a later part of the file
     try:
         with pytest.raises(BadInput) as raised:
@@ -310,7 +312,7 @@ def test_added_scorers_are_those_of_a_local_run(session, tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "own.py").write_text("def polite(outputs):\n    return True\n")
     parameter = f"{tmp_path}/own.py:polite,choice"
-    local = scorer_calls.add(scorer_calls.read(parameter), prompts.read_prompt_set(file, "", scorer_calls.IN_ROWS))
+    local = scorer_calls.add(scorer_calls.read(parameter), prompt_sets.read_prompt_set(file, "", scorer_calls.IN_ROWS))
     found = read(file, scorers=parameter)
     assert (found.sha256, found.prompts) == (local.sha256, local.prompts)
     file.write_text('{"prompt": "z"}\n')
@@ -340,12 +342,12 @@ def test_what_spark_can_not_do_is_one_line(run, options, line):
 
 
 def test_without_pyspark_one_line_says_what_to_install(monkeypatch):
-    from slm import spark
+    from slm.engines.spark import spark_session
 
     monkeypatch.setitem(sys.modules, "pyspark", None)
     monkeypatch.setitem(sys.modules, "pyspark.sql", None)
     with pytest.raises(BadInput, match=r"needs pyspark, .*; pip install -r requirements-spark.txt -c constraints.txt"):
-        spark.session("")
+        spark_session.session("")
 
 
 # Scoring --------------------------------------------------------------------------------------------------------------
@@ -355,7 +357,7 @@ def test_without_pyspark_one_line_says_what_to_install(monkeypatch):
 def test_spark_gives_the_samples_and_metrics_of_a_local_run(run, int4_export):
     import mlflow
 
-    from slm import model_logging
+    from slm.models import model_logging
 
     options = {"max_tokens": 8, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": [], "batch_size": 0}
     with mlflow.start_run():
@@ -376,13 +378,13 @@ def test_what_is_too_much_for_the_driver_comes_as_sums_and_a_sample(run, tmp_pat
     import mlflow
     import pandas
 
-    from slm import spark
+    from slm.engines.spark import prompt_frame
 
     numbers = write_numbers(tmp_path / "numbers.jsonl", 120, clusters=30)
     uris = [log_model(tmp_path, f"model{skill}", skill) for skill in (9, 6)]
     options = {"model_uris": uris[1], "baseline": uris[0], "prompts": numbers, "repeats": 2, "temperature": 0.5}
     _, _, local = run(**options)
-    monkeypatch.setattr(spark, "SHOWN", 40)
+    monkeypatch.setattr(prompt_frame, "SHOWN", 40)
     code, out, found = run(engine="spark", **options)
     assert code == 0, out
     assert "of 240 answers, samples.jsonl and the report show 40; all are in evaluation/samples.parquet" in out
@@ -423,10 +425,10 @@ def test_a_row_that_fails_is_a_row_with_an_error_and_alone_is_asked_again(run, t
 def test_a_driver_whose_jvm_runs_out_of_memory_ends_in_one_line():
     """Without ExitOnOutOfMemoryError a thread of it dies alone, and the evaluation waits for ever."""
     code = (
-        "from slm import errors, spark\n"
-        "context = spark.session('').sparkContext\n"
+        "from slm.base import errors\nfrom slm.engines.spark import spark_session\n"
+        "context = spark_session.session('').sparkContext\n"
         "try:\n"
-        "    with spark._spark_errors(): context._jvm.java.nio.ByteBuffer.allocate(2**31 - 1)\n"
+        "    with spark_session._spark_errors(): context._jvm.java.nio.ByteBuffer.allocate(2**31 - 1)\n"
         "except errors.Unavailable as error: print(error)\n"
     )
     done = call(sys.executable, "-c", code, SPARK_DRIVER_MEMORY="600m")

@@ -11,7 +11,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from slm.statistics import (
+from slm.verdict.statistics import (
     Difference,
     Estimate,
     holm,

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from slm import traces
-from slm.prompts import Prompt
-from slm.scoring import Sample
+from slm.prompts.prompt_rows import Prompt
+from slm.report import traces
+from slm.verdict.scored_model import Sample
 
 SAMPLE = Sample(
     id="capital",

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 
-from slm import scorer_calls
-from slm.errors import BadInput
-from slm.prompts import Prompt, ScorerCall, read_prompt_set
-from slm.scorers import Score
+from slm.base.errors import BadInput
+from slm.prompts.prompt_rows import Prompt, ScorerCall
+from slm.prompts.prompt_sets import read_prompt_set
+from slm.scorers import scorer_calls
+from slm.scorers.built_in import Score
 
 PLAIN = Prompt("plain", None, "Say hello.", (), (), None, ())
 CHAT = Prompt(

@@ -1,0 +1,14 @@
+"""What a model URI says by itself. Nothing is looked up."""
+
+import re
+
+
+def registered_version(uri: str) -> tuple[str, str] | None:
+    """Name and version of `models:/name/version`; None for any other URI."""
+    found = re.fullmatch(r"models:/([^/@]+)/(\d+)", uri)
+    return (found[1], found[2]) if found else None
+
+
+def can_be_promoted(uri: str) -> bool:
+    """Whether a URI names one registered version, by its number or by an alias."""
+    return bool(registered_version(uri) or re.fullmatch(r"models:/[^/@]+@[^/@]+", uri))

@@ -1,0 +1,228 @@
+"""The entry points' parameters: one table from which argparse, the checks and the logged values come.
+
+MLproject repeats names and defaults, since `mlflow run` reads them there; a test holds the two together. MLflow checks
+no types and passes undeclared parameters on, so everything is checked here, before anything is imported or opened.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import re
+from dataclasses import dataclass
+
+from slm.base import credentials
+from slm.base.errors import BadInput
+from slm.base.wording import quoted
+
+CHARACTERS = 4000  # of one value: MLflow keeps no more than 6,000 of a parameter
+ALL = ("pipeline", "onnx", "evaluate")  # that log or score models
+ENTRY_POINTS = (*ALL, "serve")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+    default: str | int | float | bool
+    entry_points: tuple[str, ...]
+    help: str
+    choices: tuple[str, ...] = ()
+    low: float = -math.inf
+    high: float = math.inf
+    pattern: str = ""  # that a text has, where it isn't empty
+    remedy: str = ""  # what to write where it hasn't
+
+
+PARAMETERS = (
+    Parameter("model", "smollm2-135m-instruct", ALL, "embedded name, local folder, .gguf file or hub id org/name"),
+    Parameter("revision", "", ALL, "commit, branch or tag of the hub repository"),
+    Parameter("subfolder", "", ALL, "folder in the hub repository, or in a local folder"),
+    Parameter("prompts", "prompts/smoke.jsonl", ALL, "prompt set: path, web address, or URI that MLflow can download"),
+    Parameter("max_tokens", 64, ALL, "tokens generated at most per answer", low=1, high=2**20),
+    Parameter("temperature", 0.0, ALL, "0 is greedy", low=0.0, high=2.0),
+    Parameter("top_p", 1.0, ALL, "nucleus sampling", low=1e-6, high=1.0),
+    Parameter("seed", 0, ALL, "of the sampling", low=0, high=2**62),
+    Parameter("stop", "", ALL, "text that ends an answer, or a JSON list of such texts"),
+    Parameter("batch_size", 0, ALL, "rows generated together; 0: the wrapper chooses", low=0, high=4096),
+    Parameter("dtype", "auto", ("pipeline", "evaluate"), "of the weights", ("auto", "fp32", "bf16", "fp16")),
+    Parameter(
+        "device",
+        "auto",
+        ("pipeline", "evaluate"),
+        "auto, cpu, cuda or cuda:N",
+        pattern=r"auto|cpu|cuda(:\d{1,3})?",
+        remedy="write auto, cpu, cuda or cuda:0",
+    ),
+    Parameter("precision", "int4", ("onnx", "evaluate"), "of the export", ("int4", "int8", "fp16", "bf16", "fp32")),
+    Parameter("execution_provider", "cpu", ("onnx", "evaluate"), "of onnxruntime-genai", ("cpu", "cuda")),
+    Parameter("schema", "prompt", ("onnx",), "of the logged model", ("prompt", "chat")),
+    Parameter(
+        "registered_model_name",
+        "",
+        ALL,
+        "registers the logged model under this name",
+        pattern=r"[^/:@,]+",
+        remedy="leave out / : @ and commas",
+    ),
+    Parameter("save_weights", True, ("pipeline",), "false logs hub id and revision instead of the weights"),
+    Parameter(
+        "model_uris",
+        "",
+        ("evaluate",),
+        "models or endpoints to score, by commas; empty: both wrappers of `model`",
+    ),
+    Parameter("baseline", "", ("evaluate",), "model URI to compare with"),
+    Parameter("thresholds", "", ("evaluate",), "YAML gate"),
+    Parameter(
+        "alias",
+        "",
+        ("evaluate",),
+        "registry alias that a passing model is given",
+        pattern=r"(?!latest$|v\d+$)[\w.-]+",
+        remedy="write letters, digits, . _ -; MLflow keeps latest and v7 for itself",
+    ),
+    Parameter("scorers", "", ("evaluate",), "scorers added to each row's own: names or file.py:function, by commas"),
+    Parameter(
+        "judge",
+        "",
+        ("evaluate",),
+        "model that judges: openai:/name, endpoints:/name, models:/name/1 or http://host/v1#model",
+    ),
+    Parameter("timeout", 0, ALL, "seconds after which the run is ended, its answers kept; 0: none", low=0, high=10**7),
+    Parameter(
+        "row_timeout", 0, ALL, "seconds after which a row without an answer has failed; 0: none", low=0, high=10**6
+    ),
+    Parameter("repeats", 1, ("evaluate",), "answers per prompt", low=1, high=1000),
+    Parameter("engine", "local", ("evaluate",), "where prompts are answered", ("local", "spark")),
+    Parameter("spark_master", "", ("evaluate",), "of engine=spark: spark://host:7077, …; empty: all cores here"),
+    Parameter("resume", True, ("evaluate",), "reuse answers that an interrupted or an unchanged run left"),
+    Parameter("traces", True, ("evaluate",), "show the answers in MLflow's evaluation view as well"),
+    Parameter(
+        "slot",
+        "",
+        ("evaluate",),
+        "the scheduled time that this start is for: evaluated once, and never beside another",
+        pattern=r"[\w:.+/@-]{1,200}",
+        remedy="write letters, digits and : . + - / @, such as 2026-11-22T03:00Z",
+    ),
+    Parameter("force", False, ("evaluate",), "evaluate a slot that is done, or one in which nothing changed, again"),
+    Parameter(
+        "trust_code",
+        False,
+        ("evaluate", "serve"),
+        "true runs code that was logged with a model, where this project doesn't know it",
+    ),
+    Parameter("model_uri", "", ("serve",), "logged chat model: models:/name@alias, models:/name/3, runs:/…, folder"),
+    Parameter("host", "127.0.0.1", ("serve",), "address to listen at"),
+    Parameter("port", 5005, ("serve",), "port to listen at", low=1, high=65535),
+    Parameter(
+        "allowed_hosts",
+        "",
+        ("serve",),
+        "host names that requests may name beside loopback and `host`, by commas",
+        pattern=r"(?=.*\w)[\w.:\[\]-]+(, *[\w.:\[\]-]+)*",
+        remedy="write host names without scheme, path or *, such as llm.example.org",
+    ),
+    Parameter("open_to_all", False, ("serve",), "listen at an address that others reach, without a key"),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that reports a mistake as BadInput, with the nearest name."""
+
+    def error(self, message):
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            name = (unknown.split() or [""])[0].split("=")[0].lstrip("-")
+            name = name if name.isidentifier() and len(name) < 80 else quoted(name)
+            near = difflib.get_close_matches(name, [parameter.name for parameter in PARAMETERS], 1)
+            message = f"{name}: there is no such parameter" + (f"; did you mean {near[0]}?" if near else "")
+        raise BadInput(message)
+
+
+def parse(entry_point: str, description: str, argv: list[str] | None) -> argparse.Namespace:
+    """The entry point's parameters from its command line, each with the type and in the range the table gives.
+
+    Raises:
+        BadInput: an unknown name, or a value that is none.
+    """
+    parser = _Parser(
+        prog=f"python -m entrypoints.{entry_point}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    table = [parameter for parameter in PARAMETERS if entry_point in parameter.entry_points]
+    for parameter in table:
+        shown = json.dumps(parameter.default)
+        parser.add_argument(
+            f"--{parameter.name}", default=parameter.default, metavar="…", help=f"{parameter.help} (default: {shown})"
+        )
+    args = parser.parse_args(argv)
+    for parameter in table:
+        setattr(args, parameter.name, _value(parameter, getattr(args, parameter.name)))
+    return args
+
+
+def _value(parameter: Parameter, given):
+    kind = type(parameter.default)
+    if credentials.held_by(str(given)):
+        shown = quoted(credentials.scrubbed(str(given)))
+        remedy = "parameters are stored: give it in the environment, and revoke it if `mlflow run` was given it"
+        raise BadInput(f"{parameter.name}: {shown} held a password, key or token; {remedy}")
+    if len(str(given)) > CHARACTERS:
+        raise BadInput(
+            f"{parameter.name}: {quoted(given)} is longer than {CHARACTERS:,} characters; put it into a file"
+        )
+    if not (str(given).isprintable() if parameter.name != "stop" else _is_text(given)):
+        raise BadInput(f"{parameter.name}: {quoted(given)} holds what can't be printed; remove it")
+    if kind is bool:
+        words = {"true": True, "false": False}
+        if str(given).lower() not in words:
+            raise BadInput(f"{parameter.name}: {quoted(given)} is neither true nor false")
+        return words[str(given).lower()]
+    if kind is str:
+        if parameter.choices and given not in parameter.choices:
+            near = difflib.get_close_matches(given, parameter.choices, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise BadInput(f"{parameter.name}: {quoted(given)} is none of {', '.join(parameter.choices)}{hint}")
+        if parameter.pattern and given and not re.fullmatch(parameter.pattern, given):
+            raise BadInput(f"{parameter.name}: {quoted(given)} can't be one; {parameter.remedy}")
+        return given
+    try:
+        value = kind(given)
+    except ValueError:
+        words = "a whole number" if kind is int else "a number"
+        raise BadInput(f"{parameter.name}: {quoted(given)} is not {words}") from None
+    if not parameter.low <= value <= parameter.high:  # NaN fails too
+        shown = given if len(str(given)) < 30 else quoted(given)
+        raise BadInput(f"{parameter.name}: {shown} is out of range; {parameter.low:g} to {parameter.high:g}")
+    return value
+
+
+def _is_text(given: str) -> bool:
+    """Whether it can be written as UTF-8: a byte that isn't reaches us as half a character."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def stop_strings(stop: str) -> list[str]:
+    """The `stop` parameter as a list: a JSON list of texts, or one text as it stands.
+
+    Raises:
+        BadInput: a JSON list of something else.
+    """
+    if not stop.startswith("["):
+        return [stop] if stop else []
+    try:
+        texts = json.loads(stop)
+    except ValueError:
+        return [stop]
+    except RecursionError:
+        raise BadInput(f"stop: {quoted(stop)} is nested too deeply; write a list of texts") from None
+    if not all(isinstance(text, str) and text and _is_text(text) for text in texts):
+        raise BadInput(f"stop: {quoted(stop)} must be a list of non-empty texts")
+    return texts

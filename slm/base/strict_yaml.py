@@ -1,0 +1,41 @@
+"""Safe YAML that refuses what would be misread: duplicate keys, aliases, tags."""
+
+from collections.abc import Hashable
+
+import yaml
+
+from slm.base.wording import quoted
+
+
+def parse_yaml(text: str) -> object:
+    """Safe YAML, refusing duplicate keys and aliases (a few lines of them unfold to gigabytes). Raises ValueError."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be read"
+        raise ValueError(f"line {mark.line + 1}: {problem}" if mark else problem) from None
+    except (AttributeError, LookupError, TypeError) as error:  # yaml's constructors on a value with a wrong !!tag
+        raise ValueError(f"a tagged value cannot be read: {error!r}") from None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            problem = f"the alias *{event.anchor} is not accepted: write the value out"
+            raise yaml.composer.ComposerError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable):  # the others are refused by yaml itself
+                if key in seen:
+                    problem = f"the key {quoted(key)} is given twice"
+                    raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key_node.start_mark)
+                seen.add(key)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,25 @@
+"""Words that many messages share: a value in quotes, the nearest name."""
+
+import difflib
+import json
+import reprlib
+from collections.abc import Iterable
+
+_short = reprlib.Repr()
+_short.maxstring = 60
+
+
+def quoted(value: object) -> str:
+    """A value as one short line for a message: text is quoted, escaped and cut in the middle."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    try:
+        return _short.repr(value)
+    except ValueError:  # CPython refuses to print integers of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the nearest known name, or nothing."""
+    near = difflib.get_close_matches(str(word)[:100].lower(), list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,0 +1,1 @@
+"""Answers prompts on Apache Spark. Start with `scoring.py`."""

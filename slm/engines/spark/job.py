@@ -1,0 +1,55 @@
+"""What a Spark worker is told of a model, as plain data."""
+
+from dataclasses import dataclass
+
+from slm.engines.spark.prompt_frame import SparkPromptSet
+from slm.tracking import mlflow_client, registry
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to answer a bucket, beside its rows."""
+
+    label: str
+    uri: str
+    model_key: str  # changes when `uri` comes to mean another model
+    tracking_uri: str
+    registry_uri: str
+    generation: dict
+    repeats: int
+    threads: int
+    scorers: tuple
+    row_timeout: float = 0.0
+    recorded: tuple[str, ...] = ()  # hashes of its manifest
+    trust_code: bool = False
+    run_id: str = ""
+    earlier: tuple[tuple[int, str], ...] = ()  # buckets that an earlier run finished, and its id
+    last_shown: tuple[int, str] | None = None
+
+
+def job(
+    label: str,
+    uri: str,
+    prompt_set: SparkPromptSet,
+    parameters: dict,
+    row_timeout: float = 0.0,
+    trust_code: bool = False,
+) -> Job:
+    """What workers are told of the model that `uri` (resolved) names; `parameters` are of generation, and repeats."""
+    mlflow = mlflow_client.quiet_mlflow()
+    spark = prompt_set.frame.sparkSession
+    return Job(
+        label=label,
+        uri=uri,
+        model_key=mlflow.models.get_model_info(uri).model_uuid,
+        tracking_uri=mlflow.get_tracking_uri(),
+        registry_uri=mlflow.get_registry_uri(),
+        generation={name: value for name, value in parameters.items() if name != "repeats"},
+        repeats=parameters["repeats"],
+        threads=int(spark.conf.get("spark.task.cpus", "1")),
+        scorers=prompt_set.scorers,
+        row_timeout=row_timeout,
+        recorded=registry.recorded_manifests(uri),
+        trust_code=trust_code,
+        last_shown=prompt_set.last_shown,
+    )

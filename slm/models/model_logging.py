@@ -1,0 +1,239 @@
+"""Logs the two wrappers. MLflow calls in this module: those that write a model, and nothing else.
+
+Both are `chat_model.py` as models from code. The weights are written once at most: a store on this machine gets them
+straight from the checkpoint's folder (slm/base/cache.py, `place`); what is uploaded elsewhere holds links to them. The
+pipeline model carries MLflow's transformers flavor beside it, over the same files, so that
+`mlflow.transformers.load_model` gives the pipeline, while pyfunc keeps a contract that MLflow 3.17's own `llm/v1/chat`
+does not (parameters per row, stop strings, seeds, counts, batches). The flavor's entries are written here, since
+`mlflow.transformers.save_model` would load the model, write its weights once more, in fp32, and ask the hub for a
+model card.
+"""
+
+import functools
+import importlib.metadata
+import json
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import mlflow
+from mlflow.models import Model, ModelSignature
+from mlflow.models.model import ModelInfo
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
+from mlflow.utils.uri import is_databricks_unity_catalog_uri, is_oss_unity_catalog_uri
+
+from slm.base import cache, environment
+from slm.models import chat_model, manifest, wrappers
+from slm.models.checkpoints import Checkpoint
+
+PACKAGES = {
+    "pipeline": ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "jinja2", "numpy"),
+    "onnx": ("mlflow", "onnxruntime-genai", "onnxruntime", "tokenizers", "jinja2", "numpy"),
+}
+SETTINGS = {  # 0 and "": the wrapper chooses
+    "pipeline": {"batch_size": 0, "threads": 0, "dtype": "auto", "device": "auto"},
+    "onnx": {"batch_size": 0, "threads": 0, "execution_provider": ""},
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+
+
+def log_pipeline(checkpoint: Checkpoint, generation: dict, save_weights: bool = True, **log) -> ModelInfo:
+    """Logs a checkpoint as a transformers chat model (task llm/v1/chat) named "pipeline".
+
+    `generation` holds the defaults of max_tokens, temperature, top_p, seed and stop, and batch_size, dtype, device.
+    """
+    return _log("pipeline", checkpoint, "chat", generation, save_weights=save_weights, **log)
+
+
+def log_onnx(export: Checkpoint, schema: str, generation: dict, precision: str, **log) -> ModelInfo:
+    """Logs an ONNX GenAI folder as a pyfunc model named "onnx", with the `prompt` or the `chat` schema."""
+    return _log("onnx", export, schema, generation, metadata={"precision": precision}, **log)
+
+
+def _log(name, checkpoint, schema, generation, *, metadata=None, save_weights=True, registered_model_name=""):
+    template, special_tokens = checkpoint.chat_template
+    facts = {
+        "source": checkpoint.source,
+        "revision": checkpoint.revision,
+        "model.sha256": checkpoint.sha256,
+        "chat_template": template,
+        "special_tokens": special_tokens,
+        "schema": schema,
+        "wrapper": {"version": chat_model.VERSION, "sha256": wrappers.own_sha256()},
+    } | ({"task": "llm/v1/chat"} if schema == "chat" else {})
+    metadata = facts | (metadata or {})
+    if registered_model_name:
+        settings = _settings(name, checkpoint, schema, generation, save_weights)
+        left = _left_behind(registered_model_name, metadata, signature(schema, generation), settings)
+        if left:
+            return left
+    return Model.log(
+        artifact_path=None,
+        name=name,
+        flavor=sys.modules[__name__],
+        flavor_name="transformers" if name == "pipeline" else "pyfunc",
+        registered_model_name=registered_model_name or None,
+        metadata=metadata,
+        validate_serving_input=False,  # it is loaded back and scored right after
+        checkpoint=checkpoint,
+        wrapper=name,
+        schema=schema,
+        generation=generation,
+        save_weights=save_weights,
+    )
+
+
+def _settings(wrapper: str, checkpoint: Checkpoint, schema: str, generation: dict, save_weights: bool) -> dict:
+    """The model_config that is logged; MLflow lets a loader override only what is named in it."""
+    settings = {name: generation.get(name) or default for name, default in SETTINGS[wrapper].items()}
+    settings |= {"schema": schema, "model_name": checkpoint.name}
+    return settings if save_weights else settings | {"hub_id": checkpoint.hub_id, "revision": checkpoint.revision}
+
+
+def _left_behind(registered_name: str, metadata: dict, wanted: ModelSignature, settings: dict) -> ModelInfo | None:
+    """A version of just this model, which a run that was ended too early had registered: none is registered twice."""
+    client, quoted = mlflow.MlflowClient(), registered_name.replace("'", "''")
+    for version in client.search_model_versions(f"name = '{quoted}'", max_results=10):
+        if not (version.source or "").startswith("models:/m-"):
+            continue
+        logged = client.get_logged_model(version.source.removeprefix("models:/"))
+        if logged.status != "READY" or not logged.source_run_id:
+            continue
+        if client.get_run(logged.source_run_id).info.status == "FINISHED":
+            continue
+        info = mlflow.models.get_model_info(version.source)
+        config = info.flavors["python_function"].get("config")
+        if (info.metadata, info.signature, config) == (metadata, wanted, settings):
+            info.registered_model_version = version.version
+            return info
+    return None
+
+
+def save_model(path, mlflow_model, checkpoint, wrapper, schema, generation, save_weights=True, **_):
+    """Writes an MLflow model folder, without the files that a store on this machine got (`Model.log` calls this)."""
+    path = Path(path)
+    settings = _settings(wrapper, checkpoint, schema, generation, save_weights)
+    question = "What is the capital of France?"
+    example = {"prompt": question} if schema == "prompt" else {"messages": [{"role": "user", "content": question}]}
+    # MLflow would check that what is installed is installed: it reads every package for that, a third of a second
+    unchecked = mock.patch("mlflow.utils.environment.warn_dependency_requirement_mismatches")
+    with tempfile.TemporaryDirectory() as scratch, unchecked:
+        mlflow.pyfunc.save_model(
+            path=path,
+            python_model=chat_model.__file__,
+            mlflow_model=mlflow_model,
+            signature=signature(schema, generation),
+            input_example=example,
+            model_config=settings,
+            pip_requirements=requirements(wrapper, Path(scratch)),
+        )
+    artifact, place = ("onnx", wrappers.PLACES[0]) if wrapper == "onnx" else ("checkpoint", wrappers.PLACES[1])
+    pyfunc = mlflow_model.flavors["python_function"]
+    placed = {}
+    if save_weights:
+        put = functools.partial(_put, checkpoint, path, _store_here(mlflow_model.artifact_path))
+        placed |= put(place, checkpoint.manifest)
+        pyfunc["artifacts"] = {artifact: {"path": place, "uri": place}}
+        mlflow_model.model_size_bytes = checkpoint.bytes
+    if wrapper == "pipeline":
+        mlflow_model.flavors["transformers"] = _transformers_flavor(checkpoint, save_weights)
+        if save_weights:
+            placed |= put("components/tokenizer", [name for name in TOKENIZER_FILES if name in checkpoint.manifest])
+    mlflow_model.save(str(path / "MLmodel"))
+    written = manifest.write(path, place, placed)
+    if mlflow_model.model_id:  # where it is logged, and not only saved
+        mlflow.MlflowClient().set_logged_model_tags(mlflow_model.model_id, {manifest.TAG: written.sha256})
+
+
+def signature(schema: str, generation: dict) -> ModelSignature:
+    """`prompt`: {"prompt": string} -> string. `chat`: MLflow's chat schema, and a seed per row."""
+    params = ParamSchema(
+        [
+            ParamSpec("max_tokens", DataType.long, int(generation["max_tokens"])),
+            ParamSpec("temperature", DataType.double, float(generation["temperature"])),
+            ParamSpec("top_p", DataType.double, float(generation["top_p"])),
+            ParamSpec("seed", DataType.long, int(generation["seed"])),
+            ParamSpec("stop", DataType.string, list(generation["stop"]), (-1,)),
+        ]
+    )
+    if schema == "prompt":
+        return ModelSignature(
+            Schema([ColSpec(DataType.string, "prompt", required=True)]), Schema([ColSpec(DataType.string)]), params
+        )
+    columns = [*CHAT_MODEL_INPUT_SCHEMA.inputs, ColSpec(DataType.long, "seed", required=False)]
+    return ModelSignature(Schema(columns), CHAT_MODEL_OUTPUT_SCHEMA, params)
+
+
+def requirements(wrapper: str, scratch: Path) -> list[str]:
+    """What serving needs, at the versions installed here; what these bring along is held by a constraints file."""
+    # torch's CPU and CUDA builds differ behind the plus
+    names = [environment.installed_as(name) for name in PACKAGES[wrapper]]
+    found = environment.closure(names)
+    lines = {name: f"{name}=={version.split('+')[0]}" for name, version in found.items()}
+    if "torch" in names:  # its CUDA build pins its libraries itself, and its CPU build has none of them
+        lines = {name: line for name, line in lines.items() if not name.startswith(("nvidia-", "cuda-", "triton"))}
+    constraints = scratch / "constraints.txt"
+    constraints.write_text("".join(f"{lines[name]}\n" for name in sorted(lines)), encoding="utf-8")
+    asked = [lines[name].replace("onnxruntime-gpu==", "onnxruntime-gpu[cuda,cudnn]==") for name in names]
+    return [*asked, f"-c {constraints}"]
+
+
+def _transformers_flavor(checkpoint: Checkpoint, save_weights: bool) -> dict:
+    """The MLmodel entries from which mlflow.transformers.load_model builds the pipeline."""
+    config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    tokenizer = json.loads((checkpoint.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    flavor = {
+        "transformers_version": importlib.metadata.version("transformers"),
+        "code": None,
+        "task": "text-generation",
+        "inference_task": "llm/v1/chat",
+        "instance_type": "TextGenerationPipeline",
+        "framework": "pt",
+        "pipeline_model_type": config["architectures"][0],
+        "source_model_name": checkpoint.hub_id or str(checkpoint.name),
+        "tokenizer_type": tokenizer.get("tokenizer_class") or "PreTrainedTokenizerFast",
+        "components": ["tokenizer"],
+    }
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype:
+        flavor["torch_dtype"] = f"torch.{dtype}"
+    if save_weights:
+        return flavor | {"model_binary": "model"}
+    return flavor | {
+        "source_model_revision": checkpoint.revision,
+        "tokenizer_name": checkpoint.hub_id,
+        "tokenizer_revision": checkpoint.revision,
+    }
+
+
+def _store_here(location: str | None) -> Path | None:
+    """A logged model's folder in a store on this machine; None where it is uploaded, or uploaded once more.
+
+    Unity Catalog makes a version of the folder that MLflow wrote, not of what was logged.
+    """
+    registry = mlflow.get_registry_uri()
+    if location is None or is_databricks_unity_catalog_uri(registry) or is_oss_unity_catalog_uri(registry):
+        return None
+    repository = get_artifact_repository(location)
+    return Path(repository.artifact_dir) if isinstance(repository, LocalArtifactRepository) else None
+
+
+def _put(checkpoint: Checkpoint, path: Path, store: Path | None, place: str, names) -> dict[str, cache.FileRecord]:
+    """The checkpoint's files at `place` in the store, else as links in the folder `path`, which is uploaded.
+
+    Gives what was put, by path in the model's folder.
+    """
+    for name in names:
+        target = (store or path) / place / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name in checkpoint.rewritten:
+            target.write_bytes(checkpoint.rewritten[name])
+        elif store:
+            cache.place(checkpoint.folder / name, target)
+        else:
+            target.symlink_to((checkpoint.folder / name).resolve())
+    return {f"{place}/{name}": checkpoint.manifest[name] for name in names}

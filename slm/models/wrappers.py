@@ -1,0 +1,267 @@
+"""Chooses the code that runs a logged model of this project, and opens the model with that code.
+
+A logged model's folder holds a copy of the wrapper (chat_model.py). MLflow's own loaders run that copy. A person who
+may register a model could put any code into the copy. So this project runs the wrapper of its own repository if the
+model was logged by the same version. The logged copy runs if its bytes are those of a released version. Any other copy
+runs only with `trust_code`. slm/answers/loading.py opens models of others, also only with `trust_code`.
+
+The files that are loaded are the files that were checked. Every file is compared with the manifest. The wrapper runs
+from the bytes that were hashed. If a file changes before the model is in memory, the model is opened again. After
+TRIES attempts, the model is refused.
+"""
+
+import hashlib
+import linecache
+import tempfile
+import time
+import types
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from slm.base import cache
+from slm.base.errors import BadInput, exhausted
+from slm.models import chat_model, checkpoints, genai_config, weights
+from slm.models import manifest as manifests
+
+FILE = "chat_model.py"
+RELEASED = {  # SHA-256 of the wrapper, by version
+    "0.1.0": "86a6a415d33d6e5f49a2826a3899aef74000e7b7c86bc5ab97994ebf0ba5f44a",
+}
+PLACES = ("artifacts/onnx", "model")  # of the weights in a model's folder
+TRIES = 3  # of loading, where somebody else's link to the same files counts as a change
+REMEDY = "set trust_code=true if you trust the code's author"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model of this project in memory."""
+
+    wrapper: object  # chat_model.SmallLanguageModel, or that of the copy that was logged
+    description: object  # MLflow's Model
+    manifest: manifests.Manifest
+    code_sha256: str  # of the wrapper that runs
+    settings: dict  # it was opened with
+    providers: tuple[str, ...] | None  # that an ONNX folder lists; None for a checkpoint of transformers
+    load_seconds: float  # without the checks before
+    unchanged: Callable[[], None]  # raises BadInput once its files are others than those that were checked
+
+
+def is_ours(description) -> bool:
+    """Whether a model says that this project logged it. `description` is MLflow's Model or ModelInfo."""
+    return isinstance(description.metadata, dict) and bool(description.metadata.get("model.sha256"))
+
+
+def check(uri: str, description, trust_code: bool, logged_code) -> None:
+    """Refuses a model that would run code of others. Only the description is read; no model is loaded.
+
+    `logged_code` returns the bytes of the logged wrapper. It is called only if the wrapper's version is not ours.
+
+    Raises:
+        BadInput: the model would run code of others.
+    """
+    if trust_code:
+        return
+    if not is_ours(description):
+        raise BadInput(f"{uri} runs code that was logged with the model; {REMEDY}")
+    if _version(description) != chat_model.VERSION:
+        _check_code(uri, logged_code())
+
+
+def opened(
+    uri: str,
+    folder: Path,
+    recorded: Iterable[str],
+    trust_code: bool,
+    override: dict,
+    before_loading: Callable[[], None] = lambda: None,
+) -> Opened:
+    """A model of this project from its folder, checked and loaded.
+
+    `recorded` has the hashes of the manifest that the tracking server keeps. `override` replaces settings that the
+    model has; an empty value replaces nothing. `before_loading` is called between the checks and the loading.
+
+    Raises:
+        BadInput: a file was changed, a setting is out of range, or the code is not allowed to run.
+        Unavailable: the hub that holds the weights can't be reached.
+    """
+    for _ in range(TRIES):
+        before = manifests.stamp(folder)
+        found = _opened(uri, folder, tuple(recorded), trust_code, override, before_loading)
+        if manifests.stamp(folder) == before:
+            return replace(found, unchanged=_watch(uri, folder, before, found.manifest.sha256))
+    raise BadInput(f"{uri}: its files changed while it was loaded; stop what writes there, and try again")
+
+
+def _opened(
+    uri: str, folder: Path, recorded: tuple, trust_code: bool, override: dict, before_loading: Callable[[], None]
+) -> Opened:
+    from mlflow.models import Model
+    from mlflow.pyfunc.model import PythonModelContext
+
+    description = Model.load(str(folder))
+    if not is_ours(description):
+        raise BadInput(f"{uri} was not logged by this project")
+    try:
+        found = manifests.check(folder, recorded)
+    except ValueError as error:
+        raise BadInput(f"{uri}: {error}") from None
+    metadata, known = description.metadata, (description.flavors.get("python_function") or {}).get("config")
+    if not isinstance(known, dict) or metadata.get("schema") not in ("chat", "prompt") or not description.signature:
+        raise BadInput(f"{uri}: its MLmodel lacks entries that this project writes; log the model again")
+    settings = known | {name: value for name, value in override.items() if value and name in known}
+    _check_settings(uri, settings)
+    place, records = _weights(uri, folder, found, settings)
+    if cache.manifest_sha256(records) != metadata["model.sha256"]:
+        raise BadInput(f"{uri}: its weights differ from model.sha256 in its MLmodel; log the model again")
+    weights.check_files(place, records)
+    onnx = found.place == PLACES[0]
+    content = genai_config.read(place) if onnx else {}
+    providers = genai_config.providers(content) if onnx else None
+    module, code_sha256 = _module(uri, folder, description, trust_code)
+    with ExitStack() as stack:
+        read = stack.enter_context(_private(place, content)) if onnx else str(place)
+        before_loading()
+        start = time.perf_counter()
+        wrapper = module.SmallLanguageModel()
+        try:
+            wrapper.load_context(PythonModelContext({"onnx" if onnx else "checkpoint": read}, settings))
+        except (ValueError, KeyError, TypeError, OSError) as error:  # of files that don't fit each other
+            if exhausted(error):
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise BadInput(f"{uri} can't be loaded: {type(error).__name__}: {reason:.300}") from error
+        except BaseException as error:
+            if type(error).__module__ != "pyo3_runtime":  # where tokenizers' code in Rust gives up
+                raise
+            raise BadInput(f"{uri} can't be loaded: its tokenizer.json is damaged ({str(error)!r:.200})") from error
+        seconds = time.perf_counter() - start
+        weakref.finalize(wrapper, stack.pop_all().close)
+    told = (metadata.get("chat_template") or "", metadata.get("special_tokens") or {})
+    if (wrapper.template, wrapper.special_tokens) != told:
+        raise BadInput(f"{uri}: its chat template or tokens differ from those in its MLmodel; log the model again")
+    return Opened(wrapper, description, found, code_sha256, settings, providers, seconds, lambda: None)
+
+
+def _watch(uri: str, folder: Path, before: list[tuple], sha256: str) -> Callable[[], None]:
+    """A check that costs little: weights are read from the disk as they are used, so a write now is an answer's."""
+    seen = before
+
+    def unchanged() -> None:
+        nonlocal seen
+        try:
+            now = manifests.stamp(folder)
+            if now != seen:  # another link to the same file counts as a change
+                manifests.check(folder, [sha256])
+                seen = now
+        except (ValueError, OSError) as error:
+            raise BadInput(f"{uri}: its files were changed while it answered ({error})") from None
+
+    return unchanged
+
+
+def _weights(uri: str, folder: Path, found: manifests.Manifest, settings: dict) -> tuple[Path, dict]:
+    """The folder of the weights, and its files. A model that was logged without weights has them on the hub."""
+    if found.place not in PLACES:
+        raise BadInput(f"{uri} has no weights in {' or '.join(PLACES)}; log the model again")
+    if found.weights:
+        place = folder / found.place
+        if (place / genai_config.NAME).exists() != (found.place == PLACES[0]):
+            raise BadInput(f"{uri}: the files in {found.place} don't fit the model's kind; log the model again")
+        return place, found.weights
+    source = checkpoints.find(str(settings.get("hub_id")), str(settings.get("revision")))
+    if source.kind != "hub":
+        raise BadInput(f"{uri} refers to {settings.get('hub_id')!r:.80}, which is not a hub id; log the model again")
+    checkpoint = source.fetch()
+    return checkpoint.folder, checkpoint.manifest
+
+
+def _private(place: Path, content: dict) -> tempfile.TemporaryDirectory:
+    """A temporary folder with links to an export's files, and with the rebuilt settings.
+
+    onnxruntime-genai reads its settings from a file, and runs what they name. Nobody else may write into this folder.
+    """
+    private = tempfile.TemporaryDirectory(prefix="phi3-mlflow-")
+    (Path(private.name) / genai_config.NAME).write_bytes(genai_config.rebuilt(content))
+    for path in place.iterdir():
+        if path.name != genai_config.NAME:
+            (Path(private.name) / path.name).symlink_to(path.resolve())
+    return private
+
+
+def _check_settings(uri: str, settings: dict) -> None:
+    """Refuses settings that this project never logs."""
+    allowed = {
+        "batch_size": lambda value: isinstance(value, int) and 0 <= value <= 4096,
+        "threads": lambda value: isinstance(value, int) and 0 <= value <= 1024,
+        "execution_provider": lambda value: value in ("", *genai_config.PROVIDERS),
+        "dtype": lambda value: value in ("auto", *chat_model.DTYPES),
+        "device": lambda value: isinstance(value, str) and value.partition(":")[0] in ("auto", "cpu", "cuda"),
+        "schema": lambda value: value in ("chat", "prompt"),
+        "model_name": lambda value: isinstance(value, str) and len(value) <= 500,
+        "hub_id": lambda value: isinstance(value, str) and checkpoints.HUB_ID.fullmatch(value),
+        "revision": lambda value: isinstance(value, str) and checkpoints.COMMIT.fullmatch(value),
+    }
+    for name, value in settings.items():
+        if name not in allowed or not allowed[name](value):
+            raise BadInput(f"{uri}: the setting {name!r:.60} is unknown or can't be {value!r:.60}; log it again")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The code
+
+
+def _version(description) -> str:
+    wrapper = description.metadata.get("wrapper")
+    return str(wrapper.get("version")) if isinstance(wrapper, dict) else ""
+
+
+def _module(uri: str, folder: Path, description, trust_code: bool) -> tuple[types.ModuleType, str]:
+    """The module that holds the wrapper, and the SHA-256 of its bytes."""
+    if _version(description) == chat_model.VERSION:
+        return chat_model, own_sha256()
+    try:
+        code = (folder / FILE).read_bytes()
+    except OSError as error:
+        raise BadInput(f"{uri}: {FILE} can't be read: {error.strerror}") from None
+    if not trust_code:
+        _check_code(uri, code)
+    sha256 = hashlib.sha256(code).hexdigest()
+    module = types.ModuleType(f"chat_model_{sha256[:16]}")
+    module.__file__ = str(folder / FILE)
+    # the wrapper reads its own source: that of the bytes that were checked, whatever lies in the folder then
+    linecache.cache[module.__file__] = (len(code), None, code.decode().splitlines(True), module.__file__)
+    exec(compile(code, module.__file__, "exec"), module.__dict__)
+    module.render = _bounded_render(module)
+    return module, sha256
+
+
+def _bounded_render(module: types.ModuleType) -> Callable[..., str]:
+    """Rendering with bounds, for a wrapper that may render chat templates without bounds."""
+
+    def render(template: str, special_tokens: dict[str, str], messages: list[dict]) -> str:
+        try:
+            return chat_model.render(template, special_tokens, messages)
+        except chat_model.Refused as refusal:
+            raise module.Refused(str(refusal)) from None
+
+    return render
+
+
+def _check_code(uri: str, code: bytes) -> None:
+    if hashlib.sha256(code).hexdigest() not in RELEASED.values():
+        raise BadInput(
+            f"{uri} has a wrapper that is not from a released version of this project; log it again, or {REMEDY}"
+        )
+
+
+def own_sha256() -> str:
+    """The SHA-256 of this repository's wrapper."""
+    return hashlib.sha256(own_code()).hexdigest()
+
+
+def own_code() -> bytes:
+    loader, path = chat_model.__spec__.loader, chat_model.__file__
+    return loader.get_data(path)

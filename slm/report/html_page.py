@@ -1,0 +1,289 @@
+"""The report as one HTML page: verdict, figures that are drawn, flipped prompts, and every answer to search.
+
+One file that fetches nothing: figures are SVG made here, answers are JSON in the page that its own script lists. What
+prompts, models and scorers say reaches the page as text only. What was not measured is left out of a drawing and told
+as n/a. The rows to draw are shared with slm/report/plots.py. Nothing is measured, read or logged here but the template.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+
+from slm.report.chart_data import (
+    DASHES,
+    GATE_SHAPES,
+    STATES,
+    _amount,
+    _finite,
+    _gap,
+    _number,
+    _p_value,
+    _rule,
+    checks,
+    cost_rows,
+    difference_rows,
+    gap_axis,
+    latency_axis,
+    latency_curves,
+    model_style,
+    score_axis,
+    score_rows,
+    scorer_names,
+    short_label,
+    tag_rows,
+    trend_axis,
+    trends,
+)
+from slm.report.summary import MISSING, Report, visible
+from slm.verdict import estimation
+from slm.verdict.gate import Check
+from slm.verdict.scored_model import OVERALL, Sample, ScoredModel
+from slm.verdict.statistics import Difference
+
+DATA_CHARACTERS = 20_000_000  # of the answers' JSON; a page much larger than this is slow to open
+
+
+def render(report: Report) -> str:
+    """The page, as text that UTF-8 can hold."""
+    import jinja2
+
+    source = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_finalize)
+    environment.filters |= {"number": _number, "gap": _gap, "p_value": _p_value, "safe_json": _safe_json}
+    scores, gaps, curves = score_rows(report), difference_rows(report), latency_curves(report)
+    flipped = flips(report)
+    answers = answer_data(report, flipped)
+    return environment.from_string(source).render(
+        report=report,
+        headline=headline(report),
+        remarks=findings(report)[1 if report.verdict.state == "none" else 0 :],
+        checks=sorted(checks(report), key=lambda entry: list(STATES).index(entry[1].state)),
+        styles=[model_style(place) for place in range(len(report.models))],
+        labels=[short_label(model.model.label) for model in report.models],
+        states=STATES,
+        gate_shapes=GATE_SHAPES,
+        MISSING=MISSING,
+        scores=scores,
+        tagged=tag_rows(report),
+        score_axis=score_axis(scores),
+        gaps=gaps,
+        gap_axis=gap_axis(gaps),
+        costs=cost_rows(report),
+        curves=curves,
+        latency_axis=latency_axis(curves),
+        dashes=DASHES,
+        trends=[(trend, trend_axis(trend)) for trend in trends(report)],
+        flipped=flipped,
+        answers=answers,
+        script_hash=_script_hash(source),
+    )
+
+
+# What is said ---------------------------------------------------------------------------------------------------------
+
+
+def headline(report: Report) -> str:
+    """The verdict in words: what holds, what broke, what it would take, or what was found without a gate."""
+    state, judged = report.verdict.state, checks(report)
+    concerned = [(place, check) for place, check in judged if check.state == state]
+    if state == "none":
+        return f"No gate. {findings(report)[0]}"
+    if state == "pass":
+        return "Pass: the one rule holds" if len(judged) == 1 else f"Pass: {len(judged)} of {len(judged)} rules hold"
+    if state == "regress":
+        more = len(concerned) - 1
+        rest = f"; {more} more {'rule is' if more == 1 else 'rules are'} broken" if more else ""
+        return f"Regress: {_broken(report, *concerned[0])}{rest}"
+    unknown = [(place, check) for place, check in concerned if check.prompts_needed is None]
+    if unknown:
+        place, check = unknown[0]
+        return f"Inconclusive: {_whose(report, place)}{check.metric}: {check.reason}"
+    needed = max(check.prompts_needed for _, check in concerned)
+    asked = getattr(report.prompt_set, "rows", len(report.prompt_set.prompts))  # of many, a sample is at hand
+    return f"Inconclusive: it takes about {needed:,} prompts, and {asked:,} were asked"
+
+
+def findings(report: Report) -> list[str]:
+    """One sentence per model that was compared; without a baseline, one per model."""
+    if report.baseline is None or len(report.models) == 1:
+        return [_alone(model) for model in report.models] or ["No model was scored"]
+    baseline = report.models[report.baseline].model.label
+    return [
+        _compared(model.model.label, baseline, compared.get(OVERALL))
+        for place, (model, compared) in enumerate(zip(report.models, report.differences, strict=True))
+        if place != report.baseline
+    ]
+
+
+def _alone(model: ScoredModel) -> str:
+    found = model.estimates.get(OVERALL)
+    if found is None or math.isnan(found.mean):
+        return f"{model.model.label}: no answer was scored"
+    interval = f"95 % interval {_number(found.ci95_low)} to {_number(found.ci95_high)}"
+    return f"{model.model.label} scores {_number(found.mean)}, {interval}, on {found.n:,} prompts"
+
+
+def _compared(candidate: str, baseline: str, gap: Difference | None) -> str:
+    if gap is None or gap.n == 0:
+        return f"{candidate} and {baseline} can't be compared: no prompt was scored for both"
+    if gap.mean == 0:
+        return f"{candidate} scores the same as {baseline} on {gap.n:,} prompts"
+    seen = f"{candidate} scores {_amount(gap.mean)} {'less' if gap.mean < 0 else 'more'} than {baseline}"
+    if gap.ci95_low <= 0 <= gap.ci95_high:
+        return f"{seen}, which {gap.n:,} prompts can't tell from chance"
+    interval = f"{_gap(gap.ci95_low)} to {_gap(gap.ci95_high)}"
+    return f"{seen}, and the 95 % interval, {interval}, leaves out 0 (p {_p_value(gap.p_value)})"
+
+
+def _broken(report: Report, place: int, check: Check) -> str:
+    name, keyword, limit = check.metric.removesuffix("/mean"), *_rule(check)
+    whose = _whose(report, place)
+    if keyword == "max_drop":
+        fall = -report.differences[place][name].mean
+        return f"{whose}{check.metric} fell by {_amount(fall)}, and {limit:g} is allowed"
+    if name in report.models[place].estimates and name != check.metric:
+        mean = report.models[place].estimates[name].mean
+        return f"{whose}{check.metric} is {_number(mean)}, {'below' if keyword == 'min' else 'above'} {limit:g}"
+    return f"{whose}{check.metric}: {check.reason}"
+
+
+def _whose(report: Report, place: int) -> str:
+    """Names the model where the gate was put to several."""
+    several = sum(bool(verdict.checks) for verdict in report.verdicts) > 1
+    return f"{report.models[place].model.label}: " if several else ""
+
+
+# Flipped prompts and answers ------------------------------------------------------------------------------------------
+
+
+def flips(report: Report) -> dict[int, list[dict]]:
+    """Per candidate, the prompts whose score by any scorer changed against the baseline, the largest loss first."""
+    if report.baseline is None:
+        return {}
+    baseline, found = report.models[report.baseline], {}
+    for place, model in enumerate(report.models):
+        if place == report.baseline:
+            continue
+        ours, theirs = (estimation.values_by_scorer(each.samples).get(OVERALL, {}) for each in (model, baseline))
+        changed: dict[str, dict] = {}
+        asked_for = {name for sample in model.samples for name in sample.scores}
+        for name, flipped in estimation.flips(model, baseline).items():
+            if name not in asked_for:
+                continue  # over all, or over repeats
+            for direction in ("worse", "better"):
+                for key in getattr(flipped, direction):
+                    gap = round(ours[key] - theirs[key], 12)
+                    entry = changed.setdefault(key, {"id": key, "gap": gap, "worse": [], "better": []})
+                    entry[direction].append(name)
+        found[place] = sorted(changed.values(), key=lambda entry: entry["gap"])
+    return found
+
+
+def answer_data(report: Report, flipped: dict[int, list[dict]]) -> dict:
+    """What the page's script lists: prompts once each, answers with the places of their prompt and model.
+
+    Where it would be more than DATA_CHARACTERS, the failed answers and the flipped prompts' are kept first, then the
+    wrong ones; `left_out` counts those that aren't there.
+    """
+    asked = [
+        (turn, place, sample) for place, model in enumerate(report.models) for turn, sample in enumerate(model.samples)
+    ]
+    samples = [entry[1:] for entry in sorted(asked, key=lambda entry: entry[:2])]  # a prompt's answers side by side
+    answers, rows = _kept(report, samples, {entry["id"] for entries in flipped.values() for entry in entries})
+    prompts = {id: place for place, id in enumerate(dict.fromkeys(samples[turn][1].id for turn in sorted(answers)))}
+    return {
+        "models": [
+            {
+                "label": model.model.label,
+                "short": short_label(model.model.label),
+                "baseline": place == report.baseline,
+                "path": model_style(place)["path"],
+            }
+            for place, model in enumerate(report.models)
+        ],
+        "scorers": [name for name in scorer_names(report.models) if name in _asked_for(report)],
+        "prompts": [rows[id] for id in prompts],
+        "answers": [answers[turn] | {"prompt": prompts[samples[turn][1].id]} for turn in sorted(answers)],
+        "flips": [
+            {**entry, "model": place, "prompt": prompts[entry["id"]]}
+            for place, entries in flipped.items()
+            for entry in entries
+            if entry["id"] in prompts
+        ],
+        "left_out": len(samples) - len(answers),
+    }
+
+
+def _kept(report: Report, samples: list[tuple[int, Sample]], changed: set[str]) -> tuple[dict[int, dict], dict]:
+    """What fits into DATA_CHARACTERS, the most urgent first: answers by their turn, and their prompts by id."""
+    known = {prompt.id: prompt for prompt in report.prompt_set.prompts}
+    answers, prompts, size = {}, {}, 0
+    for turn in sorted(range(len(samples)), key=lambda turn: _urgency(samples[turn][1], changed)):
+        place, sample = samples[turn]
+        answer, prompt = _answer_row(place, sample), _prompt_row(sample, known.get(sample.id))
+        new = [answer] if sample.id in prompts else [answer, prompt]
+        size += sum(len(json.dumps(row, ensure_ascii=False)) for row in new)
+        if size > DATA_CHARACTERS:
+            break
+        answers[turn], prompts[sample.id] = answer, prompt
+    return answers, prompts
+
+
+def _asked_for(report: Report) -> set[str]:
+    return {name for model in report.models for sample in model.samples for name in sample.scores}
+
+
+def _answer_row(place: int, sample: Sample) -> dict:
+    return {
+        "model": place,
+        "repeat": sample.repeat,
+        "output": sample.output,
+        "finish_reason": sample.finish_reason,
+        "prompt_tokens": sample.prompt_tokens,
+        "output_tokens": sample.output_tokens,
+        "latency_seconds": round(sample.latency_seconds, 3),
+        "scores": {name: _finite(value) for name, value in sample.scores.items()},
+        "reasons": sample.reasons,
+        "error": sample.error,
+    }
+
+
+def _prompt_row(sample: Sample, prompt) -> dict:
+    return {
+        "id": sample.id,
+        "messages": sample.messages,
+        "expected": sample.expected,
+        "cluster": None if prompt is None else prompt.cluster,
+        "tags": [] if prompt is None else list(prompt.tags),
+    }
+
+
+def _urgency(sample: Sample, changed: set[str]) -> int:
+    if sample.error is not None or sample.id in changed:
+        return 0
+    return 1 if any(value is None or value < 1 for value in sample.scores.values()) else 2
+
+
+# As text --------------------------------------------------------------------------------------------------------------
+
+
+def _finalize(value: object) -> object:
+    """What the template prints, made visible; Markup, which macros return, has been already."""
+    return visible(value) if type(value) is str else value
+
+
+def _safe_json(data: object):
+    """JSON for a script element: `<` can't end it, and lone surrogates are escaped."""
+    from markupsafe import Markup
+
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Markup(re.sub("[<\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text))
+
+
+def _script_hash(source: str) -> str:
+    """For the content security policy: only this script runs, whatever an answer holds."""
+    script = re.search("<script>(.*?)</script>", source, re.DOTALL)[1]
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,0 +1,234 @@
+"""A scored prompt set as something to look at: console table, Markdown, JUnit XML (the HTML page: report_page.py).
+
+All of it comes from the same lines, built once. Nothing is logged or measured here. A score is shown with its 95 %
+interval, `0.58 [0.39, 0.76]`, and what was not measured as n/a.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+from rich.table import Table
+from rich.text import Text
+
+from slm.prompts.prompt_sets import PromptSet
+from slm.tracking.earlier_runs import Point
+from slm.verdict import estimation, reproduction
+from slm.verdict.gate import Verdict
+from slm.verdict.scored_model import OVERALL, ScoredModel
+from slm.verdict.statistics import Difference, Estimate
+
+MISSING = "n/a"
+FLIPS = 6  # ids shown in a line
+ID = 80  # characters of an id shown in a line
+# Controls but tab and newline, marks that turn the direction of text, zero-width ones, and what UTF-8 can't hold.
+UNSEEN = re.compile(
+    "\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufffe\uffff\ud800-\udfff]"
+)
+# What Markdown takes for more than text, as MLflow's page and GitHub read it: the signs of a tag, an entity, code,
+# emphasis, a cell, a link, an escape, a mention, a heading and a list, and the address that becomes a link by itself.
+MARKDOWN = re.compile(
+    r"[<>`*|~]|&(?=#?\w+;)|\](?=\s*[(\[:])|^\[|(?<!\w)_|_(?!\w)|\\(?=[!-/:-@\[-`{-~])|(?<!\S)@|^[#+=-]"
+    r"|:(?=//)|(?<=\bwww)\."
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a run found: what every form of the report is made from.
+
+    `verdicts`, `differences` and `history` have a place per model. A baseline's differences are empty, and so are all
+    where there is none. `history` goes by metric (a scorer, or `score`), the oldest run first, this one not in it.
+    """
+
+    title: str
+    prompt_set: PromptSet
+    models: tuple[ScoredModel, ...]
+    verdict: Verdict
+    verdicts: tuple[Verdict, ...]
+    baseline: int | None
+    differences: tuple[dict[str, Difference], ...]
+    history: tuple[dict[str, tuple[Point, ...]], ...]
+    facts: dict[str, str]  # what is told of the run beside its figures: date, run id, commit, machine
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table: what it says, and a cell per model."""
+
+    label: str
+    cells: tuple[str, ...]
+    section: bool = False  # a rule is drawn before it
+
+
+def lines(models: Sequence[ScoredModel]) -> list[Line]:
+    """The table's rows: scores, then what they cost."""
+    names = sorted({name for model in models for name in model.estimates if "/" not in name} - {OVERALL})
+    rows = [
+        Line(f"{name} ({_count(models, name)})", tuple(estimate(model.estimates.get(name)) for model in models))
+        for name in names
+    ]
+    overall = tuple(estimate(model.estimates.get(OVERALL)) for model in models)
+    rows.append(Line(f"score, over all ({_count(models, OVERALL)})", overall, section=True))
+    repeats = max((sample.repeat + 1 for model in models for sample in model.samples), default=1)
+    for label, name in ((f"pass@{repeats}", f"pass_at_{repeats}"), (f"pass^{repeats}", f"pass_hat_{repeats}")):
+        found = [model.estimates.get(f"{OVERALL}/{name}") for model in models]
+        if any(found):
+            rows.append(Line(f"{label}, over all ({_count(models, f'{OVERALL}/{name}')})", tuple(map(estimate, found))))
+
+    def line(label, metric, form, section=False):
+        cells = (model.metrics.get(metric) for model in models)
+        return Line(label, tuple(MISSING if value is None else form(value) for value in cells), section)
+
+    return [
+        *rows,
+        line("rows failed", "rows_failed", "{:.0f}".format),
+        line("rows unscored", "rows_unscored", "{:.0f}".format),
+        line("output tokens per second", "output_tokens_per_second", "{:.1f}".format, section=True),
+        line("latency p50, s", "latency_seconds/p50", "{:.2f}".format),
+        line("latency p95, s", "latency_seconds/p95", "{:.2f}".format),
+        line("model load, s", "model_load_seconds", "{:.1f}".format),
+        line("peak memory", "peak_memory_bytes", _megabytes),
+        line("model size", "model_bytes", _megabytes),
+    ]
+
+
+def remarks(report: Report) -> list[str]:
+    """What is to be told of each comparison, in sentences: the overall score, what else is beyond chance, the flips.
+
+    Each is one line that a terminal shows as it is, whatever ids and labels hold.
+    """
+    return [_one_line(remark) for remark in _remarks(report)]
+
+
+def _remarks(report: Report) -> list[str]:
+    told = [
+        f"{model.model.label} was not given {', '.join(model.model.ignored)}: not declared by it"
+        for model in report.models
+        if model.model.ignored
+    ]
+    for model in report.models:
+        reproducible = (model.record or {}).get("reproducible", "")
+        if reproducible.startswith(reproduction.COMPARABLE):
+            told.append(f"{model.model.label}, done again: {reproducible}")
+    for model in report.models:
+        rows, shown = int(model.metrics.get("rows", 0)), len(model.samples)
+        if shown < rows:
+            told.append(
+                f"{model.model.label}: {shown:,} of {rows:,} answers are listed, flips and tags are of these alone; "
+                "all other figures are of all answers"
+            )
+    if report.baseline is None:
+        return told
+    baseline = report.models[report.baseline]
+    for scored, compared in zip(report.models, report.differences, strict=True):
+        if not compared:
+            continue
+        adjusted = estimation.holm_p_values(compared)
+        pair = f"{scored.model.label} minus {baseline.model.label}"
+        for name in sorted(compared, key=lambda name: (name != OVERALL, name)):
+            gap = compared[name]
+            if name == OVERALL or adjusted.get(name, 1) < 0.05:
+                p = f"p = {gap.p_value:.2f}" if name == OVERALL else f"p = {adjusted[name]:.3f} after Holm"
+                told.append(
+                    f"{pair}, {name}: {gap.mean:+.2f} [{gap.ci95_low:+.2f}, {gap.ci95_high:+.2f}], {p}, {gap.n} pairs; "
+                    f"a difference under {gap.detectable:.2f} would not have been found"
+                )
+        flips = estimation.flips(scored, baseline).get(OVERALL)
+        if flips:
+            told.append(f"{scored.model.label}: {_ids('worse', flips.worse)}; {_ids('better', flips.better)}")
+    return told
+
+
+def _ids(how: str, ids: tuple[str, ...]) -> str:
+    short = (name if len(name) <= ID else f"{name[: ID - 1]}…" for name in ids[:FLIPS])
+    shown = ", ".join(short) + (", …" if len(ids) > FLIPS else "")
+    return f"{len(ids)} {how}" + (f" ({shown})" if ids else "")
+
+
+def table(report: Report) -> Table:
+    drawn = Table(title=report.title, title_justify="left", title_style="bold", header_style="bold")
+    drawn.add_column("")
+    for model in report.models:
+        drawn.add_column(model.model.label, justify="right")
+    for line in lines(report.models):
+        if line.section:
+            drawn.add_section()
+        drawn.add_row(line.label, *map(Text, line.cells))
+    return drawn
+
+
+def markdown(report: Report) -> str:
+    """The table and the remarks; ids, labels and all other words are shown as text, whatever they hold."""
+    head = ["", *(model.model.label for model in report.models)]
+    rows = [[line.label, *line.cells] for line in lines(report.models)]
+    cells = [map(escaped, head), ["---", *("---:" for _ in report.models)], *(map(escaped, row) for row in rows)]
+    body = "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    told = [
+        f"gate: **{report.verdict.state}**",
+        *(
+            f"- {escaped(f'{check.metric} {check.rule}: {check.state}, {check.reason}')}"
+            for check in report.verdict.checks
+        ),
+    ]
+    said = map(escaped, remarks(report))
+    return "\n\n".join([f"# {escaped(report.title)}", body, *said, "\n".join(told)]) + "\n"
+
+
+def escaped(text: str) -> str:
+    """A text in one line that Markdown shows as it is."""
+    return MARKDOWN.sub(lambda match: f"&#{ord(match[0])};", _one_line(text))
+
+
+def visible(text: str) -> str:
+    """With control characters, marks that turn text around and lone surrogates written out as [U+0000]."""
+    return UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
+
+
+def _one_line(text: str) -> str:
+    return visible(" ".join(text.split()))
+
+
+def junit(report: Report) -> str:
+    """One suite per model: a case per gate rule, and one that holds the rows that failed."""
+    root = ElementTree.Element("testsuites", name=_plain(report.title))
+    for model, verdict in zip(report.models, report.verdicts, strict=True):
+        suite = ElementTree.SubElement(root, "testsuite", name=_plain(model.model.label))
+        for check in verdict.checks:
+            name = _plain(f"{check.metric} {check.rule}")
+            case = ElementTree.SubElement(suite, "testcase", classname="gate", name=name)
+            if check.state != "pass":
+                ElementTree.SubElement(case, "failure", type=check.state, message=_plain(check.reason))
+        case = ElementTree.SubElement(suite, "testcase", classname="rows", name="every row is answered")
+        listed = [sample for sample in model.samples if sample.error]
+        failed = max(len(listed), int(model.metrics.get("rows_failed", 0)))  # a sample may list none
+        if failed:
+            text = "; ".join(f"{sample.id}: {sample.error['message']}" for sample in listed[:20])
+            ElementTree.SubElement(case, "error", type="rows_failed", message=_plain(f"{failed} rows: {text}"))
+        suite.set("tests", str(len(verdict.checks) + 1))
+        suite.set("failures", str(sum(check.state != "pass" for check in verdict.checks)))
+        suite.set("errors", str(int(bool(failed))))
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Without the control characters that XML can't hold, and with others written out."""
+    return visible("".join(letter if letter >= " " else " " for letter in text))
+
+
+def estimate(entry: Estimate | None) -> str:
+    """`0.58 [0.39, 0.76]`: a mean with its 95 % interval."""
+    if entry is None or math.isnan(entry.mean):
+        return MISSING
+    return f"{entry.mean:.2f} [{entry.ci95_low:.2f}, {entry.ci95_high:.2f}]"
+
+
+def _count(models: Sequence[ScoredModel], name: str) -> str:
+    counts = sorted({model.estimates[name].n for model in models if name in model.estimates})
+    return "/".join(map(str, counts)) or "0"
+
+
+def _megabytes(value: float) -> str:
+    return f"{value / 1e6:,.0f} MB"

@@ -1,0 +1,188 @@
+"""A scored model's answers in MLflow's evaluation view: one trace an answer, its scores as the trace's assessments.
+
+Written after samples.jsonl is safe, and a view only: nothing is read back from it, and nothing that fails here fails
+the evaluation. Rows are written one after another, because parallel writers lose rows on sqlite. Not covered: when a
+row was asked, which no sample holds; rows begin a millisecond apart, the first one last, so that it stands on top.
+"""
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from slm.prompts.prompt_rows import Prompt
+from slm.tracking.mlflow_client import quiet_mlflow
+from slm.verdict.scored_model import Sample
+
+BATCH = 50  # rows whose spans are sent together
+PREVIEW = 1000  # characters that a store keeps of a preview
+TAG = 250  # characters that every store keeps of a tag
+# With mlflow's own patience, a call to a server that doesn't answer takes minutes.
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+
+
+@dataclass(frozen=True)
+class Logged:
+    """`rows` of `total` were written, in `seconds`; `reason` says why not all, and is empty when all were."""
+
+    rows: int
+    total: int
+    seconds: float
+    reason: str = ""
+
+    def __str__(self) -> str:
+        left_out = f"; {self.total - self.rows} left out: {self.reason}" if self.reason else ""
+        return f"evaluation view: {self.rows} of {self.total} rows in {self.seconds:.1f} s{left_out}"
+
+
+def log(
+    samples: Sequence[Sample],
+    prompts: Sequence[Prompt],
+    run_id: str,
+    experiment_id: str,
+    model_id: str | None,
+    start_time: float,
+    seconds: float = 60,
+) -> Logged:
+    """Writes a trace for each sample, linked to the run and the model; a store that fails ends it without raising.
+
+    `start_time` is when scoring began, in seconds since the epoch. When `seconds` are over, the rows not yet written
+    are left out (a call that is under way may wait half a minute more for a server that doesn't answer).
+    """
+    begun = time.monotonic()
+    rows, reason = 0, ""
+    by_id = {prompt.id: prompt for prompt in prompts}
+    try:
+        with _patience():
+            quiet_mlflow()
+            # Internal in mlflow 3.17.2, and used because start_span and log_feedback send every span by itself, at
+            # 2 to 9 times the time, and say of what fails no more than a line in the log.
+            from mlflow.tracing.client import TracingClient
+
+            client = TracingClient()
+            for first in range(0, len(samples), BATCH):
+                written = []
+                for place, sample in enumerate(samples[first : first + BATCH], first):
+                    if time.monotonic() - begun >= seconds:
+                        reason = f"the {seconds:g} s for it were over"
+                        break
+                    at = int(start_time * 1000) + len(samples) - 1 - place
+                    info, span = _trace(sample, by_id.get(sample.id), run_id, experiment_id, model_id, at)
+                    written.append((client.start_trace(info), span))
+                _send_spans(client, experiment_id, written)
+                rows += len(written)
+                if reason:
+                    break
+    except Exception as error:  # whatever it is, the answers are safe
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return Logged(rows, len(samples), time.monotonic() - begun, reason)
+
+
+def _send_spans(client, experiment_id: str, written: list[tuple]) -> None:
+    """The conversations of a batch of traces, in one call where the store takes it."""
+    from mlflow.entities import TraceData
+
+    try:
+        client.log_spans(experiment_id, [span for _, span in written])
+    except NotImplementedError:  # a store of files keeps each as an artifact of its trace
+        for info, span in written:
+            client._upload_trace_data(info, TraceData([span]))
+
+
+def _trace(
+    sample: Sample, prompt: Prompt | None, run_id: str, experiment_id: str, model_id: str | None, at: int
+) -> tuple:
+    """The trace's description with its assessments, and its one span; `at` is its start in milliseconds."""
+    from mlflow.entities import Span, TraceInfo, TraceLocation, TraceState
+
+    trace_id = f"tr-{secrets.token_hex(16)}"
+    counts = {"input_tokens": sample.prompt_tokens, "output_tokens": sample.output_tokens}
+    usage = {} if None in counts.values() else counts | {"total_tokens": sum(counts.values())}
+    output = _storable(sample.output)
+    message = {"role": "assistant", "content": output}
+    answer = {"choices": [{"index": 0, "message": message, "finish_reason": sample.finish_reason}]}
+    problem = _storable(f"{sample.error['type']}: {sample.error['message']}") if sample.error else ""
+    attributes = {
+        "mlflow.traceRequestId": trace_id,
+        "mlflow.spanType": "CHAT_MODEL",
+        "mlflow.message.format": "openai",
+        "mlflow.spanInputs": {"messages": sample.messages},
+        "mlflow.spanOutputs": {"error": problem} if problem else answer,
+        "mlflow.chat.tokenUsage": usage,
+        "mlflow.llm.model": sample.model,
+    }
+    span = Span.from_dict(
+        {
+            "trace_id": trace_id,
+            "span_id": secrets.token_hex(8),
+            "parent_span_id": None,
+            "name": "answer",
+            "start_time_unix_nano": at * 10**6,
+            "end_time_unix_nano": at * 10**6 + int(sample.latency_seconds * 10**9),
+            "status": {"code": "STATUS_CODE_ERROR" if problem else "STATUS_CODE_OK", "message": problem},
+            "attributes": {name: json.dumps(value, ensure_ascii=False) for name, value in attributes.items() if value},
+        }
+    )
+    tags = {"mlflow.traceName": sample.id, "id": sample.id, "repeat": str(sample.repeat)}
+    tags |= {"scorer": ", ".join(sample.scores), "finish_reason": sample.finish_reason}
+    if prompt is not None:
+        tags |= {"cluster": prompt.cluster or "", "tags": ", ".join(prompt.tags)}
+    metadata = {"mlflow.sourceRun": run_id, "mlflow.modelId": model_id or "", "mlflow.trace_schema.version": "3"}
+    metadata |= {"mlflow.trace.tokenUsage": json.dumps(usage) if usage else ""}
+    info = TraceInfo(
+        trace_id=trace_id,
+        trace_location=TraceLocation.from_experiment_id(experiment_id),
+        request_time=at,
+        execution_duration=int(sample.latency_seconds * 1000),
+        state=TraceState.ERROR if problem else TraceState.OK,
+        request_preview=sample.messages[-1]["content"][:PREVIEW],
+        response_preview=(problem or output)[:PREVIEW],
+        trace_metadata={name: value for name, value in metadata.items() if value},
+        tags={name: value[:TAG] for name, value in tags.items() if value},
+        assessments=_assessments(sample, trace_id, run_id),
+    )
+    return info, span
+
+
+def _assessments(sample: Sample, trace_id: str, run_id: str) -> list:
+    """A feedback for each scorer, and what was expected. Unscored is an error of the feedback, and never a value."""
+    from mlflow.entities import AssessmentError, AssessmentSource, Expectation, Feedback
+
+    assessments = []
+    for name, value in sample.scores.items():
+        reason = _storable(sample.reasons.get(name, ""))
+        assessments.append(
+            Feedback(
+                name=name,
+                trace_id=trace_id,
+                value=value,
+                error=AssessmentError("UNSCORED", reason) if value is None else None,
+                rationale=reason,
+                source=AssessmentSource("CODE", name),
+                metadata={"mlflow.assessment.sourceRunId": run_id},
+            )
+        )
+    if sample.expected:
+        expected = sample.expected[0] if len(sample.expected) == 1 else list(sample.expected)
+        assessments.append(Expectation("expected_response", expected, trace_id=trace_id))
+    return assessments
+
+
+def _storable(text: str) -> str:
+    """Text without what some databases refuse: NUL and half characters, which a model may well answer."""
+    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Shorter waits for a server, where the user's environment doesn't set them."""
+    ours = {name: value for name, value in PATIENCE.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)

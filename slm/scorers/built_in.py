@@ -1,0 +1,252 @@
+"""The built-in scorers: each compares one answer with what its row expects and gives a value in [0, 1] and a reason.
+
+A scorer that cannot judge (an expected value it cannot read, a pattern that runs out of time) says so with
+`value=None`: unscored is a state of its own and never counts as zero. Nothing here judges style or truth, calls a
+model or reads a file. Heavy libraries are imported by the scorer that needs them.
+
+The scorers are plain functions without bounds. slm/scorers/confined.py runs them in a child process with bounds.
+"""
+
+import decimal
+import json
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from slm.base import strict_json
+from slm.base.wording import quoted
+
+PATTERN_SECONDS = 1.0  # of processor time, for a search by the scorer regex
+
+_CHOICE = r"(?<![^\W_]|[-'\u2019&.+/])[{choices}](?![^\W_]|[&+#/]|[-'\u2019][^\W_]|\.[A-Z]\.)"
+_BEFORE_CHOICE = " \t*_\"'\u201c\u2018(["
+_WORD = re.compile(r"[ \t]+[\"'\u201c\u2018]?(?!(?:is|because|since)\b)\w", re.ASCII)  # after a letter
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,6}(?![A-Za-z\d]))?|(?<![\w.])\.\d+"
+# A name that holds digits matches first and is thrown away; a minus after a letter, digit or bracket is a hyphen.
+_NUMBER = re.compile(
+    rf"(?<![A-Za-z])[A-Za-z]+\d[A-Za-z\d]*(?:\.\d+)*|((?:(?<![\w)\]}}])[-+])?(?:[$\u20ac\u00a3]-?)?(?:{_DIGITS}))",
+    re.ASCII,
+)
+_MINUS = str.maketrans("\u2212\ufe63\uff0d", "---")
+
+
+@dataclass(frozen=True)
+class Score:
+    """`value` in [0, 1], or None where the answer could not be scored; `reason` says why, in one line."""
+
+    value: float | None
+    reason: str
+
+
+def exact_match(
+    output: str, expected: tuple[str, ...], ignore_case: bool = False, ignore_punctuation: bool = False
+) -> Score:
+    """1 where the stripped answer equals one of the stripped expected texts."""
+
+    def plain(text: str) -> str:
+        text = text.casefold() if ignore_case else text
+        return " ".join(_without_punctuation(text).split()) if ignore_punctuation else text.strip()
+
+    return _verdict("equals", (text for text in expected if plain(text) == plain(output)), output, expected)
+
+
+def contains(output: str, expected: tuple[str, ...], ignore_case: bool = True, whole_word: bool = False) -> Score:
+    """1 where one of the expected texts occurs in the answer; `whole_word` wants no letter or digit beside it."""
+
+    def found(text: str) -> bool:
+        where, what = (output.casefold(), text.casefold()) if ignore_case else (output, text)
+        if whole_word:
+            return re.search(rf"(?<![^\W_]){re.escape(what)}(?![^\W_])", where) is not None
+        return what in where
+
+    return _verdict("contains", (text for text in expected if text and found(text)), output, expected)
+
+
+def regex(output: str, expected: tuple[str, ...], pattern: str | None = None, ignore_case: bool = False) -> Score:
+    """1 where `pattern`, or without one any expected text read as a pattern, is found in the answer."""
+    import regex  # has a time limit, which `re` lacks; otherwise reads the same patterns
+
+    patterns = expected if pattern is None else (pattern,)
+    found = []
+    for text in patterns:
+        try:
+            if regex.search(text, output, regex.IGNORECASE if ignore_case else 0, timeout=PATTERN_SECONDS):
+                found.append(text)
+                break
+        except TimeoutError:
+            return Score(None, f"the pattern {quoted(text)} took longer than {PATTERN_SECONDS:g} s on this answer")
+        except regex.error as error:
+            return Score(None, f"{quoted(text)} is not a regular expression: {error}")
+    return _verdict("matches", found, output, patterns)
+
+
+def choice(output: str, expected: tuple[str, ...], choices: str = "ABCD") -> Score:
+    """1 where the first stand-alone letter of `choices` in the answer is an expected one.
+
+    An answer that is nothing but one letter counts in either case: "b", "(B)", "**B**". In a longer answer only
+    capitals count, and only where no letter, digit or hyphen touches them ("A-level", "C++" and "U.S.A." hold none).
+    A capital A before a word at the start of a sentence is the article ("A cat sat there") unless that word is "is",
+    "because" or "since"; I before a word is always the pronoun. Elsewhere a capital is a choice: "I pick A here".
+    """
+    wanted = tuple(text.strip().upper() for text in expected)
+    if not wanted or any(len(letter) != 1 or letter not in choices for letter in wanted):
+        return Score(None, f"expected {_any_of(expected)}, which is not one of the choices {choices}")
+    letter = _chosen(output, choices)
+    if letter is None:
+        return Score(0.0, f"expected {' or '.join(wanted)}, found no choice in {quoted(output)}")
+    if letter in wanted:
+        return Score(1.0, f"chose {letter}")
+    return Score(0.0, f"expected {' or '.join(wanted)}, chose {letter}")
+
+
+def number(output: str, expected: tuple[str, ...], tolerance: int | float = 0.0) -> Score:
+    """1 where the last number in the answer lies within `tolerance` (absolute) of an expected one.
+
+    Reads 1,234.5, -3, 2e3, .5, $12 and 50% (as 50), and no number that is part of a name (H2O). Compared as decimals:
+    0.1 + 0.2 is 0.3, and long integers keep every digit.
+    """
+    wanted = [value for value in map(_whole_number, expected) if value is not None]
+    if not wanted:
+        return Score(None, f"expected {_any_of(expected)}, which is not a number")
+    numbers = _numbers(output)
+    if not numbers:
+        return Score(0.0, f"expected {_any_of(expected)}, found no number in {quoted(output)}")
+    with decimal.localcontext(prec=60, traps=[]):
+        near = [x for x in wanted if x == numbers[-1] or abs(x - numbers[-1]) <= decimal.Decimal(str(tolerance))]
+    return _verdict("is", map(str, near), str(numbers[-1]), expected)
+
+
+def json_schema(output: str, expected: tuple[str, ...], schema: dict | None = None) -> Score:
+    """1 where the answer, without a code fence around it, is JSON and fits `schema`; expected texts are not used."""
+    fence = re.fullmatch(r"```(?:json|JSON)?[ \t]*\n(.*?)\n?[ \t]*```", output.strip(), re.DOTALL)
+    try:
+        value = json.loads(fence[1] if fence else output, parse_constant=strict_json.no_constant)
+    except (ValueError, RecursionError) as error:
+        return Score(0.0, f"not JSON: {error}; got {quoted(output)}")
+    if schema is None:
+        return Score(1.0, "is JSON")
+    import jsonschema
+    import referencing
+
+    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    kind.check_schema(schema)
+    # A registry of our own, because the default one fetches a remote $ref from the network.
+    errors = kind(schema, registry=referencing.Registry()).iter_errors(value)
+    worst = jsonschema.exceptions.best_match(errors)
+    if worst is None:
+        return Score(1.0, "fits the schema")
+    return Score(0.0, f"does not fit the schema at {worst.json_path}: {quoted(worst.message)}")
+
+
+def token_f1(output: str, expected: tuple[str, ...]) -> Score:
+    """The best F1 of shared words over the expected texts, normalised as in SQuAD (Rajpurkar et al. 2016)."""
+
+    def words(text: str) -> list[str]:
+        text = "".join(mark for mark in text.lower() if mark not in string.punctuation)
+        return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+    def f1(text: str) -> float:
+        wanted, given = words(text), words(output)
+        if not wanted or not given:
+            return float(wanted == given)
+        shared = (Counter(wanted) & Counter(given)).total()
+        return 2 * shared / (len(wanted) + len(given))
+
+    return _best("token F1", f1, output, expected)
+
+
+def rouge_l(output: str, expected: tuple[str, ...]) -> Score:
+    """The best ROUGE-L F measure over the expected texts (Lin 2004), as rouge-score computes it without stemming."""
+    from rouge_score import rouge_scorer
+
+    # rouge-score sees only a-z and 0-9: a text in another script has no tokens and would always score 0.
+    readable = tuple(text for text in expected if re.search(r"[a-z0-9]", text.lower()))
+    if expected and not readable:
+        return Score(None, f"expected {_any_of(expected)}, in which ROUGE finds no word: it reads a-z and 0-9 only")
+    scorer = rouge_scorer.RougeScorer(["rougeL"])
+    return _best("ROUGE-L", lambda text: scorer.score(text, output)["rougeL"].fmeasure, output, readable)
+
+
+def math(output: str, expected: tuple[str, ...]) -> Score:
+    """1 where math-verify finds the answer's mathematics equal to an expected one (1/2, 0.5 and 50% are equal)."""
+    import logging
+
+    from math_verify import parse, verify
+
+    # math-verify's own time limit is a signal of the wall clock: it would depend on the machine's load
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns about the missing limit
+
+    def read(text: str) -> list:
+        # Without dollars "2x+3" would be read as 2. A long text, or one with words in it, is read as it stands.
+        bare = len(text) <= 200 and not re.search(r"[$]|\\[(\[]|\\boxed|(?<![\\A-Za-z])[A-Za-z]{2,}", text)
+        return parse(f"${text.strip()}$" if bare else text, parsing_timeout=None, raise_on_error=True)
+
+    wanted = [(text, value) for text in expected if (value := read(text))]
+    if not wanted:
+        return Score(None, f"expected {_any_of(expected)}, which cannot be read as mathematics")
+    try:
+        given = read(output)
+    except MemoryError:
+        raise
+    except Exception as error:
+        return Score(0.0, f"{quoted(output)} cannot be read as mathematics: {type(error).__name__}")
+    equal = (text for text, value in wanted if verify(value, given, timeout_seconds=None, raise_on_error=True))
+    return _verdict("is equal to", equal, output, expected)
+
+
+BUILT_IN: dict[str, Callable[..., Score]] = {
+    function.__name__: function
+    for function in (exact_match, contains, regex, choice, number, json_schema, token_f1, rouge_l, math)
+}
+
+
+def _chosen(output: str, choices: str) -> str | None:
+    alone = output.strip(string.whitespace + string.punctuation)
+    if len(alone) == 1 and alone.upper() in choices:
+        return alone.upper()
+    for match in re.finditer(_CHOICE.replace("{choices}", re.escape(choices)), output, re.ASCII):
+        letter, before = match[0], match.start()
+        while before and output[before - 1] in _BEFORE_CHOICE:
+            before -= 1
+        starts = not before or output[before - 1] in ".!?:\n"
+        if not _WORD.match(output, match.end()) or not (letter == "I" or (letter == "A" and starts)):
+            return letter
+    return None
+
+
+def _numbers(text: str) -> list[decimal.Decimal]:
+    found = (match[1] for match in _NUMBER.finditer(text.translate(_MINUS)) if match[1])
+    return [decimal.Decimal(re.sub(r"[$\u20ac\u00a3,]", "", text)) for text in found]
+
+
+def _whole_number(text: str) -> decimal.Decimal | None:
+    match = _NUMBER.fullmatch(text.translate(_MINUS).strip().rstrip("%").rstrip())
+    return _numbers(text)[0] if match and match[1] else None
+
+
+def _without_punctuation(text: str) -> str:
+    return "".join(m for m in text if m not in string.punctuation and not unicodedata.category(m).startswith("P"))
+
+
+def _any_of(expected: tuple[str, ...]) -> str:
+    more = [f"{len(expected) - 3} more"] if len(expected) > 3 else []
+    return " or ".join([*map(quoted, expected[:3]), *more]) or "nothing"
+
+
+def _verdict(verb: str, hits: Iterable[str], output: str, expected: tuple[str, ...]) -> Score:
+    if not expected:
+        return Score(None, "nothing is expected of this row")
+    hit = next(iter(hits), None)
+    if hit is not None:
+        return Score(1.0, f"{verb} {quoted(hit)}")
+    return Score(0.0, f"expected {_any_of(expected)}, got {quoted(output)}")
+
+
+def _best(measure: str, value_of: Callable[[str], float], output: str, expected: tuple[str, ...]) -> Score:
+    if not expected:
+        return Score(None, "nothing is expected of this row")
+    value, text = max(((value_of(text), text) for text in expected), key=lambda pair: pair[0])
+    return Score(value, f"{measure} {value:.2f} with {quoted(text)}, got {quoted(output)}")

@@ -1,0 +1,142 @@
+"""Runs the built-in scorers, and checks their options, in a child process with bounds.
+
+A prompt set is a stranger's, and so are its patterns and schemas. Each call ends within SECONDS of processor time and
+ROOM bytes of memory. The child process is slm/models/chat_model.py's Confined.
+"""
+
+import functools
+import inspect
+import json
+import re
+from collections.abc import Callable
+from dataclasses import astuple
+from pathlib import Path
+
+from slm.base.wording import did_you_mean, quoted
+from slm.scorers.built_in import BUILT_IN, Score
+
+SECONDS = 5  # of processor time that one score, or the check of one option, may take
+ROOM = 2**30  # bytes of memory that it may take
+OPTION_KINDS = {
+    bool: "true or false",
+    str: "text",
+    str | None: "text",
+    int | float: "a number",
+    dict | None: "a mapping",
+}
+
+
+def score(call_name: str, output: str, expected: tuple[str, ...], options: dict) -> Score:
+    """Run the built-in scorer `call_name` within SECONDS and ROOM.
+
+    What goes wrong inside, the end of either included, leaves the answer unscored, with the reason.
+    """
+    from slm.models.chat_model import CallFailed
+
+    try:
+        return Score(*_confined().call(call_name, output, expected, options))
+    except CallFailed as reason:
+        return Score(None, f"{call_name} {reason}")
+
+
+def score_without_bounds(call_name: str, output: str, expected: tuple[str, ...], options: dict) -> Score:
+    """What `score` has done in the child process."""
+    try:
+        return BUILT_IN[call_name](output, expected, **options)
+    except MemoryError:
+        raise
+    except Exception as error:
+        return Score(None, f"{call_name} failed: {type(error).__name__}: {quoted(str(error))}")
+
+
+def call_error(name: str, expected: tuple[str, ...], options: dict) -> str | None:
+    """What is wrong with calling the built-in scorer `name` like this, or None. For readers, before any model runs."""
+    parameters = dict(list(inspect.signature(BUILT_IN[name]).parameters.items())[2:])
+    for option, value in options.items():
+        if option not in parameters:
+            has = f"it has {', '.join(parameters)}" if parameters else "it has none"
+            return f"scorer {name} has no option {quoted(option)}{did_you_mean(option, parameters)}; {has}"
+        kind = parameters[option].annotation
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            return f"option {option} of scorer {name} is {quoted(value)}; {OPTION_KINDS[kind]} belongs there"
+    if not expected and name != "json_schema" and options.get("pattern") is None:
+        return f"scorer {name} needs `expected`"
+    return _option_value_error(options)
+
+
+CHECKS = {name: functools.partial(call_error, name) for name in BUILT_IN}  # as prompt_rows.KnownScorers
+
+
+def _option_value_error(options: dict) -> str | None:
+    for option in ("pattern", "schema"):
+        if options.get(option) is not None and (error := _checked(option, json.dumps(options[option]))):
+            return f"option {option} is {error}"
+    if not 0 <= options.get("tolerance", 0) < float("inf"):
+        return f"option tolerance is {options['tolerance']}; 0 or a positive number belongs there"
+    if not re.fullmatch(r"[A-Z]+", options.get("choices", "ABCD")):
+        return f"option choices is {quoted(options['choices'])}; capital letters such as ABCD belong there"
+    return None
+
+
+@functools.lru_cache(maxsize=64)  # the rows of a set often have one pattern, or one schema
+def _checked(option: str, content: str) -> str | None:
+    from slm.models.chat_model import CallFailed
+
+    value = json.loads(content)
+    try:
+        return _confined().call(option, value)
+    except CallFailed as reason:
+        return f"{quoted(value)}: its check {reason}; write a simpler {option}"
+
+
+def _pattern_error(pattern: str) -> str | None:
+    import regex
+
+    try:
+        regex.compile(pattern)
+    except MemoryError:
+        raise
+    except Exception as error:
+        return f"{quoted(pattern)}, which is not a regular expression: {error}"
+    return None
+
+
+def _schema_error(schema: dict) -> str | None:
+    import jsonschema
+
+    try:
+        jsonschema.validators.validator_for(schema).check_schema(schema)
+    except MemoryError:
+        raise
+    except Exception as error:
+        return f"not a JSON schema: {quoted(getattr(error, 'message', str(error)))}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The child process
+
+
+@functools.cache
+def _confined():
+    """The child process, started with the first call."""
+    from slm.models.chat_model import Confined
+
+    package = str(Path(__file__).absolute().parents[2])
+    program = (
+        f"sys.path.insert(0, {package!r})\nfrom {__name__} import confined_functions\nFUNCTIONS = confined_functions()"
+    )
+    return Confined(program, SECONDS, ROOM)
+
+
+def confined_functions() -> dict[str, tuple[Callable, tuple]]:
+    """What the child process runs, by name, and arguments of a first call, which imports what the others need."""
+    checks = {"pattern": (_pattern_error, ("1",)), "schema": (_schema_error, ({},))}
+    options = {"json_schema": {"schema": {}}}
+    return checks | {
+        name: (functools.partial(_score_as_data, name), ("1", ["1"], options.get(name, {}))) for name in BUILT_IN
+    }
+
+
+def _score_as_data(name: str, output: str, expected: list[str], options: dict) -> tuple[float | None, str]:
+    return astuple(score_without_bounds(name, output, tuple(expected), options))

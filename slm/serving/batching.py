@@ -1,0 +1,264 @@
+"""The thread that generates: requests wait in fair queues and share the model's batches."""
+
+import asyncio
+import threading
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import prometheus_client
+
+from slm.serving.protocol import PROMPT_TOKENS, SECONDS_PER_TOKEN, ApiError, Limits
+
+MOST_BATCHES = 2  # started for throughput side by side
+FAIR_BATCHES = 4  # up to which a client that has nothing under way gets a batch of its own
+MOST_CACHES = 2.5  # that all batches may take together; one batch for throughput may take one cache
+GATHER_SECONDS = 0.01  # in which those who ask together arrive, where nothing runs; small beside a prompt's time
+JOIN_SECONDS = 5.0  # a text that has waited so long starts the second batch, however small
+FAIR_SECONDS = 1.0  # in which the texts of such clients gather: each batch costs the others a turn
+SHORT_FACTOR = 4  # so texts of 4096 tokens leave room for at most six levels of shorter batches
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The thread that generates
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request on its way, and the queue in which its texts come to it."""
+
+    streamed: bool
+    loop: asyncio.AbstractEventLoop
+    client: str  # among whom the model's time is shared
+    events: asyncio.Queue = field(default_factory=asyncio.Queue)  # (row, new text, finish reason or ""), or an ApiError
+    dropped: bool = False
+    arrived: float = field(default_factory=time.monotonic)
+
+
+@dataclass(eq=False)
+class Place:
+    """One text of a request, waiting or in a batch."""
+
+    row: object  # of slm.chat_model.Row, as the logged model's own copy of that module has it
+    ticket: Ticket
+
+    def tokens(self) -> float:
+        """The steps that the text takes at most from its start, its prompt's computation included."""
+        return self.row.room + len(self.row.prompt) / PROMPT_TOKENS
+
+    def left(self) -> int:
+        """The tokens that may still be generated for the text."""
+        return 0 if self.row.finish_reason else self.row.room - len(self.row.output)
+
+
+@dataclass(eq=False)
+class Batch:
+    places: list[Place]
+    steps: Iterator[list[tuple]]
+    share: float  # of what the cache of one batch may take
+
+    def live(self) -> int:
+        return sum(not place.row.finish_reason for place in self.places)
+
+    def left(self) -> int:
+        return max(place.left() for place in self.places)
+
+
+def fair_order(waiting: Iterable[Place], running: Iterable[Place]) -> list[Place]:
+    """The waiting texts in the order in which they would end if each client had a machine of its own.
+
+    This is fair queueing (Demers, Keshav and Shenker, SIGCOMM 1989). Each client's short texts go first, a client with
+    much under way goes behind the others, and no text waits for ever, since its arrival counts.
+    """
+
+    def alone(place: Place) -> float:
+        return place.ticket.arrived + SECONDS_PER_TOKEN * place.tokens()
+
+    ahead: Counter = Counter()  # by client: the tokens before a text of that client
+    for place in running:
+        ahead[place.ticket.client] += place.left()
+    ends = {}
+    for place in sorted(waiting, key=alone):
+        ends[place] = alone(place) + SECONDS_PER_TOKEN * ahead[place.ticket.client]
+        ahead[place.ticket.client] += place.tokens()
+    return sorted(ends, key=ends.get)
+
+
+class Metrics:
+    def __init__(self, worker: "Worker"):
+        self.registry = registry = prometheus_client.CollectorRegistry()
+        buckets = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+        self.requests = prometheus_client.Counter(
+            "slm_requests", "Requests for a completion, by how they ended", ["outcome"], registry=registry
+        )
+        self.prompt_tokens = prometheus_client.Counter("slm_prompt_tokens", "Tokens of prompts", registry=registry)
+        self.output_tokens = prometheus_client.Counter("slm_output_tokens", "Tokens generated", registry=registry)
+        self.seconds = prometheus_client.Histogram(
+            "slm_request_seconds", "From arrival to the last token", registry=registry, buckets=buckets
+        )
+        self.first_seconds = prometheus_client.Histogram(
+            "slm_first_token_seconds", "From arrival to a stream's first token", registry=registry, buckets=buckets
+        )
+        self.batch_texts = prometheus_client.Histogram(
+            "slm_batch_texts", "Texts a batch began with", registry=registry, buckets=(1, 2, 4, 8, 16, 32, 64)
+        )
+        waiting = prometheus_client.Gauge("slm_waiting", "Texts that wait for a batch", registry=registry)
+        waiting.set_function(lambda: len(worker.waiting))
+        generating = prometheus_client.Gauge("slm_generating", "Texts that are being generated", registry=registry)
+        generating.set_function(lambda: sum(batch.live() for batch in list(worker.running)))
+
+
+class Worker:
+    """The thread that owns the model. `submit` and `drop` are called from the event loop."""
+
+    def __init__(self, model, limits: Limits):
+        self.model, self.limits = model, limits
+        self.waiting: deque[Place] = deque()
+        self.running: list[Batch] = []
+        self.metrics = Metrics(self)
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
+        self.start, self.is_alive = self._thread.start, self._thread.is_alive
+
+    def stop(self, seconds: float) -> None:
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join(seconds)
+
+    def submit(self, rows: list, streamed: bool, client: str) -> Ticket:
+        """Queues a request's texts. In a full queue there is still room for a client that has no text in it.
+
+        Raises:
+            ApiError: the queue is full, or the server is stopping.
+        """
+        ticket = Ticket(streamed, asyncio.get_running_loop(), client)
+        with self._wake:
+            if self._stopping:
+                raise _stopping()
+            waits = any(place.ticket.client == client for place in self.waiting)
+            most = self.limits.waiting if waits else 2 * self.limits.waiting
+            if self.waiting and len(self.waiting) + len(rows) > most:
+                text = f"{len(self.waiting)} texts wait already; try again later"
+                raise ApiError(429, text, "rate_limit_error", code="queue_full")
+            self.waiting.extend(Place(row, ticket) for row in rows)
+            self._wake.notify()
+        return ticket
+
+    def drop(self, ticket: Ticket) -> None:
+        """Takes a request's texts out of the queue and, after the next token, out of their batches."""
+        ticket.dropped = True
+        with self._wake:
+            self.waiting = deque(place for place in self.waiting if place.ticket is not ticket)
+
+    def _work(self) -> None:
+        while self._admit():
+            for batch in list(self.running):
+                try:
+                    events = self._step(batch)
+                except Exception as error:  # this batch has failed; the server goes on
+                    traceback.print_exception(error)
+                    text = f"the model failed: {type(error).__name__}: {' '.join(str(error).split()):.200}"
+                    _deliver((place.ticket, ApiError(500, text, "server_error")) for place in batch.places)
+                    self.running.remove(batch)
+                else:
+                    _deliver(events)
+                    if not batch.live():
+                        batch.steps.close()
+                        self.running.remove(batch)
+        for batch in self.running:
+            batch.steps.close()
+        left = [place for batch in self.running for place in batch.places if not place.row.finish_reason]
+        _deliver((place.ticket, _stopping()) for place in [*left, *self.waiting])
+
+    def _admit(self) -> bool:
+        """Starts a batch of what waits, if it is time; sleeps while there is nothing to do. False: stop."""
+        with self._wake:
+            while not (self.waiting or self.running or self._stopping):
+                self._wake.wait()
+            if self._stopping:
+                return False
+            seen = 0
+            while not self.running and seen < len(self.waiting) < self.model.batch_size:
+                seen = len(self.waiting)
+                self._wake.wait(GATHER_SECONDS)  # ends early when one more has come
+            places = self._next_places()
+            if not places:
+                return True
+            self.waiting = deque(place for place in self.waiting if place not in places)
+            rows = [place.row for place in places]
+            self.running.append(Batch(places, self.model.stream(rows), self._share(rows)))
+        self.metrics.batch_texts.observe(len(places))
+        return True
+
+    def _next_places(self) -> list[Place]:
+        """The waiting texts that are generated together from now on; none where all go on waiting."""
+        if not self.waiting:
+            return []
+        now = time.monotonic()
+        under_way = [place for batch in self.running for place in batch.places if not place.row.finish_reason]
+        ordered = fair_order(self.waiting, under_way)
+        if len(self.running) < MOST_BATCHES:
+            patient = now - min(place.ticket.arrived for place in ordered) < JOIN_SECONDS
+            if len(ordered) >= len(under_way) or not patient:
+                return self._together(ordered)
+        left = min(batch.left() for batch in self.running)
+        busy = {place.ticket.client for place in under_way}
+        short = [place for place in ordered if SHORT_FACTOR * place.tokens() <= left]
+        others = [place for place in ordered if place.ticket.client not in busy]
+        late = len(self.running) < FAIR_BATCHES and any(now - place.ticket.arrived >= FAIR_SECONDS for place in others)
+        # half of what is left leaves room for shorter texts; a text larger than a whole cache counts as one
+        share = (MOST_CACHES - sum(min(batch.share, 1.0) for batch in self.running)) / 2
+        return self._together(short, share) or self._together(others if late else [], share)
+
+    def _together(self, ordered: list[Place], share: float = float("inf")) -> list[Place]:
+        """The texts that fit into one batch and into a share of its cache. Without a share, the first text fits."""
+        places: list[Place] = []
+        for place in ordered:
+            rows = [chosen.row for chosen in places]
+            if self.model.fits(rows, place.row) and self._share([*rows, place.row]) <= share:
+                places.append(place)
+        return places
+
+    def _share(self, rows: list) -> float:
+        """A model that was logged before there was `cache_share` gets no batches beyond MOST_BATCHES."""
+        return self.model.cache_share(rows) if hasattr(self.model, "cache_share") else 1.0
+
+    def _step(self, batch: Batch) -> list[tuple[Ticket, object]]:
+        """One token more for a batch, and what its requests are told of it."""
+        for place in batch.places:
+            if place.ticket.dropped and not place.row.finish_reason:
+                place.row.finish_reason = "cancelled"
+        if not batch.live():
+            return []
+        step = next(batch.steps, None)
+        if step is None:
+            raise RuntimeError("the runtime ended before its texts")
+        tickets = {id(place.row): place.ticket for place in batch.places}
+        news = ((tickets[id(row)], row, text) for row, text in step)
+        return [
+            (ticket, (row, text, row.finish_reason))
+            for ticket, row, text in news
+            if not ticket.dropped and (row.finish_reason or (ticket.streamed and text))
+        ]
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "the server is stopping", "server_error")
+
+
+def _deliver(events: Iterable[tuple[Ticket, object]]) -> None:
+    """Puts events into their requests' queues, waking the event loop once."""
+    events = list(events)
+
+    def put():
+        for ticket, event in events:
+            ticket.events.put_nowait(event)
+
+    if events:
+        with suppress(RuntimeError):  # the loop was closed: nobody reads any more
+            events[0][0].loop.call_soon_threadsafe(put)

@@ -1,0 +1,282 @@
+"""OpenAI's chat API over one chat model that was logged here: what MLflow's own scoring server doesn't speak.
+
+    POST /v1/chat/completions   whole, or as server-sent events
+    GET  /v1/models  /health  /metrics (Prometheus)
+
+One thread owns the model. Requests that wait are generated together; the texts that come go to each request's own
+queue, and a request whose client has gone, or whose time is up, is dropped from its batch after the next token.
+
+The running batches take turns, one step each, so no batch holds up another one. A further batch starts when:
+- fewer than MOST_BATCHES run, and as many texts wait as are being generated, or one text has waited JOIN_SECONDS;
+- a text is short: each running batch may need SHORT_FACTOR times its tokens or more;
+- a client has nothing under way and has waited FAIR_SECONDS, and fewer than FAIR_BATCHES run.
+The texts that wait are ordered by fair queueing between clients. A client is an API key where there are several, and
+an address otherwise. All caches together take at most MOST_CACHES times what one batch may take; a single text that
+takes more than one batch may counts as one batch.
+
+Prompts' beginnings are computed once within one API key. With no key or one key, all clients share them.
+
+A page in a browser can give its own name the address of this machine (DNS rebinding). So a request is answered only
+under a host name that the server was told to serve.
+
+Not covered: TLS, users and quotas (a proxy's work), tools, images, log probabilities, more than one model or process.
+A text does not join a running batch. A long prompt is read in pieces where the model's runtime refills, and other
+batches take their turn between two pieces. With any other runtime, a prompt is one step of its batch.
+slm/serving/connections.py guards the sockets.
+"""
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+import prometheus_client
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from slm.base.errors import BadInput
+from slm.models import wrappers
+from slm.serving.batching import Worker
+from slm.serving.protocol import METRICS_TYPE, STREAM_HEADERS, ApiError, Limits, ServedNames, read_keys, read_request
+from slm.tracking import mlflow_client, registry
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The application
+
+
+def build(
+    model, defaults: dict, limits: Limits | None = None, api_key: str = "", host_names: Iterable[str] = ()
+) -> FastAPI:
+    """The application over a loaded chat model; `defaults` are the parameters for requests that don't give theirs.
+
+    `api_key` may hold several keys, separated by commas. `host_names` are served beside those of loopback.
+
+    Raises:
+        BadInput: the model can't keep several keys' prompts apart, or `api_key` holds no key.
+    """
+    keys = read_keys(api_key)
+    if len(keys) > 1 and not getattr(model, "separates_tenants", False):
+        raise BadInput("model_uri: the model was logged by a version that serves one key alone; log the model again")
+    limits = limits or Limits()
+    worker = Worker(model, limits)
+    started = int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(app):
+        worker.start()
+        yield
+        await asyncio.to_thread(worker.stop, 3.0)
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.worker = worker
+    app.add_middleware(ServedNames, names=host_names)
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError):
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException):
+        return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception):
+        return ApiError(500, "the server failed; its log says more", "server_error").response()
+
+    async def authorized(request: Request):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        right = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
+        if keys and not (scheme.lower() == "bearer" and any(right)):
+            worker.metrics.requests.labels("unauthorized").inc()
+            raise ApiError(401, "the API key is missing or wrong", "authentication_error", code="invalid_api_key")
+        request.state.tenant = f"key {right.index(True) + 1}" if keys else ""
+
+    protected = [Depends(authorized)]
+
+    @app.get("/health")
+    async def health():
+        if not worker.is_alive():
+            raise ApiError(503, "the generating thread has ended", "server_error")
+        return {"status": "ok", "model": model.name}
+
+    @app.get("/metrics", dependencies=protected)
+    async def metrics():
+        return Response(prometheus_client.generate_latest(worker.metrics.registry), media_type=METRICS_TYPE)
+
+    def card():
+        return {"id": model.name, "object": "model", "created": started, "owned_by": "phi3-mlflow"}
+
+    @app.get("/v1/models", dependencies=protected)
+    async def models():
+        return {"object": "list", "data": [card()]}
+
+    @app.get("/v1/models/{name:path}", dependencies=protected)
+    async def one_model(name: str):
+        if name != model.name:
+            raise ApiError(404, f"model: {name!r:.80} is not served here; {model.name!r} is", code="model_not_found")
+        return card()
+
+    def client_of(request: Request) -> str:
+        return request.state.tenant if len(keys) > 1 or not request.client else request.client.host
+
+    @app.post("/v1/chat/completions", dependencies=protected)
+    async def chat_completions(request: Request):
+        exchange = Exchange(worker, request)
+        try:
+            asked = read_request(await read_body(request, limits))
+            row = asked.row(model.name, limits)
+            try:
+                exchange.rows = await asyncio.to_thread(model.prepare, row, defaults)
+            except ValueError as refusal:  # Refused, of the logged model's own copy of slm.chat_model
+                raise ApiError(400, str(refusal)) from None
+            for prepared in exchange.rows:
+                prepared.tenant = request.state.tenant
+            exchange.begin(asked.stream, client_of(request))
+        except ApiError as error:
+            worker.metrics.requests.labels("full" if error.status == 429 else "refused").inc()
+            raise
+        if asked.stream:
+            with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+            events = server_sent_events(model, exchange, with_usage)
+            return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+        async for _ in exchange.news():
+            pass
+        return JSONResponse(model.completion(model.choices(exchange.rows)))
+
+    return app
+
+
+class Exchange:
+    """One request from its arrival to its end, however it ends: counted once, and its place freed."""
+
+    def __init__(self, worker: Worker, request: Request):
+        self.worker, self.request = worker, request
+        self.rows: list = []
+        self.start = time.perf_counter()
+
+    def begin(self, streamed: bool | None, client: str) -> None:
+        self.ticket = self.worker.submit(self.rows, bool(streamed), client)
+        self._watch = asyncio.create_task(self._until_the_client_goes())
+        left = self.worker.limits.seconds - (time.perf_counter() - self.start)
+        text = f"not answered within {self.worker.limits.seconds:g} seconds"
+        late = ApiError(504, text, "timeout_error", code="timeout")
+        self._timer = self.ticket.loop.call_later(max(left, 0), self.ticket.events.put_nowait, late)
+
+    async def _until_the_client_goes(self) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+        self.worker.drop(self.ticket)  # at once: a stream that waits to send would notice late
+        self.ticket.events.put_nowait(ApiError(499, "the client has gone", "client_gone"))
+
+    async def news(self) -> AsyncIterator[tuple[int, str, str]]:
+        """(choice, new text, finish reason or "") as they come, until all texts have ended.
+
+        Raises:
+            ApiError: time was up, the client went, the model failed or the server stops.
+        """
+        outcome, metrics = "cancelled", self.worker.metrics
+        places = {id(row): place for place, row in enumerate(self.rows)}
+        going = len(self.rows)
+        first = True
+        try:
+            while going:
+                event = await self.ticket.events.get()
+                if isinstance(event, ApiError):
+                    outcome = {504: "timeout", 499: "cancelled"}.get(event.status, "error")
+                    raise event
+                row, text, finish_reason = event
+                if first and self.ticket.streamed:
+                    metrics.first_seconds.observe(time.perf_counter() - self.start)
+                    first = False
+                going -= bool(finish_reason)
+                yield places[id(row)], text, finish_reason
+            outcome = "ok"
+        finally:
+            self._timer.cancel()
+            self._watch.cancel()
+            self.worker.drop(self.ticket)
+            metrics.requests.labels(outcome).inc()
+            metrics.seconds.observe(time.perf_counter() - self.start)
+            metrics.prompt_tokens.inc(len(self.rows[0].prompt))
+            metrics.output_tokens.inc(sum(len(row.output) for row in self.rows))
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """
+    Raises:
+        ApiError: the body is no JSON by its type, too long or too slow.
+    """
+    # a page in a browser may send text/plain to any address without being asked first, but not this
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "Content-Type must be application/json")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limits.body_bytes:
+                    raise ApiError(413, f"the request has more than {limits.body_bytes} bytes")
+    except TimeoutError:
+        raise ApiError(408, f"the request did not arrive within {limits.body_seconds:g} seconds") from None
+    return bytes(body)
+
+
+async def server_sent_events(model, exchange: Exchange, with_usage: bool) -> AsyncIterator[str]:
+    """A stream's chunks. All n choices get theirs, also where one text serves them all."""
+    head = model.head("chat.completion.chunk") | ({"usage": None} if with_usage else {})
+    n = exchange.rows[0].sampling.n
+    copies = n // len(exchange.rows)
+
+    def event(choice, delta, finish_reason=None):
+        return _event(head | {"choices": [{"index": choice, "delta": delta, "finish_reason": finish_reason}]})
+
+    try:
+        for choice in range(n):
+            yield event(choice, {"role": "assistant", "content": ""})
+        async for place, text, finish_reason in exchange.news():
+            for choice in range(place, n, n // copies):
+                if text:
+                    yield event(choice, {"content": text})
+                if finish_reason:
+                    yield event(choice, {}, finish_reason)
+    except ApiError as error:
+        yield _event(error.content)
+        return
+    if with_usage:
+        yield _event(head | {"choices": [], "usage": model.completion(model.choices(exchange.rows))["usage"]})
+    yield "data: [DONE]\n\n"
+
+
+def _event(content: dict) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+def load(uri: str, trust_code: bool = False) -> tuple[object, dict]:
+    """The wrapper that `uri` names, and the parameters it was logged with.
+
+    Raises:
+        BadInput: it is none of this project's chat models, its files were changed, or its code isn't trusted.
+    """
+    mlflow = mlflow_client.quiet_mlflow()
+    uri = registry.resolve(uri, trust_code)
+    with registry.local_copy(uri) as folder:
+        try:
+            description = mlflow.models.Model.load(str(folder))
+            if not wrappers.is_ours(description) or "schema" not in description.metadata:
+                raise BadInput(f"model_uri: {uri} was not logged by this project")
+            if description.metadata["schema"] != "chat":
+                schema = description.metadata["schema"]
+                raise BadInput(f"model_uri: {uri} has the {schema} schema; log it with schema=chat to serve it")
+            opened = wrappers.opened(uri, folder, registry.recorded_manifests(uri), trust_code, {})
+        except (mlflow.exceptions.MlflowException, ValueError) as error:
+            raise BadInput(f"model_uri: {uri}: {' '.join(str(error).split())}") from None
+    if not hasattr(opened.wrapper, "stream"):
+        raise BadInput(f"model_uri: {uri} was logged by an older version of this project; log it again")
+    return opened.wrapper, {param.name: param.default for param in opened.description.signature.params}

@@ -1,0 +1,49 @@
+"""What earlier runs of an experiment measured on the same prompts."""
+
+from dataclasses import dataclass
+
+from slm.tracking.mlflow_client import quiet_mlflow
+
+HISTORY = 50  # earlier runs that a report looks back on
+
+
+@dataclass(frozen=True)
+class Point:
+    """What an earlier run of the same prompts and model found for one metric."""
+
+    run_id: str
+    start: float  # seconds since 1970, UTC
+    version: str  # of the registered model, or ""
+    gate: str
+    mean: float
+    ci95_low: float
+    ci95_high: float
+
+
+def history(prompts_sha256: str, model_name: str, names) -> dict[str, tuple]:
+    """What earlier finished runs of this experiment found for the same prompts and model name, the oldest first.
+
+    Returns Points by scorer. The children of the active run are left out.
+    """
+    mlflow = quiet_mlflow()
+    parent = mlflow.active_run()
+    quoted = model_name.replace("'", "''")
+    runs = mlflow.MlflowClient().search_runs(
+        [parent.info.experiment_id],
+        f"tags.`prompts.sha256` = '{prompts_sha256}' and tags.`model.name` = '{quoted}' and status = 'FINISHED'",
+        max_results=HISTORY,
+        order_by=["attributes.start_time DESC"],
+    )
+    found: dict[str, tuple] = {}
+    for run in reversed(runs):
+        tags, metrics = run.data.tags, run.data.metrics
+        if tags.get("mlflow.parentRunId") == parent.info.run_id:
+            continue
+        version = tags.get("model.uri", "").rpartition("/")[2]
+        for name in names:
+            figures = [metrics.get(f"{name}/{field}") for field in ("mean", "ci95_low", "ci95_high")]
+            if None not in figures:
+                version = version if version.isdigit() else ""
+                point = Point(run.info.run_id, run.info.start_time / 1000, version, tags.get("gate", ""), *figures)
+                found[name] = (*found.get(name, ()), point)
+    return found

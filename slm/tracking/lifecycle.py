@@ -1,0 +1,138 @@
+"""The run: opened, logged to, and ended in the right state, whatever happens. MLflow is called here.
+
+An entry point's story runs inside `exit_code`, which turns every way of ending into the exit codes of the README and
+leaves the run FINISHED, FAILED (with the reason in its `error` tag) or KILLED. MLflow is imported by the functions
+that need it, so that `--help` and a typo answer at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from slm.base import cache, console, credentials, environment, stopping
+from slm.base.errors import BadInput, Unavailable, exhausted
+from slm.base.stopping import Stopped
+from slm.tracking import runs, store
+from slm.tracking.mlflow_client import _one_line, _or_found, is_infrastructure, quiet_mlflow
+
+VERDICT_CODES = {"none": 0, "pass": 0, "regress": 3, "inconclusive": 5}
+# with a store that failed, and was waited for once already: with MLflow's own patience each call takes minutes
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
+_open_runs: list[str] = []
+
+
+def exit_code(story: Callable[[], str]) -> int:
+    """Runs an entry point's story, which returns the gate's verdict, and gives the exit code of how it ended."""
+    try:
+        with stopping.listening(_end_open_runs):
+            return VERDICT_CODES[story()]
+    except (BadInput, Unavailable) as error:
+        _print_error(error)
+        _end_waiting_run("FAILED", str(error))
+        return error.exit_code
+    except Stopped as stopped:
+        _end_waiting_run("KILLED", f"stopped by {stopped}")
+        console.err.print(f"stopped by {stopped}; the run is ended, and its answers are kept for the next one")
+        return stopped.exit_code
+    except Exception as error:
+        reason = exhausted(error)
+        if not reason and not is_infrastructure(error) and not type(error).__module__.startswith("mlflow"):
+            raise
+        line = reason or f"{type(error).__name__}: {_one_line(error)}"
+        _print_error(line)
+        _end_waiting_run("FAILED", line)
+        return Unavailable.exit_code
+
+
+@contextmanager
+def run(name: str, args: argparse.Namespace) -> Iterator["object"]:
+    """The MLflow run of this process: the one `mlflow run` made, or a new one. Ended on the way out."""
+    mlflow = quiet_mlflow()
+    cache.check()
+    store.check(mlflow)
+    made_by_mlflow = "MLFLOW_RUN_ID" in os.environ
+    client = mlflow.MlflowClient()
+    words = {"run_name": None if made_by_mlflow else name, "tags": runs.tags()}
+    # the experiment of MLFLOW_EXPERIMENT_NAME is made here, where it isn't there
+    started = _or_found(lambda: mlflow.start_run(**words), "RESOURCE_ALREADY_EXISTS")
+    limit = stopping.within(getattr(args, "timeout", 0))
+    with _ending(started) as active, limit, runs.signs_of_life(client, active.info.run_id):
+        ended = runs.end_abandoned(client, active)
+        if ended:
+            console.out.print(f"runs that earlier processes left behind are set FAILED: {', '.join(ended)}")
+        opened = client.get_run(active.info.run_id)
+        _scrub(client, opened)
+        known = opened.data.params
+        plain = {name: str(value) for name, value in vars(args).items()}
+        mlflow.log_params({name: value for name, value in plain.items() if name not in known})
+        mlflow.log_params({f"cfg.{name}": value for name, value in plain.items()})
+        yield active
+
+
+@contextmanager
+def child_run(name: str) -> Iterator["object"]:
+    """A run below the active one, for one scored model."""
+    with _ending(quiet_mlflow().start_run(run_name=name, nested=True, tags=runs.tags())) as active:
+        yield active
+
+
+@contextmanager
+def _ending(active) -> Iterator["object"]:
+    """Ends a run in the state that what happened in it asks for (MLflow's own context knows no KILLED)."""
+    import mlflow
+
+    run_id = active.info.run_id
+    _open_runs.append(run_id)
+    try:
+        yield active
+    except BaseException as error:
+        status, reason = "FAILED", exhausted(error) or _one_line(error)
+        if isinstance(error, Stopped):
+            status, reason = "KILLED", f"stopped by {error}"
+        with environment.variables(PATIENCE):  # the error is told, whatever the store says to its tag
+            with suppress(Exception):
+                mlflow.MlflowClient().set_tag(run_id, "error", credentials.scrubbed(reason))
+            with suppress(Exception):
+                mlflow.end_run(status)
+        raise
+    else:
+        mlflow.end_run("FINISHED")
+    finally:
+        _open_runs.remove(run_id)
+
+
+def _end_open_runs(reason: str) -> None:
+    """Ends what is open as KILLED, from whatever thread."""
+    client = quiet_mlflow().MlflowClient()
+    with environment.variables(PATIENCE):
+        for run_id in reversed(_open_runs):
+            with suppress(Exception):
+                client.set_tag(run_id, "error", f"stopped by {reason}")
+                client.set_terminated(run_id, "KILLED")
+
+
+def _end_waiting_run(status: str, reason: str) -> None:
+    """Ends the run that `mlflow run` made for us, where the story ended before it was opened."""
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    if not run_id:
+        return
+    # the reason may be that the store can't be reached; the exit code stands
+    with environment.variables(PATIENCE), suppress(Exception):
+        client = quiet_mlflow().MlflowClient()
+        _scrub(client, client.get_run(run_id))
+        client.set_tag(run_id, "error", credentials.scrubbed(reason))
+        client.set_terminated(run_id, status)
+
+
+def _scrub(client, run) -> None:
+    """Takes a git URL's token out of the tags that `mlflow run` wrote; it keeps it in mlflow.source.name."""
+    for name, value in run.data.tags.items():
+        if credentials.held_by(value):
+            client.set_tag(run.info.run_id, name, credentials.scrubbed(value))
+
+
+def _print_error(error) -> None:
+    console.err.print(f"error: {credentials.scrubbed(str(error))}", style="red", markup=False)
+    sys.stderr.flush()

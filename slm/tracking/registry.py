@@ -1,0 +1,158 @@
+"""Logged models and registered versions: found, described, tagged, and given an alias."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slm.answers import endpoints
+from slm.base.errors import BadInput, exhausted
+from slm.base.model_uri import registered_version
+from slm.tracking.mlflow_client import _one_line, download, is_infrastructure, quiet_mlflow
+
+
+@contextmanager
+def local_copy(uri: str) -> Iterator[Path | None]:
+    """A logged model's folder on this machine, None for an endpoint.
+
+    A copy is removed again, once the model is loaded from it; a folder of a store on this machine is not.
+    """
+    import tempfile
+
+    if endpoints.is_endpoint(uri):
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="phi3-mlflow-") as scratch:
+        before, tempfile.tempdir = tempfile.tempdir, scratch  # where MLflow puts copies, and nothing else
+        try:
+            folder = download(uri)
+        finally:
+            tempfile.tempdir = before
+        yield folder
+
+
+def resolve(uri: str, trust_code: bool = False) -> str:
+    """A model URI frozen: an alias becomes the version it points at now. Only the model's description is read.
+
+    An endpoint is asked for one token, and its URI gets the model's name. Code that was logged with a model is let in
+    where `trust_code` says so.
+
+    Raises:
+        BadInput: there is no such model, version or alias, or it can't be asked.
+        Unavailable: an endpoint does not answer, or refuses the key.
+    """
+    if endpoints.is_endpoint(uri):
+        return endpoints.connect(uri).uri
+    mlflow = quiet_mlflow()
+    from slm.answers import forms
+    from slm.models import wrappers
+
+    name, _, alias = uri.removeprefix("models:/").partition("@")
+    try:
+        if uri.startswith("models:/") and alias:
+            uri = f"models:/{name}/{mlflow.MlflowClient().get_model_version_by_alias(name, alias).version}"
+        described = mlflow.models.get_model_info(uri)
+        state = _state(uri)
+    except Exception as error:
+        if is_infrastructure(error) or exhausted(error):
+            raise
+        raise BadInput(f"{uri}: there is no such model: {_one_line(error)}") from None
+    if state != "READY":
+        raise BadInput(f"{uri} is {state}: its logging never came to an end; log it again")
+    wrappers.check(uri, described, trust_code, lambda: _file_of(uri, wrappers.FILE))
+    forms.check(uri, described)
+    return uri
+
+
+def _file_of(uri: str, name: str) -> bytes:
+    """A small file of a logged model."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="phi3-mlflow-") as scratch:
+        try:
+            found = quiet_mlflow().artifacts.download_artifacts(artifact_uri=f"{uri}/{name}", dst_path=scratch)
+        except Exception as error:
+            if is_infrastructure(error) or exhausted(error):
+                raise
+            raise BadInput(f"{uri} has no {name}: {_one_line(error)}") from None
+        return Path(found).read_bytes()
+
+
+def recorded_manifests(uri: str) -> tuple[str, ...]:
+    """The hashes of a logged model's manifest that registry and tracking server keep, out of its folder's reach.
+
+    Models that were logged by others have none until they have been evaluated as a registered version.
+    """
+    from mlflow.exceptions import MlflowException
+
+    from slm.models import manifest
+
+    if endpoints.is_endpoint(uri):
+        return ()
+    mlflow = quiet_mlflow()
+    client, found, version = mlflow.MlflowClient(), [], registered_version(uri)
+    if version:
+        registered = client.get_model_version(*version)
+        found.append(registered.tags.get(manifest.TAG))
+        uri = registered.source or ""
+    logged = re.fullmatch(r"models:/(m-[0-9a-f]+)", uri)
+    model_id = logged[1] if logged else None
+    try:
+        if uri.startswith("runs:/"):
+            model_id = _model_of_run(client, uri)
+        elif not model_id and not version:
+            model_id = mlflow.models.get_model_info(uri).model_id
+        if model_id:
+            found.append(client.get_logged_model(model_id).tags.get(manifest.TAG))
+    except MlflowException as error:
+        if is_infrastructure(error) or logged:
+            raise
+    return tuple(dict.fromkeys(filter(None, found)))  # a folder may be that of another server's model
+
+
+def _state(uri: str) -> str:
+    """READY, or what else MLflow says of a model; the registry calls a version READY whose model is not."""
+    mlflow = quiet_mlflow()
+    version = registered_version(uri)
+    if version:  # over HTTP a version has no model_id
+        uri = mlflow.MlflowClient().get_model_version(*version).source or ""
+    model_id = re.fullmatch(r"models:/(m-[0-9a-f]+)", uri)
+    return str(mlflow.get_logged_model(model_id[1]).status) if model_id else "READY"
+
+
+def _model_of_run(client, uri: str) -> str | None:
+    """The id of the LoggedModel that `runs:/RUN_ID/name` names, as the tracking server has it; None where none."""
+    run_id, _, name = uri.removeprefix("runs:/").partition("/")
+    outputs = client.get_run(run_id).outputs
+    models = [client.get_logged_model(output.model_id) for output in (outputs.model_outputs if outputs else ())]
+    named = sorted((model for model in models if model.name == name), key=lambda model: model.creation_timestamp)
+    return named[-1].model_id if named else None
+
+
+def version_source(uri: str) -> str:
+    """What a registered version was made of (a number may be given again); "" for any other URI."""
+    version = registered_version(uri)
+    return quiet_mlflow().MlflowClient().get_model_version(*version).source if version else ""
+
+
+def alias_version(name: str, alias: str) -> str:
+    """The version that an alias points at now; "" where there is none."""
+    mlflow = quiet_mlflow()
+    try:
+        return str(mlflow.MlflowClient().get_model_version_by_alias(name, alias).version)
+    except mlflow.exceptions.MlflowException as error:
+        if is_infrastructure(error):
+            raise
+        return ""
+
+
+def tag_version(name: str, version: str, tags: dict[str, str], description: str = "") -> None:
+    client = quiet_mlflow().MlflowClient()
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, value)
+    if description:
+        client.update_model_version(name, version, description)
+
+
+def set_alias(name: str, alias: str, version: str) -> None:
+    quiet_mlflow().MlflowClient().set_registered_model_alias(name, alias, version)

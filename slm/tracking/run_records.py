@@ -1,0 +1,64 @@
+"""What is written into a run: dataset, metrics, tags, samples. And runs found by their tags."""
+
+import os
+
+from slm.tracking.earlier_runs import HISTORY
+from slm.tracking.mlflow_client import _or_found, quiet_mlflow
+
+
+def log_dataset(prompt_set):
+    """The prompt set as an MLflow dataset, an input of the active run."""
+    import json
+
+    import pandas as pd
+
+    mlflow = quiet_mlflow()
+    from mlflow.data.code_dataset_source import CodeDatasetSource
+
+    from slm.prompts.prompt_rows import canonical_rows
+
+    rows = [
+        {
+            name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            for name, value in row.items()
+        }
+        for row in canonical_rows(prompt_set.prompts)
+    ]
+    frame = pd.DataFrame(rows).astype("string").fillna("").astype(object)
+    source = prompt_set.source
+    if source.startswith(("runs:/", "models:/")):  # these MLflow downloads, and has no kind of dataset source for
+        source = CodeDatasetSource({"prompts": source})
+    dataset = mlflow.data.from_pandas(frame, source=source, name=prompt_set.name)
+    _or_found(lambda: mlflow.log_input(dataset, context="evaluation"), "BAD_REQUEST")  # of the database, by its rules
+    return dataset
+
+
+def log_scored(scored, dataset, tags: dict[str, str]) -> None:
+    """A scored model's metrics, tags and samples into the active run, linked to the model and to the dataset."""
+    mlflow = quiet_mlflow()
+    mlflow.log_metrics(scored.metrics, model_id=scored.model.model_id, dataset=dataset)
+    mlflow.set_tags(tags)
+    mlflow.log_text("".join(f"{line}\n" for line in scored.sample_lines()), "evaluation/samples.jsonl")
+
+
+def runs_with(tags: dict[str, str], status: str = "") -> list:
+    """Other runs of the active run's experiment that have these tags, the newest first. No value may hold a quote."""
+    mlflow = quiet_mlflow()
+    own = mlflow.active_run().info
+    wanted = [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
+    wanted += [f"attributes.status = '{status}'"] if status else []
+    found = mlflow.MlflowClient().search_runs(
+        [own.experiment_id], " and ".join(wanted), order_by=["attributes.start_time DESC"], max_results=HISTORY
+    )
+    return [run for run in found if run.info.run_id != own.run_id]
+
+
+def tag_active_run(tags: dict[str, str]) -> None:
+    quiet_mlflow().set_tags(tags)
+
+
+def tag_waiting_run(tags: dict[str, str]) -> None:
+    """Tags the run that `mlflow run` made for us, where it did, and leaves its ending to it."""
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    for key, value in tags.items() if run_id else ():
+        quiet_mlflow().MlflowClient().set_tag(run_id, key, value)
