@@ -38,11 +38,12 @@ def main() -> None:
 
 def check_gpu() -> None:
     """Every side must be able to use the GPU: the wrappers, and llama.cpp."""
+    from slm.base import parameters
     from slm.base.errors import BadInput
-    from slm.evaluation import steps
+    from slm.evaluation import requests
 
     try:
-        steps.check_devices(argparse.Namespace(device="cuda", execution_provider="cuda"))
+        requests.check_devices(parameters.Parameters(device="cuda", execution_provider="cuda"))
     except BadInput as error:
         raise SystemExit(f"error: {error}") from None
     import llama_cpp

@@ -15,7 +15,7 @@ from benchmarks import peers
 from benchmarks.generation import speed, wrapper
 from benchmarks.ratios import Row, in_turn, ratios
 from slm.base import console, parameters
-from slm.evaluation import steps
+from slm.evaluation import conclusion, scoring
 from slm.models import checkpoints, onnx_export
 from slm.models.chat_model import physical_cores
 from slm.prompts import prompt_sets
@@ -53,8 +53,8 @@ def measure(scratch: Path, provider: str) -> list[Row]:
         args = parameters.parse("evaluate", "", options)
         with lifecycle.run("evaluate", args):
             start = time.perf_counter()
-            scored, run_id = steps.score_model(name, uris[name], prompt_set, args)
-            steps.conclude(name, [(scored, run_id)], (), prompt_set)
+            scored, run_id = scoring.score_model(name, uris[name], prompt_set, args)
+            conclusion.finish(name, [scoring.Result(scored, run_id)], args, prompt_set)
             seconds = time.perf_counter() - start - scored.model.load_seconds
         return sum(sample.output_tokens for sample in scored.samples) / seconds
 

@@ -80,7 +80,7 @@ def measure(uri: str, scratch: Path) -> tuple[dict[int, list[tuple]], tuple]:
     import pandas
 
     from slm.answers import loading
-    from slm.evaluation import steps
+    from slm.evaluation import conclusion, scoring
     from slm.report import traces
 
     mlflow.set_tracking_uri(uri)
@@ -98,9 +98,9 @@ def measure(uri: str, scratch: Path) -> tuple[dict[int, list[tuple]], tuple]:
         args = parameters.parse("evaluate", "", [f"--model_uris={logged.model_uri}"])
         with lifecycle.run("overhead", args):
             start, cpu = time.perf_counter(), time.process_time()
-            scored, run_id = steps.score_model("echo", logged.model_uri, prompt_set, args)
+            scored, run_id = scoring.score_model("echo", logged.model_uri, prompt_set, args)
             middle = time.perf_counter()
-            steps.conclude("overhead", [(scored, run_id)], (), prompt_set)
+            conclusion.finish("overhead", [scoring.Result(scored, run_id)], args, prompt_set)
             end, cpu = time.perf_counter(), time.process_time() - cpu
         if scored.metrics["contains/mean"] < 1:
             raise SystemExit(f"the echo was not scored as one: {scored.metrics}")

@@ -8,18 +8,18 @@ With no `model_uris`, both wrappers of `model` are logged, and the ONNX one is c
 model gets a child run; the run itself gets the comparison and the verdict.
 """
 
-import argparse
 import sys
 
 from slm.answers import endpoints
 from slm.base import model_uri, parameters
 from slm.base.errors import BadInput
+from slm.engines import engine as engines
 from slm.evaluation import schedule
 from slm.models import checkpoints, onnx_export
 from slm.tracking import lifecycle, registry
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> parameters.Parameters:
     return parameters.parse("evaluate", __doc__, argv)
 
 
@@ -27,16 +27,17 @@ def main(argv: list[str] | None = None) -> int:
     return lifecycle.exit_code(lambda: evaluate(parse_args(argv)))
 
 
-def evaluate(args: argparse.Namespace) -> str:
+def evaluate(args: parameters.Parameters) -> str:
     """The story of the run; returns the gate's state."""
-    from slm.evaluation import steps
+    from slm.evaluation import conclusion, promotion, requests, scoring
 
     # What was asked for, checked before anything is opened or fetched
-    prompt_set = steps.read_prompts(args)
-    thresholds = steps.read_gate(args)
-    steps.generation(args)
-    steps.check_engine(args)
-    steps.check_devices(args)
+    engine = engines.chosen(args.engine)
+    engine.check(args)
+    prompt_set = engine.read_prompts(args)
+    thresholds = requests.read_gate(args)
+    requests.generation(args)
+    requests.check_devices(args)
     uris = [uri.strip() for uri in args.model_uris.split(",") if uri.strip()]
     if args.baseline and not uris:
         raise BadInput("baseline: needs model_uris to compare with it; with none, the pipeline is the baseline")
@@ -69,24 +70,24 @@ def evaluate(args: argparse.Namespace) -> str:
             return settled
 
         # Each scored as logged, compared, gated
-        before = steps.alias_version(named[0][1], args.alias)
-        results = [steps.score_model(label, uri, prompt_set, args, thresholds) for label, uri in named]
-        verdict = steps.conclude(subject, results, thresholds, prompt_set, baseline)
+        before = promotion.alias_version(named[0][1], args.alias)
+        results = [scoring.score_model(label, uri, prompt_set, args, thresholds) for label, uri in named]
+        verdict = conclusion.finish(subject, results, args, prompt_set, thresholds, baseline)
         if args.alias and verdict.state == "pass":
-            steps.promote(named[0][1], args.alias, before, results[0][0].model.manifest_sha256)
+            promotion.promote(named[0][1], args.alias, before, results[0][0].model.manifest_sha256)
         schedule.conclude(args, verdict.state)
         if args.traces:
-            steps.show_answers(results, prompt_set)
+            conclusion.show_answers(results, prompt_set)
         return verdict.state
 
 
-def log_both(source: checkpoints.Source, args: argparse.Namespace) -> list[tuple[str, str]]:
+def log_both(source: checkpoints.Source, args: parameters.Parameters) -> list[tuple[str, str]]:
     """Logs both wrappers of one checkpoint, with the same chat schema; their labels and URIs, ONNX first."""
     from slm.base import console
-    from slm.evaluation import steps
+    from slm.evaluation import requests, scoring
     from slm.models import model_logging
 
-    options = steps.generation(args)
+    options = requests.generation(args)
     with console.step(f"Fetching {source.name}"):
         checkpoint = source.fetch()
         checkpoint.require_chat()
@@ -99,8 +100,8 @@ def log_both(source: checkpoints.Source, args: argparse.Namespace) -> list[tuple
         pipeline = model_logging.log_pipeline(checkpoint, options, registered_model_name=name)
         onnx = model_logging.log_onnx(export, "chat", options, args.precision, registered_model_name=name)
     return [
-        (f"onnx {args.precision}", steps.scored_uri(onnx, export, name, args.precision)),
-        ("pipeline", steps.scored_uri(pipeline, checkpoint, name)),
+        (f"onnx {args.precision}", scoring.scored_uri(onnx, export, name, args.precision)),
+        ("pipeline", scoring.scored_uri(pipeline, checkpoint, name)),
     ]
 
 

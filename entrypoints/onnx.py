@@ -8,7 +8,6 @@ A ready ONNX GenAI folder is logged as it is; any other checkpoint is exported f
 "onnx", and a child run with its scores on the prompt set.
 """
 
-import argparse
 import sys
 
 from slm.base import parameters
@@ -16,7 +15,7 @@ from slm.models import checkpoints, onnx_export
 from slm.tracking import lifecycle
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> parameters.Parameters:
     return parameters.parse("onnx", __doc__, argv)
 
 
@@ -24,17 +23,18 @@ def main(argv: list[str] | None = None) -> int:
     return lifecycle.exit_code(lambda: log_and_score(parse_args(argv)))
 
 
-def log_and_score(args: argparse.Namespace) -> str:
+def log_and_score(args: parameters.Parameters) -> str:
     """The story of the run; returns the gate's state, which is "none" here."""
     from slm.base import console
-    from slm.evaluation import steps
+    from slm.engines import engine
+    from slm.evaluation import conclusion, requests, scoring
 
     # What was asked for, checked before anything is opened or fetched
-    prompt_set = steps.read_prompts(args)
-    options = steps.generation(args)
+    prompt_set = engine.chosen(args.engine).read_prompts(args)
+    options = requests.generation(args)
     source = checkpoints.find(args.model, args.revision, args.subfolder)
     if not source.is_onnx:
-        steps.check_devices(args)
+        requests.check_devices(args)
         onnx_export.check(args.precision, args.execution_provider)
 
     with lifecycle.run("onnx", args):
@@ -56,9 +56,9 @@ def log_and_score(args: argparse.Namespace) -> str:
             )
 
         # The model as logged, scored
-        uri = steps.scored_uri(logged, checkpoint, args.registered_model_name, precision)
-        scored = steps.score_model("onnx", uri, prompt_set, args)
-        return steps.conclude(f"{source.name} on {prompt_set.name}", [scored], (), prompt_set).state
+        uri = scoring.scored_uri(logged, checkpoint, args.registered_model_name, precision)
+        scored = scoring.score_model("onnx", uri, prompt_set, args)
+        return conclusion.finish(f"{source.name} on {prompt_set.name}", [scored], args, prompt_set).state
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 The run gets the logged model "pipeline", and a child run with its scores on the prompt set.
 """
 
-import argparse
 import sys
 
 from slm.base import parameters
@@ -14,7 +13,7 @@ from slm.models import checkpoints
 from slm.tracking import lifecycle
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> parameters.Parameters:
     return parameters.parse("pipeline", __doc__, argv)
 
 
@@ -22,15 +21,16 @@ def main(argv: list[str] | None = None) -> int:
     return lifecycle.exit_code(lambda: log_and_score(parse_args(argv)))
 
 
-def log_and_score(args: argparse.Namespace) -> str:
+def log_and_score(args: parameters.Parameters) -> str:
     """The story of the run; returns the gate's state, which is "none" here."""
     from slm.base import console
-    from slm.evaluation import steps
+    from slm.engines import engine
+    from slm.evaluation import conclusion, requests, scoring
 
     # What was asked for, checked before anything is opened or fetched
-    prompt_set = steps.read_prompts(args)
-    options = steps.generation(args)
-    steps.check_devices(args)
+    prompt_set = engine.chosen(args.engine).read_prompts(args)
+    options = requests.generation(args)
+    requests.check_devices(args)
     source = checkpoints.find(args.model, args.revision, args.subfolder)
     if not args.save_weights and source.kind != "hub":
         raise BadInput(f"save_weights: false needs a hub id to refer to, and {args.model} is none")
@@ -48,9 +48,9 @@ def log_and_score(args: argparse.Namespace) -> str:
             )
 
         # The model as logged, scored
-        uri = steps.scored_uri(logged, checkpoint, args.registered_model_name)
-        scored = steps.score_model("pipeline", uri, prompt_set, args)
-        return steps.conclude(f"{source.name} on {prompt_set.name}", [scored], (), prompt_set).state
+        uri = scoring.scored_uri(logged, checkpoint, args.registered_model_name)
+        scored = scoring.score_model("pipeline", uri, prompt_set, args)
+        return conclusion.finish(f"{source.name} on {prompt_set.name}", [scored], args, prompt_set).state
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ seconds. Put a proxy with TLS in front before anything but this machine can reac
 allowed_hosts. Without a key, only loopback is listened at, unless open_to_all=true.
 """
 
-import argparse
 import ipaddress
 import os
 import socket
@@ -23,7 +22,7 @@ from slm.tracking import lifecycle
 BACKLOG = 64  # connections that are accepted at once, before the first of them is counted
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> parameters.Parameters:
     return parameters.parse("serve", __doc__, argv)
 
 
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     return lifecycle.exit_code(lambda: serve(parse_args(argv)))
 
 
-def serve(args: argparse.Namespace) -> str:
+def serve(args: parameters.Parameters) -> str:
     """The story of the server; returns "none", since there is no gate."""
     # What was asked for, checked before a model is loaded
     if not args.model_uri:

@@ -212,7 +212,7 @@ def test_any_text_is_a_gate_or_refused_in_one_line(text):
     ids=["missing", "directory", "not UTF-8", "huge", "byte order mark"],
 )
 def test_a_gate_that_cannot_be_read_is_one_line(tmp_path, content, line):
-    from slm.evaluation import steps
+    from slm.evaluation import requests
 
     path = tmp_path / "gate.yaml"
     if content == "folder":
@@ -220,7 +220,7 @@ def test_a_gate_that_cannot_be_read_is_one_line(tmp_path, content, line):
     elif content is not None:
         write(path, content)
     args = parameters.parse("evaluate", "", [f"--thresholds={path}"])
-    assert line.format(path=path)[:50] in complaint(steps.read_gate, args)
+    assert line.format(path=path)[:50] in complaint(requests.read_gate, args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

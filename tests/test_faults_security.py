@@ -26,7 +26,7 @@ from conftest import REPOSITORY, call, entry_point
 from slm.answers import kept_answers
 from slm.base import cache, credentials, parameters
 from slm.base.errors import BadInput, Unavailable
-from slm.evaluation import steps
+from slm.engines import local
 from slm.models import checkpoints
 from slm.prompts import readers
 from slm.scorers import judges
@@ -394,7 +394,7 @@ def hostile(monkeypatch, tmp_path):
 
 
 def read(uri: str):
-    return steps.read_prompts(parameters.parse("evaluate", "", [f"--prompts={uri}"]))
+    return local.read_prompts(parameters.parse("evaluate", "", [f"--prompts={uri}"]))
 
 
 HOSTILE = {

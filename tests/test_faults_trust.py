@@ -331,9 +331,9 @@ def test_a_model_named_by_its_run_has_the_files_that_the_server_recorded(logged)
 def test_a_registered_version_keeps_the_manifest_of_its_own_files(store, int4_export, int8_export):
     for export, precision in ((int4_export, "int4"), (int8_export, "int8")):
         logged = model_logging.log_onnx(export, "chat", GENERATION, precision, registered_model_name="swapped")
-        from slm.evaluation import steps
+        from slm.evaluation import scoring
 
-        steps.scored_uri(logged, export, "swapped", precision)
+        scoring.scored_uri(logged, export, "swapped", precision)
     first, second = (registry.recorded_manifests(f"models:/swapped/{version}") for version in (1, 2))
     assert len(first) == len(second) == 1 and first != second
     assert load("models:/swapped/1").manifest_sha256 == first[0]
@@ -391,7 +391,7 @@ def test_what_is_loaded_is_what_was_checked(logged, monkeypatch, restored):
 @pytest.mark.fault("models: weights that are written while the model answers")
 def test_no_answer_is_kept_of_a_model_that_was_changed_while_it_answered(logged, tmp_path, monkeypatch):
     from slm.answers import kept_answers
-    from slm.engines import local
+    from slm.engines import answering
     from slm.prompts import prompt_sets
 
     monkeypatch.setenv("PHI3_MLFLOW_CACHE", str(tmp_path / "cache"))
@@ -403,7 +403,9 @@ def test_no_answer_is_kept_of_a_model_that_was_changed_while_it_answered(logged,
     rows = tmp_path / "set.jsonl"
     rows.write_text('{"id": "a", "prompt": "Hi", "expected": "x"}\n')
     with pytest.raises(BadInput, match="its files were changed while it answered"):
-        local.score(model, prompt_sets.read_prompt_set(rows, "set", CHECKS), GENERATION | {"batch_size": 0}, 1, "all")
+        answering.score(
+            model, prompt_sets.read_prompt_set(rows, "set", CHECKS), GENERATION | {"batch_size": 0}, 1, "all"
+        )
     [kept] = (tmp_path / "cache" / "answers").glob("*.jsonl")
     assert kept_answers._read(kept) == []
 
@@ -596,27 +598,27 @@ def test_the_runtime_reads_settings_that_nobody_else_can_write(logged, monkeypat
 def test_a_version_is_promoted_for_the_files_that_were_scored_alone(store, int4_export):
     import mlflow
 
-    from slm.evaluation import steps
+    from slm.evaluation import promotion, scoring
 
     logged = model_logging.log_onnx(int4_export, "chat", GENERATION, "int4", registered_model_name="promoted")
-    uri = steps.scored_uri(logged, int4_export, "promoted", "int4")
+    uri = scoring.scored_uri(logged, int4_export, "promoted", "int4")
     [recorded] = registry.recorded_manifests(uri)
     client = mlflow.MlflowClient()
     with pytest.raises(Unavailable, match="isn't recorded to have the files that were scored"):
-        steps.promote(uri, "champion", "", "0" * 64)
+        promotion.promote(uri, "champion", "", "0" * 64)
     assert registry.alias_version("promoted", "champion") == ""
-    steps.promote(uri, "champion", "", recorded)
+    promotion.promote(uri, "champion", "", recorded)
     assert registry.alias_version("promoted", "champion") == "1"
     client.set_model_version_tag("promoted", "1", manifest.TAG, "0" * 64)
     with pytest.raises(Unavailable, match="nothing was moved"):
-        steps.promote(uri, "other", "", recorded)
+        promotion.promote(uri, "other", "", recorded)
 
 
 @pytest.mark.fault("registry: a version without a record of its files")
 def test_a_version_that_nobody_recorded_is_not_promoted(store, tmp_path):
-    from slm.evaluation import steps
+    from slm.evaluation import promotion
 
     uri, _ = log_code(tmp_path)
     assert registry.recorded_manifests(uri) == ()
     with pytest.raises(Unavailable, match="nothing was moved"):
-        steps.promote(uri, "champion", "", "0" * 64)
+        promotion.promote(uri, "champion", "", "0" * 64)

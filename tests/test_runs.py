@@ -1,6 +1,5 @@
 """Several users at once, and what a crash leaves: first starts, runs side by side, runs left RUNNING."""
 
-import argparse
 import datetime
 import json
 import os
@@ -16,6 +15,7 @@ import pytest
 from conftest import REPOSITORY, call, free_port, serving
 from test_servers import database
 
+from slm.base.parameters import Parameters
 from slm.scorers.confined import CHECKS
 from slm.tracking import lifecycle, run_records, runs
 
@@ -176,7 +176,7 @@ def test_an_experiment_that_another_run_makes_first_is_taken(tracking_server, mo
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_server)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "made twice")
     monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", and_another_is_first)
-    with lifecycle.run("evaluate", argparse.Namespace()) as run:
+    with lifecycle.run("evaluate", Parameters()) as run:
         pass
     client = mlflow.MlflowClient(tracking_server)
     assert run.info.experiment_id == look(client, "made twice").experiment_id

@@ -4,7 +4,6 @@ The commands are taken from these files and run as they stand, with local paths 
 themselves are not started.
 """
 
-import argparse
 import json
 import os
 import re
@@ -405,7 +404,7 @@ def test_the_inputs_are_everything_that_a_verdict_depends_on():
         return schedule.inputs_sha256(**(given | changed))
 
     def other(**changed):
-        return argparse.Namespace(**(vars(args) | changed))
+        return parameters.Parameters(**(vars(args) | changed))
 
     same = with_()
     for name, value in {"slot": "night-2", "force": True, "resume": False, "traces": False}.items():

@@ -127,6 +127,61 @@ PARAMETERS = (
 )
 
 
+class Parameters(argparse.Namespace):
+    """An entry point's parameters, each with its type. A parameter that the entry point lacks reads as in ABSENT.
+
+    `vars` has only the parameters that the entry point declares: these are logged.
+    """
+
+    model: str
+    revision: str
+    subfolder: str
+    prompts: str
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stop: str
+    batch_size: int
+    dtype: str
+    device: str
+    precision: str
+    execution_provider: str
+    schema: str
+    registered_model_name: str
+    save_weights: bool
+    model_uris: str
+    baseline: str
+    thresholds: str
+    alias: str
+    scorers: str
+    judge: str
+    timeout: int
+    row_timeout: int
+    repeats: int
+    engine: str
+    spark_master: str
+    resume: bool
+    traces: bool
+    slot: str
+    force: bool
+    trust_code: bool
+    model_uri: str
+    host: str
+    port: int
+    allowed_hosts: str
+    open_to_all: bool
+
+    def __getattr__(self, name: str):
+        if name in ABSENT:
+            return ABSENT[name]
+        raise AttributeError(name)
+
+
+# what an entry point does that lacks the parameter: as the default says, but nothing is reused or traced
+ABSENT = {parameter.name: parameter.default for parameter in PARAMETERS} | {"resume": False, "traces": False}
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse that reports a mistake as BadInput, with the nearest name."""
 
@@ -140,7 +195,7 @@ class _Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
-def parse(entry_point: str, description: str, argv: list[str] | None) -> argparse.Namespace:
+def parse(entry_point: str, description: str, argv: list[str] | None) -> Parameters:
     """The entry point's parameters from its command line, each with the type and in the range the table gives.
 
     Raises:
@@ -158,7 +213,7 @@ def parse(entry_point: str, description: str, argv: list[str] | None) -> argpars
         parser.add_argument(
             f"--{parameter.name}", default=parameter.default, metavar="…", help=f"{parameter.help} (default: {shown})"
         )
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, Parameters())
     for parameter in table:
         setattr(args, parameter.name, _value(parameter, getattr(args, parameter.name)))
     return args

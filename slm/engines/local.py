@@ -1,130 +1,59 @@
-"""Answers a prompt set in this process and scores the answers.
+"""The engine that answers prompts in this process. Its functions are those of slm/engines/engine.py's Engine."""
 
-Each answer is kept on disk as it comes (slm/answers/kept_answers.py), and scored when all are there. MLflow is not
-called here, and no model is loaded.
-"""
-
-import gc
-import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 
-from slm.answers import kept_answers, loading
-from slm.base import environment
-from slm.base.hashing import digest
-from slm.prompts.prompt_rows import Prompt, ScorerCall
-from slm.prompts.prompt_sets import PromptSet
-from slm.scorers import confined
-from slm.scorers.built_in import Score
-from slm.verdict.estimation import estimate
-from slm.verdict.scored_model import Sample, ScoredModel, metrics_of
+from slm.answers import loading
+from slm.base import console
+from slm.base.errors import BadInput
+from slm.base.parameters import Parameters
+from slm.engines import answering
+from slm.engines.engine import Request
+from slm.models import checkpoints
+from slm.prompts.prompt_sets import PromptSet, read_prompt_set
+from slm.scorers import scorer_calls
+from slm.tracking import downloads, registry
+from slm.verdict import estimation
+from slm.verdict.scored_model import ScoredModel
+from slm.verdict.statistics import Difference
 
 
-def built_in(call: ScorerCall, prompt: Prompt, text: str) -> dict[str, Score]:
-    """What a built-in scorer says of one answer, by the score's name."""
-    return {call.name: confined.score(call.name, text, prompt.expected, call.options)}
+def check(args: Parameters) -> None:
+    if args.spark_master:
+        raise BadInput(f"spark_master: {args.spark_master!r} needs engine=spark")
 
 
-def score(
-    model: loading.LoadedModel,
-    prompt_set: PromptSet,
-    generation: dict,
-    repeats: int = 1,
-    reuse: kept_answers.Reuse = "all",
-    advance: Callable[[], None] = lambda: None,
-    score_answer: Callable[[ScorerCall, Prompt, str], dict[str, Score]] = built_in,
-) -> ScoredModel:
-    """Answers every prompt `repeats` times and scores the answers; `advance` is called once for each.
-
-    `reuse` says which answers of earlier runs are taken. Their seconds are those that were measured then, so that
-    speeds are never those of reading a file; "interrupted" makes all but a stopped run's anew, which a comparison of
-    speeds needs. What may have changed unseen, an endpoint, is never reused further.
-    """
-    wanted = [(prompt, repeat) for prompt in prompt_set.prompts for repeat in range(repeats)]
-    asked = [digest([loading.row_of(model, *one, generation), one[1]]) for one in wanted]
-    if not model.sha256 and reuse == "all":
-        reuse = "interrupted"
-    answered: dict[tuple[str, int], dict] = {}
-    elapsed = 0.0
-    with kept_answers.opened(identity(model, generation), reuse) as kept:
-        missing, peak = [], 0
-        for one, key in zip(wanted, asked, strict=True):
-            if key not in kept.kept:
-                missing.append((one, key))
-                continue
-            found = kept.kept[key]
-            answered[one[0].id, one[1]] = found["answer"]
-            elapsed, peak = elapsed + found["elapsed"], max(peak, found["peak_memory_bytes"])
-            advance()
-        keys = {(prompt.id, repeat): key for (prompt, repeat), key in missing}
-        before = time.perf_counter()
-        for (prompt, repeat), answer in loading.answers(model, [one for one, _ in missing], generation):
-            now = time.perf_counter()
-            answered[prompt.id, repeat] = answer
-            if not answer.get("error"):
-                if model.unchanged:
-                    model.unchanged()
-                kept.add(keys[prompt.id, repeat], answer, now - before)
-            elapsed, before = elapsed + now - before, now
-            advance()
-        own = loading.peak_memory_bytes() or 0  # the model's: a judge's comes later
-        if missing:
-            kept.finish(own)
-        if missing or not peak:  # else nothing was generated now, and this process's says nothing
-            peak = max(peak, own)
-    samples = tuple(
-        _sample(model, prompt, repeat, answered[prompt.id, repeat], score_answer) for prompt, repeat in wanted
-    )
-    estimates = estimate(samples, prompt_set)
-    metrics = metrics_of(model, samples, estimates)
-    if peak and model.sha256:  # an endpoint's memory is elsewhere
-        metrics["peak_memory_bytes"] = float(peak)
-    tokens = [sample.output_tokens for sample in samples if sample.error is None]
-    if tokens and None not in tokens and elapsed:  # a stranger's model may not count them
-        metrics["output_tokens_per_second"] = sum(tokens) / elapsed
-    return ScoredModel(model, samples, estimates, metrics, len(wanted) - len(missing))
+def read_prompts(args: Parameters) -> PromptSet:
+    given = args.prompts
+    with ExitStack() as stack:
+        if downloads.is_address(given):
+            path = stack.enter_context(downloads.file(given))
+        else:
+            path = checkpoints.located(given)
+            if path is None:
+                raise BadInput(f"prompts: {given!r} does not exist, from the repository's root or from here")
+        asked = scorer_calls.read(args.scorers, args.judge)
+        return scorer_calls.add(asked, read_prompt_set(path, given, scorer_calls.IN_ROWS))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def score(request: Request, prompt_set: PromptSet) -> ScoredModel:
+    label, uri, options = request.label, request.uri, request.generation
+    with ExitStack() as stack:
+        with console.step(f"Loading {label}"):
+            folder = stack.enter_context(registry.local_copy(uri))  # a model of others may read files later on
+            settings = {name: options.get(name) for name in ("dtype", "device")} | {"row_timeout": request.row_timeout}
+            recorded = registry.recorded_manifests(uri)
+            model = loading.load(label, uri, folder, settings, recorded, request.trust_code)
+        with console.progress(f"Scoring {label}", len(prompt_set.prompts) * request.repeats) as advance:
+            score_answer = stack.enter_context(scorer_calls.opened(request.scorers, request.resume))
+            scored = answering.score(model, prompt_set, options, request.repeats, request.reuse, advance, score_answer)
+        sent = {prompt.id: loading.sent(model, prompt, options) for prompt in prompt_set.prompts}
+    return answering.release(replace(scored, sent=sent))
 
 
-def _sample(model: loading.LoadedModel, prompt: Prompt, repeat: int, answer: dict, score_answer) -> Sample:
-    failed = answer.get("error") or ""
-    named: dict[str, Score] = {}
-    for call in prompt.scorers:
-        unanswered = {call.name: Score(None, f"not answered: {failed}")}
-        named |= unanswered if failed else score_answer(call, prompt, answer["text"])
-    return Sample(
-        id=prompt.id,
-        repeat=repeat,
-        model=model.uri,
-        messages=list(prompt.messages) if prompt.messages else [{"role": "user", "content": prompt.prompt}],
-        expected=list(prompt.expected),
-        output=answer["text"],
-        finish_reason=answer["finish_reason"],
-        prompt_tokens=None if failed else answer.get("prompt_tokens"),
-        output_tokens=None if failed else answer.get("output_tokens"),
-        latency_seconds=answer.get("seconds", 0.0),
-        scores={name: result.value for name, result in named.items()},
-        reasons={name: result.reason for name, result in named.items()},
-        error={"type": "refused", "message": failed} if failed else None,
-    )
+def differences(candidate: ScoredModel, baseline: ScoredModel, prompt_set: PromptSet) -> dict[str, Difference]:
+    return estimation.differences(candidate, baseline, prompt_set)
 
 
-def identity(model: loading.LoadedModel, generation: dict) -> list:
-    """What an answer depends on beside what is asked: the model, how it is run, library versions, the kind of machine.
-
-    Folders of answers are moved and shared between machines, and another kind of CPU may round another way.
-    """
-    libraries = ("onnxruntime-genai", "onnxruntime", "torch", "transformers", "tokenizers", "jinja2")
-    versions = {name: environment.version(name) for name in libraries}
-    described = environment.describe()
-    machine = [described[name] for name in ("cpu", "cpu_model", "cpu_flags", "gpus")] if model.sha256 else []
-    return [model.sha256 or model.uri, model.identity, generation, versions, machine]
-
-
-def release(scored: ScoredModel) -> ScoredModel:
-    """The same results without the model, whose memory goes back."""
-    freed = replace(scored, model=replace(scored.model, pyfunc=None, wrapper=None))
-    gc.collect()
-    return freed
+def release(prompt_set: PromptSet) -> None:
+    """Nothing is held outside this process."""

@@ -12,10 +12,9 @@ ends as FAILED since its model regressed has one, a run that broke off has none,
 
 Not covered: an endpoint may change without notice, so what is asked of one, or judged by one, never counts as
 unchanged. Of two hosts that start within the same moment, the one whose run began first by its own clock goes on; with
-clocks apart both may. The alias moves once even then: slm/evaluation/steps.py looks at it again before it is moved.
+clocks apart both may. The alias moves once even then: slm/evaluation/promotion.py looks at it again before it is moved.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -25,6 +24,7 @@ from slm.answers import endpoints
 from slm.base import cache, console, environment
 from slm.base.errors import BadInput
 from slm.base.hashing import digest
+from slm.base.parameters import Parameters
 from slm.scorers import scorer_calls
 from slm.tracking import lifecycle, mlflow_client, registry, run_records
 
@@ -34,7 +34,7 @@ PER_START = ("slot", "force", "resume", "traces", "timeout")  # parameters that 
 BY_CONTENT = ("model_uris", "baseline", "prompts", "thresholds")  # that name what is hashed itself
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: Parameters) -> None:
     """What a slot needs.
 
     Raises:
@@ -45,7 +45,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def run(name: str, args: argparse.Namespace) -> Iterator[str]:
+def run(name: str, args: Parameters) -> Iterator[str]:
     """The run of this process; yields the verdict that this start ends with at once, "" where it is to go on."""
     if not args.slot:
         with lifecycle.run(name, args):
@@ -60,7 +60,7 @@ def run(name: str, args: argparse.Namespace) -> Iterator[str]:
             yield _entered(args, active)
 
 
-def unchanged(args: argparse.Namespace, uris: Sequence[str], prompt_set, thresholds) -> str:
+def unchanged(args: Parameters, uris: Sequence[str], prompt_set, thresholds) -> str:
     """The verdict of an earlier run with the same inputs, taken over; "" where there is none. `uris` are resolved."""
     if not args.slot:
         return ""
@@ -74,7 +74,7 @@ def unchanged(args: argparse.Namespace, uris: Sequence[str], prompt_set, thresho
     return _taken_over(earlier, f"unchanged: slot {args.slot} has the inputs of")
 
 
-def conclude(args: argparse.Namespace, verdict: str) -> None:
+def conclude(args: Parameters, verdict: str) -> None:
     """Marks the slot as done: the verdict is there, and the alias moved where it had to."""
     if args.slot:
         run_records.tag_active_run({VERDICT: verdict})
@@ -90,21 +90,19 @@ def identity(uri: str) -> str:
         return cache.manifest_sha256(cache.manifest_of(folder))
 
 
-def inputs_sha256(
-    args: argparse.Namespace, models: list[str], prompts: str, thresholds, scorers: str, machine: dict
-) -> str:
+def inputs_sha256(args: Parameters, models: list[str], prompts: str, thresholds, scorers: str, machine: dict) -> str:
     """One hash over everything that a verdict depends on; of the code its content, whatever the commit."""
     given = {name: value for name, value in vars(args).items() if name not in (*PER_START, *BY_CONTENT)}
     machine = {name: value for name, value in machine.items() if not name.startswith("git_")}
     return digest([given, models, bool(args.baseline), prompts, repr(thresholds), scorers, machine])
 
 
-def subject(args: argparse.Namespace) -> str:
+def subject(args: Parameters) -> str:
     """By what two starts are in each other's way: the models and the alias, as they were given."""
     return digest([args.model_uris, args.alias])
 
 
-def _entered(args: argparse.Namespace, active) -> str:
+def _entered(args: Parameters, active) -> str:
     """Marks the run, then looks for a start elsewhere that came first, and for the slot's verdict."""
     given = {name: value for name, value in vars(args).items() if name not in PER_START}
     mine = {SLOT: args.slot, SUBJECT: subject(args), ASKED: digest(given)}
@@ -118,7 +116,7 @@ def _entered(args: argparse.Namespace, active) -> str:
     return _taken_over(earlier, f"skipped: slot {args.slot} is done by")
 
 
-def _skipped(args: argparse.Namespace, where: str) -> dict[str, str]:
+def _skipped(args: Parameters, where: str) -> dict[str, str]:
     """Says that this start gives way, and the tags that say so."""
     line = f"skipped: {args.model_uris} is being evaluated {where}; slot {args.slot} is left alone"
     console.out.print(line, markup=False)
@@ -138,7 +136,7 @@ def _taken_over(earlier: Sequence, why: str) -> str:
 
 
 @contextmanager
-def _alone_on_this_host(args: argparse.Namespace) -> Iterator[bool]:
+def _alone_on_this_host(args: Parameters) -> Iterator[bool]:
     """Whether no other process here evaluates the same on the same tracking server; none can while the block lasts."""
     name = f"{digest([*mlflow_client.address(), subject(args)])[:16]}.lock"
     lock = cache.lock(cache.private("schedules") / name)

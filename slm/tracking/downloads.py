@@ -29,12 +29,18 @@ from slm.base.errors import BadInput, Unavailable, exhausted
 from slm.prompts.readers import FILE_BYTES
 from slm.tracking import mlflow_client
 
+URI_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
 SECONDS = 600
 REDIRECTS = 5
 POLL = 0.05  # seconds between two looks at the folder
 TIMEOUTS = (10, 60)  # seconds until a web server is connected, and between two of its bytes
 TOO_LARGE = "too large"
 ROOM = 4 * 2**30  # bytes of memory, MLflow's libraries among them
+
+
+def is_address(given: str) -> bool:
+    """Whether a prompt set is named by a URI, and not by a path."""
+    return "://" in given or given.startswith(URI_SCHEMES)
 
 
 @contextmanager

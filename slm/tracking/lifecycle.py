@@ -5,7 +5,6 @@ leaves the run FINISHED, FAILED (with the reason in its `error` tag) or KILLED. 
 that need it, so that `--help` and a typo answer at once.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from contextlib import contextmanager, suppress
 
 from slm.base import cache, console, credentials, environment, stopping
 from slm.base.errors import BadInput, Unavailable, exhausted
+from slm.base.parameters import Parameters
 from slm.base.stopping import Stopped
 from slm.tracking import runs, store
 from slm.tracking.mlflow_client import _one_line, _or_found, is_infrastructure, quiet_mlflow
@@ -47,7 +47,7 @@ def exit_code(story: Callable[[], str]) -> int:
 
 
 @contextmanager
-def run(name: str, args: argparse.Namespace) -> Iterator["object"]:
+def run(name: str, args: Parameters) -> Iterator["object"]:
     """The MLflow run of this process: the one `mlflow run` made, or a new one. Ended on the way out."""
     mlflow = quiet_mlflow()
     cache.check()
@@ -57,7 +57,7 @@ def run(name: str, args: argparse.Namespace) -> Iterator["object"]:
     words = {"run_name": None if made_by_mlflow else name, "tags": runs.tags()}
     # the experiment of MLFLOW_EXPERIMENT_NAME is made here, where it isn't there
     started = _or_found(lambda: mlflow.start_run(**words), "RESOURCE_ALREADY_EXISTS")
-    limit = stopping.within(getattr(args, "timeout", 0))
+    limit = stopping.within(args.timeout)
     with _ending(started) as active, limit, runs.signs_of_life(client, active.info.run_id):
         ended = runs.end_abandoned(client, active)
         if ended:

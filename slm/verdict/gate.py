@@ -9,7 +9,7 @@ Nothing is read, logged or promoted here.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Literal
@@ -212,3 +212,10 @@ def _beyond(keyword: str) -> str:
 
 def _it_takes(prompts: int | None) -> str:
     return "no number of prompts would tell" if prompts is None else f"it takes about {prompts:,} prompts"
+
+
+def worst(verdicts: Sequence[Verdict]) -> Verdict:
+    """One verdict over several models: the worst state, and every check."""
+    checks = tuple(check for verdict in verdicts for check in verdict.checks)
+    states = {check.state for check in checks}
+    return Verdict(next((s for s in ("regress", "inconclusive", "pass") if s in states), "none"), checks)

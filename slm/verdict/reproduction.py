@@ -57,6 +57,11 @@ def fingerprint(asked: dict, model_identity: str) -> str:
     return digest([asked | {"code": code}, model_identity])
 
 
+def as_json(record: dict) -> str:
+    """A record as the text of environment.json."""
+    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+
 def whole_fingerprint(fingerprints: list[str], baseline: int | None, thresholds: list[dict]) -> str:
     """That of an evaluation: over its models' own, the one that is the baseline, and the gate."""
     return digest([fingerprints, baseline, thresholds])

@@ -39,6 +39,7 @@ class ScoredModel:
     metrics: dict[str, float]
     reused: int  # answers that earlier runs had left
     record: dict | None = None  # what it takes to do it again, as environment.json has it
+    sent: dict | None = None  # by prompt id: text and token ids that reached the model, as loading.sent has them
 
     def sample_lines(self) -> list[str]:
         return [json.dumps(asdict(sample), ensure_ascii=False) for sample in self.samples]

@@ -19,7 +19,6 @@ class SparkScoredModel(scored_model.ScoredModel):
     run_id: str = ""
     buckets: tuple[int, ...] = ()
     prompt_set: SparkPromptSet | None = None
-    sent: dict | None = None  # text and token ids by id of the prompts that are shown, as loading.sent has them
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from slm.answers import kept_answers, loading
 from slm.base import cache, environment
 from slm.base.errors import BadInput
 from slm.base.hashing import digest
-from slm.engines import local
+from slm.engines import answering
 from slm.engines.spark.job import Job
 from slm.engines.spark.prompt_frame import _asked, _prompt
 from slm.prompts.prompt_sets import PromptSet
@@ -56,7 +56,7 @@ def _answered(batches: Iterable, job: Job) -> Iterator:
         if bucket in earlier:
             _take_over(job, earlier[bucket], bucket, bucket_set, model, Path(scratch))
         with scorer_calls.opened(_asked(job.scorers), False) as score_answer:
-            scored = local.score(model, bucket_set, job.generation, job.repeats, "all", score_answer=score_answer)
+            scored = answering.score(model, bucket_set, job.generation, job.repeats, "all", score_answer=score_answer)
         file = Path(scratch) / _file_name(bucket)
         clusters = {prompt.id: prompt.cluster for prompt in bucket_set.prompts}
         _write(scored.samples, clusters, file)
@@ -115,7 +115,7 @@ def _take_over(job: Job, run_id: str, bucket: int, bucket_set: PromptSet, model,
         seconds, peak = told["elapsed"] / max(told["rows"], 1), int(told["peak_memory_bytes"])
     except (mlflow.exceptions.MlflowException, OSError, ValueError, KeyError):
         return
-    with kept_answers.opened(local.identity(model, job.generation), "none") as kept:
+    with kept_answers.opened(answering.identity(model, job.generation), "none") as kept:
         for row in rows:
             prompt = wanted.get((row["id"], row["repeat"]))
             if prompt is None or row["error"] is not None:

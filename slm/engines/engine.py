@@ -1,0 +1,64 @@
+"""What an engine is, and the one place that chooses one.
+
+To add an engine, write a module with the functions of Engine, and name the module in ENGINES and in the choices of the
+parameter `engine`.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from slm.answers.kept_answers import Reuse
+from slm.base.parameters import Parameters
+from slm.prompts.prompt_sets import PromptSet
+from slm.scorers.scorer_calls import Asked
+from slm.verdict.scored_model import ScoredModel
+from slm.verdict.statistics import Difference
+
+ENGINES = {"local": "slm.engines.local", "spark": "slm.engines.spark.engine"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One model to score, and all that the scoring depends on beside the prompt set."""
+
+    label: str
+    uri: str  # resolved: no alias
+    run_id: str  # of the model's child run, which is active
+    generation: dict
+    repeats: int
+    scorers: Asked
+    record: dict  # what reproduction.asked made of these
+    reuse: Reuse  # which kept answers may be used
+    resume: bool  # whether kept judgements may be used
+    row_timeout: float
+    trust_code: bool
+
+
+class Engine(Protocol):
+    """Where prompts are answered. A module with these functions is an engine."""
+
+    def check(self, args: Parameters) -> None:
+        """Refuses parameters that the engine does not support, with BadInput, before anything is read."""
+
+    def read_prompts(self, args: Parameters) -> PromptSet:
+        """The prompt set that `args.prompts` names, with the scorers of `args.scorers` in every row.
+
+        Raises BadInput for a wrong row, scorer or judge; Unavailable where a judge or a cluster does not answer.
+        """
+
+    def score(self, request: Request, prompt_set: PromptSet) -> ScoredModel:
+        """Loads the model, answers every prompt and scores the answers. The result holds no model memory."""
+
+    def differences(
+        self, candidate: ScoredModel, baseline: ScoredModel, prompt_set: PromptSet
+    ) -> dict[str, Difference]:
+        """Candidate minus baseline by scorer, over the prompts that both answered."""
+
+    def release(self, prompt_set: PromptSet) -> None:
+        """Gives back what the prompt set holds outside this process."""
+
+
+def chosen(name: str) -> Engine:
+    """The engine of that name; its libraries are imported by the functions that need them."""
+    return cast(Engine, importlib.import_module(ENGINES[name]))

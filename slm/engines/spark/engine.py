@@ -1,0 +1,76 @@
+"""The engine that answers prompts on Apache Spark. Its functions are those of slm/engines/engine.py's Engine.
+
+Prompt sets and models may outgrow one machine. Spark reads the prompt set. Its workers validate each row, load the
+logged model, answer and score, with the code that engine=local runs.
+
+Not covered: YAML prompt sets, endpoints, judges, Spark Connect.
+"""
+
+import atexit
+from contextlib import ExitStack
+
+from slm.answers import endpoints
+from slm.base import console
+from slm.base.errors import BadInput
+from slm.base.parameters import Parameters
+from slm.engines.engine import Request
+from slm.engines.spark import job, prompt_frame, scoring, sums, worker
+from slm.models import checkpoints
+from slm.prompts import readers
+from slm.tracking import downloads, run_records
+from slm.verdict import reproduction
+from slm.verdict.statistics import Difference
+
+DOWNLOAD_BYTES = 16 * readers.FILE_BYTES  # of a prompt set that the driver downloads; Spark reads others by itself
+
+
+def check(args: Parameters) -> None:
+    if args.judge:
+        raise BadInput("judge: is not asked from Spark's workers; leave it empty, or engine local")
+    uris = [uri.strip() for uri in (*args.model_uris.split(","), args.baseline)]
+    for uri in filter(endpoints.is_endpoint, uris):
+        raise BadInput(f"engine: spark scores logged models, and {uri} is an endpoint; leave engine local")
+
+
+def read_prompts(args: Parameters) -> prompt_frame.SparkPromptSet:
+    location = given = args.prompts
+    if given.startswith((*downloads.URI_SCHEMES, "http://", "https://")):
+        copies = ExitStack()  # Spark reads a file again and again
+        atexit.register(copies.close)
+        location = f"file://{copies.enter_context(downloads.file(given, DOWNLOAD_BYTES))}"
+    elif "://" not in given:
+        path = checkpoints.located(given)
+        if path is None:
+            raise BadInput(f"prompts: {given!r} does not exist, from the repository's root or from here")
+        location = f"file://{path.resolve()}"
+    return prompt_frame.read_prompts(location, given, args.spark_master, args.scorers, args.repeats)
+
+
+def score(request: Request, prompt_set: prompt_frame.SparkPromptSet) -> sums.SparkScoredModel:
+    """Beyond the shown answers, figures come from sums that the workers make. All answers are in the artifacts."""
+    label, asked = request.label, request.record
+    if not prompt_set.is_whole:  # its prompts are a sample
+        asked["prompts"] = {"rows": prompt_set.rows, "sha256": prompt_set.sha256}
+    parameters = asked["parameters"]
+    task = job.job(label, request.uri, prompt_set, parameters, request.row_timeout, request.trust_code)
+    with console.step(f"Loading {label} on a worker"):
+        model = scoring.described(prompt_set, task)
+    fingerprint = reproduction.fingerprint(asked, model.identity)
+    run_records.tag_active_run({"engine": "spark", "fingerprint": fingerprint})  # now, for a run that takes over
+    with console.step(f"Scoring {label} on {prompt_set.rows:,} prompts in {prompt_set.buckets} parts"):
+        scored = scoring.score(task, model, prompt_set, request.run_id, fingerprint, request.reuse)
+    rows = int(scored.metrics["rows"])
+    if len(scored.samples) < rows:
+        shown = f"of {rows:,} answers, samples.jsonl and the report show {len(scored.samples):,}"
+        console.out.print(f"{label}: {shown}; all are in {worker.FOLDER}, and in every figure")
+    return scored
+
+
+def differences(
+    candidate: sums.SparkScoredModel, baseline: sums.SparkScoredModel, prompt_set: prompt_frame.SparkPromptSet
+) -> dict[str, Difference]:
+    return sums.differences(candidate, baseline)
+
+
+def release(prompt_set: prompt_frame.SparkPromptSet) -> None:
+    prompt_frame.release(prompt_set)

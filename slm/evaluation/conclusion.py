@@ -1,0 +1,163 @@
+"""The end of an evaluation: compare, gate, log, show. Each step is a function; `finish` calls them in order."""
+
+import datetime
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from slm.base import console, credentials, environment, parameters
+from slm.base.parameters import Parameters
+from slm.engines import engine
+from slm.evaluation.scoring import Result
+from slm.models import manifest
+from slm.prompts import prompt_sets
+from slm.report import summary
+from slm.tracking import earlier_runs, mlflow_client, registry
+from slm.verdict import estimation, gate, reproduction, scored_model
+
+
+def finish(
+    title: str,
+    results: Sequence[Result],
+    args: Parameters,
+    prompt_set: prompt_sets.PromptSet,
+    thresholds: tuple[gate.Threshold, ...] = (),
+    baseline: int | None = None,
+) -> gate.Verdict:
+    """Compares and gates the scored models, logs reports into the child runs and the active run, and prints the table.
+
+    `baseline` is the place in `results` of the model that the others are compared with.
+    """
+    used = engine.chosen(args.engine)
+    report = compared(title, [scored for scored, _ in results], used, prompt_set, thresholds, baseline)
+    tag_models(report, results)
+    record_run(report, results, thresholds)
+    upload_reports(report, [run_id for _, run_id in results])
+    show(report)
+    used.release(prompt_set)
+    return report.verdict
+
+
+def compared(
+    title: str,
+    models: Sequence[scored_model.ScoredModel],
+    used: engine.Engine,
+    prompt_set: prompt_sets.PromptSet,
+    thresholds: tuple[gate.Threshold, ...],
+    baseline: int | None,
+) -> summary.Report:
+    """The models compared with the baseline and gated. Earlier runs' figures are looked up."""
+    against = None if baseline is None else models[baseline]
+    differences, verdicts = [], []
+    for place, scored in enumerate(models):
+        compare = against is not None and place != baseline
+        differences.append(used.differences(scored, against, prompt_set) if compare else {})
+        gated = () if place == baseline and len(models) > 1 else thresholds
+        figures = against.metrics if compare else None
+        verdicts.append(gate.decide(gated, scored.metrics | scored.estimates, differences[-1], figures))
+    machine = environment.describe()
+    facts = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "run": mlflow_client.quiet_mlflow().active_run().info.run_id,
+        "commit": machine["git_commit"][:12] + (" and uncommitted changes" if machine["git_dirty"] else ""),
+        "machine": f"{machine['cpu']}, {machine['cores']} cores",
+    }
+    history = tuple(earlier_runs.history(prompt_set.sha256, scored.model.name, scored.estimates) for scored in models)
+    return summary.Report(
+        title=title,
+        prompt_set=prompt_set,
+        models=tuple(models),
+        verdict=gate.worst(verdicts),
+        verdicts=tuple(verdicts),
+        baseline=baseline,
+        differences=tuple(differences),
+        history=history,
+        facts={name: value for name, value in facts.items() if value},
+    )
+
+
+def tag_models(report: summary.Report, results: Sequence[Result]) -> None:
+    """Differences and verdicts, into each model's child run and onto its registered version."""
+    mlflow = mlflow_client.quiet_mlflow()
+    client = mlflow.MlflowClient()
+    for scored, differences, verdict, (_, run_id) in zip(
+        report.models, report.differences, report.verdicts, results, strict=True
+    ):
+        if differences:
+            with mlflow.start_run(run_id=run_id, nested=True):
+                mlflow.log_metrics(estimation.difference_metrics(differences), model_id=scored.model.model_id)
+        client.set_tag(run_id, "gate", verdict.state)
+        tag_version(scored, verdict, report)
+
+
+def tag_version(scored: scored_model.ScoredModel, verdict: gate.Verdict, report: summary.Report) -> None:
+    """Scores and verdict, onto the registered version that was scored. Other models have no version to tag."""
+    version = scored.model.version
+    if version:
+        tags = {"prompts": report.prompt_set.name, "prompts.sha256": report.prompt_set.sha256, "gate": verdict.state}
+        tags |= {"evaluation.run": report.facts["run"], "git_commit": environment.describe()["git_commit"]}
+        tags[manifest.TAG] = scored.model.manifest_sha256  # equal to what is recorded, where something is
+        for name, figure in scored.estimates.items():
+            if "/" not in name:
+                tags[name if name == scored_model.OVERALL else f"score.{name}"] = summary.estimate(figure)
+        registry.tag_version(*version, {name: value for name, value in tags.items() if value})
+
+
+def record_run(report: summary.Report, results: Sequence[Result], thresholds: tuple[gate.Threshold, ...]) -> None:
+    """The active run's tags, and environment.json: what the result depends on, and the command that repeats it."""
+    mlflow = mlflow_client.quiet_mlflow()
+    run_id = mlflow.active_run().info.run_id
+    records = [scored.record for scored, _ in results]
+    rules = [asdict(rule) for rule in thresholds]
+    models = [(child, scored.record) for scored, child in results]
+    whole = reproduction.whole_record(environment.describe(), models, report.baseline, rules)
+    started = mlflow.MlflowClient().get_run(run_id).data
+    given = {name.removeprefix("cfg."): value for name, value in started.params.items() if name.startswith("cfg.")}
+    defaults = {parameter.name: str(parameter.default) for parameter in parameters.PARAMETERS}
+    whole["again"] = reproduction.again(started.tags, given, defaults, records, report.baseline)
+    tags = {"gate": report.verdict.state, "prompts.sha256": report.prompt_set.sha256}
+    mlflow.set_tags(tags | {"fingerprint": whole["fingerprint"], "outputs.sha256": whole["outputs"]["sha256"]})
+    mlflow.MlflowClient().log_text(run_id, reproduction.as_json(whole), "evaluation/environment.json")
+
+
+def upload_reports(report: summary.Report, child_runs: Sequence[str]) -> None:
+    """report.md, report.html and junit.xml into every run; plots and the description into the active run."""
+    from slm.report import html_page, plots
+
+    mlflow = mlflow_client.quiet_mlflow()
+    artifacts = {
+        "report.md": summary.markdown(report),
+        "report.html": html_page.render(report),
+        "junit.xml": summary.junit(report),
+    }
+    mlflow.set_tag("mlflow.note.content", artifacts["report.md"])  # the run page's description
+    for run_id in (mlflow.active_run().info.run_id, *child_runs):
+        for name, text in artifacts.items():
+            mlflow.MlflowClient().log_text(run_id, text, f"evaluation/{name}")
+    for name, figure in plots.figures(report).items():
+        mlflow.log_figure(figure, f"evaluation/plots/{name}.png")  # log_image's charts hide under the parameters
+
+
+def show(report: summary.Report) -> None:
+    """The table, the remarks and the verdict, on the console."""
+    console.out.print()
+    console.out.print(summary.table(report))
+    for remark in summary.remarks(report):
+        console.out.print(remark, markup=False)
+    for check in report.verdict.checks:
+        console.out.print(f"  {check.state:12} {check.metric} {check.rule}: {check.reason}", markup=False)
+    server = credentials.scrubbed(mlflow_client.quiet_mlflow().get_tracking_uri())
+    verdict = f"gate: [bold]{report.verdict.state}[/bold]   run: {report.facts['run']}   tracking: {server}"
+    console.out.print(verdict)
+
+
+def show_answers(results: Sequence[Result], prompt_set: prompt_sets.PromptSet) -> None:
+    """The answers in MLflow's evaluation view; a row that didn't get there is told, and costs nothing else."""
+    from slm.report import traces
+
+    experiment = mlflow_client.quiet_mlflow().active_run().info.experiment_id
+    for scored, run_id in results:
+        start = time.time()
+        shown = traces.log(scored.samples, prompt_set.prompts, run_id, experiment, scored.model.model_id, start)
+        if shown.reason:
+            console.out.print(f"{scored.model.label}: {shown}", markup=False)
