@@ -13,7 +13,6 @@ import sys
 from slm.answers import endpoints
 from slm.base import model_uri, parameters
 from slm.base.errors import BadInput
-from slm.engines import engine as engines
 from slm.evaluation import schedule
 from slm.models import checkpoints, onnx_export
 from slm.tracking import lifecycle, registry
@@ -29,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(args: parameters.Parameters) -> str:
     """The story of the run; returns the gate's state."""
+    from slm.engines import engine as engines
     from slm.evaluation import conclusion, promotion, requests, scoring
 
     # What was asked for, checked before anything is opened or fetched

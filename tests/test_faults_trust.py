@@ -253,7 +253,7 @@ def fit_manifest(folder: Path) -> None:
 def test_a_model_is_loaded_from_what_was_logged(logged):
     uri, folder = logged
     model = load(uri)
-    assert model.code_sha256 == cache.file_sha256(REPOSITORY / "slm" / "chat_model.py")
+    assert model.code_sha256 == cache.file_sha256(REPOSITORY / "slm" / "models" / "chat_model.py")
     assert model.pyfunc is None and isinstance(model.wrapper, chat_model.SmallLanguageModel)
     assert registry.recorded_manifests(uri) == (model.manifest_sha256,)
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
@@ -537,7 +537,7 @@ def test_the_wrappers_version_is_the_projects_and_changes_once_it_was_released()
 
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == chat_model.VERSION
-    code = (REPOSITORY / "slm" / "chat_model.py").read_bytes()
+    code = (REPOSITORY / "slm" / "models" / "chat_model.py").read_bytes()
     assert wrappers.RELEASED.get(chat_model.VERSION, wrappers.own_sha256()) == hashlib.sha256(code).hexdigest()
 
 

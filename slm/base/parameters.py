@@ -18,6 +18,7 @@ from slm.base.wording import quoted
 CHARACTERS = 4000  # of one value: MLflow keeps no more than 6,000 of a parameter
 ALL = ("pipeline", "onnx", "evaluate")  # that log or score models
 ENTRY_POINTS = (*ALL, "serve")
+ENGINES = {"local": "slm.engines.local", "spark": "slm.engines.spark.engine"}  # a module for each, see slm/engines
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ PARAMETERS = (
         "row_timeout", 0, ALL, "seconds after which a row without an answer has failed; 0: none", low=0, high=10**6
     ),
     Parameter("repeats", 1, ("evaluate",), "answers per prompt", low=1, high=1000),
-    Parameter("engine", "local", ("evaluate",), "where prompts are answered", ("local", "spark")),
+    Parameter("engine", "local", ("evaluate",), "where prompts are answered", tuple(ENGINES)),
     Parameter("spark_master", "", ("evaluate",), "of engine=spark: spark://host:7077, …; empty: all cores here"),
     Parameter("resume", True, ("evaluate",), "reuse answers that an interrupted or an unchanged run left"),
     Parameter("traces", True, ("evaluate",), "show the answers in MLflow's evaluation view as well"),
@@ -213,7 +214,7 @@ def parse(entry_point: str, description: str, argv: list[str] | None) -> Paramet
         parser.add_argument(
             f"--{parameter.name}", default=parameter.default, metavar="…", help=f"{parameter.help} (default: {shown})"
         )
-    args = parser.parse_args(argv, Parameters())
+    args = Parameters(**vars(parser.parse_args(argv)))
     for parameter in table:
         setattr(args, parameter.name, _value(parameter, getattr(args, parameter.name)))
     return args

@@ -1,7 +1,6 @@
 """What an engine is, and the one place that chooses one.
 
-To add an engine, write a module with the functions of Engine, and name the module in ENGINES and in the choices of the
-parameter `engine`.
+To add an engine, write a module with the functions of Engine, and name the module in parameters.ENGINES.
 """
 
 import importlib
@@ -9,13 +8,11 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from slm.answers.kept_answers import Reuse
-from slm.base.parameters import Parameters
+from slm.base.parameters import ENGINES, Parameters
 from slm.prompts.prompt_sets import PromptSet
 from slm.scorers.scorer_calls import Asked
 from slm.verdict.scored_model import ScoredModel
 from slm.verdict.statistics import Difference
-
-ENGINES = {"local": "slm.engines.local", "spark": "slm.engines.spark.engine"}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,27 @@
+# The project's commands. Run them in the environment of CONTRIBUTING.md.
+
+# The main job on the embedded model
+run:
+    mlflow run . --env-manager local
+
+# Every test
+test:
+    python -m pytest
+
+# The tests that start no server, export no model and build no environment
+test-fast:
+    python -m pytest -m "not slow"
+
+lint:
+    ruff check . && ruff format --check .
+
+format:
+    ruff check --fix . && ruff format .
+
+# The table of benchmarks/README.md; needs benchmarks/requirements.txt
+bench *groups:
+    python -m benchmarks {{groups}}
+
+# The documentation as a site, in site/
+docs:
+    mkdocs build --strict
