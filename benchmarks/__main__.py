@@ -40,10 +40,10 @@ def check_gpu() -> None:
     """Every side must be able to use the GPU: the wrappers, and llama.cpp."""
     from slm.base import parameters
     from slm.base.errors import BadInput
-    from slm.evaluation import requests
+    from slm.engines import local
 
     try:
-        requests.check_devices(parameters.Parameters(device="cuda", execution_provider="cuda"))
+        local.check_devices(parameters.Parameters(device="cuda", execution_provider="cuda"))
     except BadInput as error:
         raise SystemExit(f"error: {error}") from None
     import llama_cpp

@@ -230,12 +230,13 @@ def test_a_locked_file_can_be_had_without_what_only_a_gpu_needs(tmp_path):
 
 @pytest.mark.fault("supply chain: an install command without hashes")
 def test_every_command_that_installs_the_project_requires_hashes():
-    files = [*REPOSITORY.glob("schedules/*.*"), REPOSITORY / ".ci" / "run", REPOSITORY / "README.md"]
+    files = [*REPOSITORY.glob("schedules/*.*"), REPOSITORY / ".ci" / "run", *REPOSITORY.glob("*.md")]
+    files += REPOSITORY.glob("docs/*.md")
     found = []
     for path in files:
         lines = path.read_text(encoding="utf-8").splitlines()
         found += [line for line in lines if re.search(r"pip install .*-r (requirements|locked)(-test)?\.txt", line)]
-    assert len(found) == 7
+    assert len(found) == 10
     assert [line for line in found if "--require-hashes -r locked" not in line] == []
     assert "- -r locked.txt" in (REPOSITORY / "conda.yaml").read_text(encoding="utf-8")
 

@@ -354,8 +354,9 @@ def test_a_model_that_cannot_be_served_and_a_port_in_use_are_one_line(store):
 
 
 def test_mlflows_gateway_in_front_passes_conversations_and_streams(address, client, tmp_path):
-    """The README's recipe, with this server's address and model name."""
-    recipe = re.search(r"```yaml\n(endpoints:.*?)```", (REPOSITORY / "README.md").read_text("utf-8"), re.DOTALL)[1]
+    """The recipe of docs/serving.md, with this server's address and model name."""
+    page = (REPOSITORY / "docs" / "serving.md").read_text("utf-8")
+    recipe = re.search(r"```yaml\n(endpoints:.*?)```", page, re.DOTALL)[1]
     recipe = recipe.replace("http://127.0.0.1:5005", address).replace("name: phi3  ", f"name: {NAME}  ")
     (tmp_path / "gateway.yaml").write_text(recipe.replace("$PHI3_MLFLOW_API_KEY", "none"))
     port = free_port()
