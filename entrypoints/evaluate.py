@@ -37,7 +37,6 @@ def evaluate(args: parameters.Parameters) -> str:
     prompt_set = engine.read_prompts(args)
     thresholds = requests.read_gate(args)
     requests.generation(args)
-    requests.check_devices(args)
     uris = [uri.strip() for uri in args.model_uris.split(",") if uri.strip()]
     if args.baseline and not uris:
         raise BadInput("baseline: needs model_uris to compare with it; with none, the pipeline is the baseline")

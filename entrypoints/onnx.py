@@ -26,15 +26,16 @@ def main(argv: list[str] | None = None) -> int:
 def log_and_score(args: parameters.Parameters) -> str:
     """The story of the run; returns the gate's state, which is "none" here."""
     from slm.base import console
-    from slm.engines import engine
+    from slm.engines import engine as engines
     from slm.evaluation import conclusion, requests, scoring
 
     # What was asked for, checked before anything is opened or fetched
-    prompt_set = engine.chosen(args.engine).read_prompts(args)
+    engine = engines.chosen(args.engine)
+    prompt_set = engine.read_prompts(args)
     options = requests.generation(args)
     source = checkpoints.find(args.model, args.revision, args.subfolder)
     if not source.is_onnx:
-        requests.check_devices(args)
+        engine.check(args)
         onnx_export.check(args.precision, args.execution_provider)
 
     with lifecycle.run("onnx", args):

@@ -52,8 +52,23 @@ def entry_point(name: str, *options: str, **environment) -> Finished:
     return call(sys.executable, "-m", f"entrypoints.{name}", *options, **environment)
 
 
+class FaultTable:
+    """Collects the outcome of each fault's tests. Reports reach the controller of `pytest -n` too."""
+
+    def __init__(self, faults: dict[str, dict[str, str]]):
+        self.faults = faults
+
+    def pytest_runtest_logreport(self, report):
+        for kind, name in report.user_properties:
+            if kind == "fault" and (report.when == "call" or report.outcome != "passed"):
+                tests = self.faults.setdefault(name, {})
+                if tests.get(report.nodeid, "not run") in ("not run", "passed"):
+                    tests[report.nodeid] = report.outcome
+
+
 def pytest_configure(config):
     config.stash[FAULTS] = {}
+    config.pluginmanager.register(FaultTable(config.stash[FAULTS]))
 
 
 def pytest_collection_modifyitems(config, items):
@@ -61,6 +76,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         for marker in item.iter_markers("fault"):
             for name in marker.args:
+                item.user_properties.append(("fault", name))
                 config.stash[FAULTS].setdefault(name, {})[item.nodeid] = "not run"
 
 
@@ -68,16 +84,6 @@ def pytest_deselected(items):
     for item in items:
         for tests in item.config.stash[FAULTS].values():
             tests.pop(item.nodeid, None)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    report = yield
-    if report.when == "call" or report.outcome != "passed":
-        for tests in item.config.stash[FAULTS].values():
-            if item.nodeid in tests and tests[item.nodeid] in ("not run", "passed"):
-                tests[item.nodeid] = report.outcome
-    return report
 
 
 def pytest_terminal_summary(terminalreporter, config):

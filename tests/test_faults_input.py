@@ -75,6 +75,14 @@ file_contents = st.one_of(
 )
 
 
+def test_a_mapping_of_long_mappings_is_shown_shortened(tmp_path):
+    rows = {f"key-{place}": {f"{inner}" * 50: "x" * 500 for inner in range(9)} for place in range(9)}
+    said = checked(
+        complaint(prompt_sets.read_prompt_set, write(tmp_path / "set.yaml", json.dumps(rows).encode()), "x", CHECKS)
+    )
+    assert said.endswith("; write a list of rows, each starting with '- '")
+
+
 @pytest.mark.fault("prompt sets: any bytes at all, as JSONL, CSV or YAML (hypothesis)")
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".yaml"])
 @any_file

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from slm.answers import side_by_side
 from slm.base.errors import BadInput, Unavailable
+from slm.base.wording import one_line
 
 THREADS = 8  # rows asked at the same time, where nobody says
 SECONDS = 600.0  # that one request may take
@@ -219,4 +220,4 @@ def _reason(error: Exception) -> str:
     body = getattr(error, "body", None)
     said = body.get("message") if isinstance(body, dict) else None
     cause = error.__cause__ if type(error).__name__ == "APIConnectionError" else None
-    return " ".join(str(said or cause or error).split())[:300] or type(error).__name__
+    return one_line(said or cause or error, 300)

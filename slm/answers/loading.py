@@ -23,6 +23,7 @@ from slm.answers import endpoints, forms, side_by_side
 from slm.base import cache, console, environment, model_uri
 from slm.base.errors import BadInput, exhausted
 from slm.base.hashing import digest
+from slm.base.wording import one_line
 from slm.models import chat_model, manifest, model_logging, wrappers
 from slm.prompts.prompt_rows import Prompt
 
@@ -101,7 +102,7 @@ def load(
         about_gpu = any(word in str(error).lower() for word in ("cuda", "nvidia"))
         if isinstance(error, BadInput) or not about_gpu or exhausted(error):
             raise  # one that was logged to run on a GPU says what is missing here
-        raise BadInput(f"{uri} can't be loaded: {_one_line(error)}") from error
+        raise BadInput(f"{uri} can't be loaded: {one_line(error)}") from error
     description, wrapper = opened.description, opened.wrapper
     return LoadedModel(
         label=label,
@@ -144,7 +145,7 @@ def _load_stranger(
         if manifest.stamp(folder) != before:
             manifest.check(folder, [found.sha256])
     except Exception as error:
-        raise BadInput(f"{uri} can't be loaded: {_one_line(error)}") from error
+        raise BadInput(f"{uri} can't be loaded: {one_line(error)}") from error
     registered = model_uri.registered_version(uri)
     return LoadedModel(
         label=label,
@@ -301,7 +302,7 @@ def _predicted(model: LoadedModel, rows: list[dict]) -> list[dict]:
             raise ValueError(f"one row was asked, and {len(outputs)} answered")
         found = [forms.answer_of(output) for output in outputs]
     except Exception as error:  # what a stranger's model raises is its rows' failure, not this program's
-        return [_failed(_one_line(error), time.perf_counter() - start)]
+        return [_failed(one_line(error), time.perf_counter() - start)]
     seconds = time.perf_counter() - start
     if form.echoes:
         for answer, row in zip(found, fields, strict=False):
@@ -338,7 +339,7 @@ def _ask_endpoint(model: LoadedModel, rows: list[dict], batch_size: int) -> Iter
         try:
             answer = _failed(body, seconds) if isinstance(body, str) else forms.answer_of(body) | {"seconds": seconds}
         except Exception as error:  # a server of any make: what it says wrongly is its row's failure
-            answer = _failed(_one_line(error), seconds)
+            answer = _failed(one_line(error), seconds)
         yield place, answer
 
 
@@ -408,10 +409,6 @@ def _used(opened: wrappers.Opened, precision: str) -> dict:
         "threads": threads or torch.get_num_threads(),
         "batch_size": wrapper.batch_size,
     }
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def reset_peak_memory() -> None:

@@ -1,5 +1,5 @@
 """What does every room use? Errors, the console, credentials, the cache, the environment, parameters, strict parsers.
 
-No other room may be imported here.
+This room imports no other room.
 Start with `errors.py` and `parameters.py`.
 """

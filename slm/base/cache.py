@@ -2,13 +2,13 @@
 
 A folder is built under a temporary name and then renamed. A manifest beside it lists its files with their SHA-256. If a
 file is missing or was changed, the folder is built again with new files. No file is written in place, so a store's
-hard links keep their content. Two processes that want the same folder build it once. Nothing is ever evicted: the
-README says how to empty the cache.
+hard links keep their content. Two processes that want the same folder build it once. This module never
+removes an intact folder: docs/reproducing-a-run.md says how to empty the cache.
 
 A person who may write into the cache could change a file and its manifest together. Answers may be confidential. So
 the cache belongs to one user: its root has mode 0700, and its own files have 0600. Model folders have 0755 and their
-files 0644, because a store's hard links have the same mode. A root of another user is refused. A root that others may
-write into is refused too. Not covered: the user root.
+files 0644, because a store's hard links have the same mode. The cache is refused if its root belongs to another user,
+or if others may write into it. Not covered: the user root.
 """
 
 import hashlib
@@ -175,14 +175,14 @@ def _cloned(source: Path, target: Path) -> bool:
             fcntl.ioctl(written.fileno(), FICLONE, given.fileno())
     except FileExistsError:
         raise
-    except OSError:  # another file system, or one without clones
+    except OSError:  # two file systems, or a file system without clones
         target.unlink(missing_ok=True)
         return False
     return True
 
 
 def _is_ours(source: Path) -> bool:
-    """Whether a file has weights and lies in a folder that `folder` made. Other files below the root are a user's."""
+    """Whether a file has weights and lies in a folder that `folder` made. Other files there are a user's."""
     if source.suffix not in WEIGHTS or not source.is_relative_to(root().resolve()):
         return False
     top = root().resolve() / source.relative_to(root().resolve()).parts[0]

@@ -1,6 +1,6 @@
-"""What a person sees while a run goes on: a line per step, and a bar for what takes long.
+"""Shows the progress of a run: one line for each step, and a bar for long work.
 
-On a terminal a step shows a spinner with its seconds and a bar moves; in a log each step is one line when it is done.
+On a terminal, a step shows a spinner until it ends, and the bar moves. In a log, each finished step is one line.
 """
 
 import time
@@ -16,7 +16,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 @contextmanager
 def step(what: str) -> Iterator[None]:
-    """Says what is being done and, when it is done, how long it took."""
+    """Shows the step's name, and after the step its duration in seconds."""
     start = time.monotonic()
     with out.status(what):
         yield
@@ -25,7 +25,7 @@ def step(what: str) -> Iterator[None]:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[callable]:
-    """A bar over `total` answers; yields the function that moves it by one. In a log it shows nothing."""
+    """Shows a bar over `total` answers. Yields the function that moves the bar by one. A log gets no bar."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,10 +1,10 @@
-"""Passwords, keys and tokens: recognised, so that this project neither stores nor shows them.
+"""Recognises passwords, keys and tokens, so that this project neither stores nor shows them.
 
 MLflow keeps parameters and tags, and consoles are logged. So `slm/base/parameters.py` refuses a parameter that holds a
-secret before it opens a run, and every printed line and every tag goes through `scrubbed`. The patterns below know:
+secret before it opens a run, and every printed line and every tag goes through `scrubbed`. The patterns recognise:
 
-- user and password in a URL, also a password that holds `/`, `#`, `?` or `@`;
-- a query's fields and a text's settings with the name of a secret (`?sig=…`, `password=…`, `AccountKey=…`);
+- user and password in a URL, even if the password holds `/`, `#`, `?` or `@`;
+- fields of a query and settings in a text, if a secret has such a name (`?sig=…`, `password=…`, `AccountKey=…`);
 - the headers `Authorization: …`, `Bearer …` and `Basic …`;
 - the tokens of well-known services, and private keys in PEM form;
 - the values of this process's environment variables that have the name of a secret.
@@ -24,7 +24,7 @@ from urllib.parse import quote
 SHOWN = "…"
 NAMED = r"passw(?:or)?d|passphrase|secret|(?:api|access|account|private)[-_]?key"
 A_TOKEN = r"(?:auth|access|api|bearer|hf|id|job|oauth|refresh|registry|security|session|tracking)[-_]?token"
-# user:password@ and token@. After a colon, `/`, `#` and `?` belong to a password where no port stands there.
+# user:password@ and token@. After a colon without a port, `/`, `#` and `?` belong to the password.
 IN_URL = re.compile(r"(?<=://)(?:[^\s/?#'\"]+|(?!\[)[^\s/@?#'\":]*:(?!\d{1,5}[/?#])[^\s'\"]{0,500})@")
 IN_DATABASE_URL = re.compile(
     r"((?:postgres(?:ql)?|mysql|mariadb|mssql|oracle|rediss?|mongodb|amqps?)(?:\+\w+)?://)[^\s/@?#\":]*:[^\s\"]{0,500}@",
@@ -39,7 +39,7 @@ SETTING = re.compile(
     r"(?:=|[\"']?\s*[:=]\s*(?=[\"'])))(?!(?:none|null|true|false)\b)(?:'[^']+'|\"[^\"]+\"|[^\s&;'\"]+)",
     re.IGNORECASE,
 )
-WRITTEN = re.compile(  # as YAML, a configuration file or a header has it: with a digit or a mark in the value
+WRITTEN = re.compile(  # in YAML, a configuration file or a header, if the value has a digit or a mark
     rf"((?:^|(?<=[\s,{{]))(?:[\w-]*(?:{NAMED}|{A_TOKEN}))\s*[:=]\s*)(?=\S*[\d_+/=!$%&*-])[^\s'\",;<\[{{]{{6,}}",
     re.IGNORECASE,
 )
@@ -66,11 +66,11 @@ VARIABLE = re.compile(
     r"(?:token|secret|pass|passphrase|pwd|pat|(?:api_?|access_?|private_?)?key|credentials)(?:$|_)"
 )
 PASSWORD_IN_URL = re.compile(r"[\w+.-]+://[^\s/@:]*:(\S+)@[^\s@]+")  # DATABASE_URL and the like
-LENGTH = 8  # of a variable's value, below which it may be any word
+LENGTH = 8  # a shorter value of a variable may be any word
 
 
 def scrubbed(text: str) -> str:
-    """The text with an ellipsis in the place of every secret."""
+    """Replaces every secret in the text with an ellipsis."""
     for value in _values():
         text = text.replace(value, SHOWN)
     text = IN_DATABASE_URL.sub(rf"\1{SHOWN}@", text)
@@ -86,7 +86,7 @@ def held_by(text: str) -> bool:
 
 
 def _without_basic(found: re.Match) -> str:
-    """`Basic …` where the word after it is base64 of user:password; `Basic arithmetic` stays."""
+    """Hides the word after `Basic` if the word is base64 of user:password. `Basic arithmetic` stays."""
     try:
         told = base64.b64decode(found[2], validate=True)
     except binascii.Error:
@@ -95,12 +95,12 @@ def _without_basic(found: re.Match) -> str:
 
 
 def _values() -> list[str]:
-    """The secrets in this process's environment, plain and as a URL holds them, the longest first.
+    """The secrets in this process's environment, plain and encoded for a URL, the longest first.
 
-    A variable that names a file is not a secret.
+    The name of an existing file is not a secret.
     """
     named = [value for name, value in os.environ.items() if VARIABLE.search(name)]
-    named += os.environ.get("PHI3_MLFLOW_API_KEY", "").split(",")  # which may hold several keys
+    named += os.environ.get("PHI3_MLFLOW_API_KEY", "").split(",")  # the variable may hold several keys
     named += [found[1] for value in os.environ.values() for found in (PASSWORD_IN_URL.match(value),) if found]
     named = [value.strip() for value in named if len(value.strip()) >= LENGTH]
     secret = [value for value in named if not (value.startswith(("/", "~")) and _is_path(value))]

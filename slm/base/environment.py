@@ -1,7 +1,7 @@
-"""What a run ran on and with, as plain values for environment.json.
+"""Describes the machine and the software of a run, as plain values for environment.json.
 
-The values are recorded here and compared in slm/verdict/reproduction.py. Three things are not recorded: the load of the
-machine, clock rates, and accelerators that nvidia-smi does not list.
+This module records the values, and slm/verdict/reproduction.py compares them. Three things are not recorded: the
+load of the machine, clock rates, and accelerators that nvidia-smi does not list.
 """
 
 import functools
@@ -19,7 +19,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CPU_FLAGS = (  # by which onnxruntime and torch choose a kernel, and so an order of rounding; x86, then Arm
+CPU_FLAGS = (  # onnxruntime and torch choose a kernel, and so the order of rounding, by these; x86, then Arm
     *("sse4_1", "sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl"),
     *("avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
@@ -31,7 +31,7 @@ CUDA_BUILDS = {"onnxruntime": "onnxruntime-gpu", "onnxruntime-genai": "onnxrunti
 
 @contextmanager
 def variables(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables that hold for a block, and are put back as they were."""
+    """Sets environment variables for a block, and then restores their earlier values."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -68,7 +68,7 @@ def describe() -> dict:
 
 
 def code_sha256(folder: Path) -> str:
-    """One hash over this project's Python files by content: a commit that changes none of them keeps it."""
+    """One hash over the paths and contents of this project's Python files. Other files do not change the hash."""
     files = sorted(path for name in ("slm", "entrypoints") for path in (folder / name).rglob("*.py"))
     lines = (
         f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(folder).as_posix()}" for file in files
@@ -83,7 +83,7 @@ def required(file: Path) -> list[str]:
 
 
 def installed_as(name: str) -> str:
-    """The name under which a package is installed: onnxruntime's CUDA builds have others, over the same modules."""
+    """The installed name of a package. onnxruntime's CUDA builds have the same modules under other names."""
     other = CUDA_BUILDS.get(name)
     return other if other and _told(other) and not _told(name) else name
 
@@ -94,7 +94,7 @@ def version(name: str) -> str:
 
 
 def closure(names: Iterable[str]) -> dict[str, str]:
-    """The installed packages that `names` need, themselves included, without extras; with their versions."""
+    """The versions of `names` and of all installed packages that `names` need, without extras."""
     found, waiting = {}, [canonicalize_name(name) for name in names]
     while waiting:
         name = waiting.pop()
@@ -104,9 +104,9 @@ def closure(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-@functools.cache  # a hundred packages take a twentieth of a second
+@functools.cache  # 100 packages take 0.05 s
 def _told(name: str) -> tuple[str, tuple[str, ...]] | None:
-    """A package's version and the names of what it needs; None where it isn't installed: for another platform, say."""
+    """A package's version, and the names of the packages that it needs. None if the package isn't installed."""
     try:
         told = importlib.metadata.metadata(name)
     except importlib.metadata.PackageNotFoundError:
@@ -117,13 +117,13 @@ def _told(name: str) -> tuple[str, tuple[str, ...]] | None:
 
 
 def differing(lines: Iterable[str]) -> list[str]:
-    """Of a requirements file's lines, those that aren't met: `torch==2.12.0 (2.13.0 here)`, or `(missing here)`.
+    """The unmet lines of a requirements file, such as `torch==2.12.0 (2.13.0 here)` or `torch==2.12.0 (missing here)`.
 
-    MLflow's own check, at each load, first reads the metadata of every installed package, a third of a second.
+    MLflow's own check reads the metadata of every installed package at each load, which takes a third of a second.
     """
     found = []
     for line in lines:
-        with suppress(InvalidRequirement):  # options, and what isn't a package's name
+        with suppress(InvalidRequirement):  # the line is an option, or names no package
             need = Requirement(line)
             told = _told(installed_as(canonicalize_name(need.name)))
             if told is None or not need.specifier.contains(told[0], prereleases=True):
@@ -132,7 +132,7 @@ def differing(lines: Iterable[str]) -> list[str]:
 
 
 def gpus_of(listed: str, told: str) -> list[dict[str, str]]:
-    """GPUs from nvidia-smi's CSV (name, driver, memory) and its long form, which alone names the CUDA version."""
+    """GPUs from nvidia-smi's CSV (name, driver, memory). Only nvidia-smi's long form has the CUDA version."""
     cuda = re.search(r"CUDA Version\s*:\s*(\S+)", told)
     rows = [[cell.strip() for cell in line.split(",")] for line in listed.splitlines() if line.count(",") == 2]
     return [
@@ -142,18 +142,18 @@ def gpus_of(listed: str, told: str) -> list[dict[str, str]]:
 
 
 def gpus() -> list[dict[str, str]]:
-    """The NVIDIA GPUs of this machine, as nvidia-smi lists them."""
+    """The NVIDIA GPUs of this machine that nvidia-smi lists."""
     listed = _said("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
     return gpus_of(listed, _said("nvidia-smi", "-q")) if listed else []
 
 
 def _git(*words: str) -> str:
-    """What git says of this repository; "" where this is none, or git is not there."""
+    """The output of a git command in this repository; "" without a repository or without git."""
     return _said("git", "-C", str(REPOSITORY), *words)
 
 
 def _said(*command: str) -> str:
-    """What a program prints; "" where it is not there, or fails."""
+    """The output of a program; "" if the program is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
@@ -166,7 +166,7 @@ def _cpu() -> str:
 
 
 def _cpu_model() -> str:
-    """The numbers behind a name that may be none: `Intel(R) Xeon(R) Processor` is several kinds; "" on Arm."""
+    """Family, model and stepping. `Intel(R) Xeon(R) Processor` is the name of several kinds. "" on Arm."""
     found = {name: _cpu_lines(name)[:1] for name in ("cpu family", "model", "stepping")}
     return ", ".join(f"{name} {value}" for name, values in found.items() for value in values)
 
@@ -177,7 +177,7 @@ def _cpu_flags() -> list[str]:
 
 
 def _cpu_lines(name: str) -> list[str]:
-    """The values that /proc/cpuinfo has under a name; none where there is no such file."""
+    """The values of a name in /proc/cpuinfo. Empty if the file does not exist."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,12 +1,12 @@
-"""The two ways a run ends early: the user can mend it, or the infrastructure must.
+"""The two errors that end a run early: a mistake of the user, and a failure of the infrastructure.
 
-Each carries one line that says what is wrong, the value, and the remedy; the entry points print that line,
-put it into the run's `error` tag and exit with the class's code. Anything else is a bug and keeps its traceback.
+Each error has one line with the fault, the value and the remedy. The entry points print that line, write it into
+the run's `error` tag, and exit with the class's code. Any other exception is a bug and keeps its traceback.
 """
 
 import errno
 
-# What the system or a library says where disk or memory is at its end, or a disk can't be written
+# Messages of the system or of a library, if disk or memory is used up, or if a disk can't be written
 EXHAUSTED = {
     "No space left on device": "the disk is full",
     "database or disk is full": "the disk is full",
@@ -19,7 +19,7 @@ EXHAUSTED = {
     "can't allocate memory": "the memory is used up",
     "bad_alloc": "the memory is used up",
     "bad allocation": "the memory is used up",
-    "failed to map segment from shared object": "the memory is used up",  # of a library, at its import
+    "failed to map segment from shared object": "the memory is used up",  # when a library is imported
     "CUDA out of memory": "the GPU's memory is used up; a smaller batch_size takes less",
     "CUDA error: out of memory": "the GPU's memory is used up; a smaller batch_size takes less",
     "CUDA failure 2: out of memory": "the GPU's memory is used up; a smaller batch_size takes less",
@@ -28,7 +28,7 @@ ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, er
 
 
 class BadInput(Exception):
-    """Something the user gave is wrong: a parameter, a file, a model. Raised before any model is loaded."""
+    """A parameter, a file or a model of the user is wrong. Raised before any model is loaded."""
 
     exit_code = 2
 
@@ -40,7 +40,7 @@ class Unavailable(Exception):
 
 
 def exhausted(error: BaseException) -> str:
-    """In one line, that a disk or the memory is at its end, where that is what an error comes from; else ""."""
+    """One line that names the used-up or read-only disk, or the used-up memory, behind an error; else ""."""
     if isinstance(error, BadInput | Unavailable):
         return ""
     if isinstance(error, MemoryError):

@@ -1,4 +1,4 @@
-"""One hash for plain data, however it is made: fingerprints, keys of kept answers and judgements, schedules."""
+"""One hash for plain data. Fingerprints, schedules, and the keys of kept answers and judgements use the hash."""
 
 import hashlib
 import json

@@ -1,10 +1,10 @@
-"""What a model URI says by itself. Nothing is looked up."""
+"""Reads a model URI. This module sends no request to the registry."""
 
 import re
 
 
 def registered_version(uri: str) -> tuple[str, str] | None:
-    """Name and version of `models:/name/version`; None for any other URI."""
+    """Name and version of `models:/name/version`. None for any other URI."""
     found = re.fullmatch(r"models:/([^/@]+)/(\d+)", uri)
     return (found[1], found[2]) if found else None
 

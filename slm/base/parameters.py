@@ -1,7 +1,7 @@
-"""The entry points' parameters: one table from which argparse, the checks and the logged values come.
+"""The entry points' parameters. argparse, the checks and the logged values all come from one table.
 
-MLproject repeats names and defaults, since `mlflow run` reads them there; a test holds the two together. MLflow checks
-no types and passes undeclared parameters on, so everything is checked here, before anything is imported or opened.
+`mlflow run` reads names and defaults from MLproject, so MLproject repeats them. A test keeps both equal. MLflow checks
+no types, and passes on undeclared parameters. So this module checks all values, before a run imports or opens anything.
 """
 
 import argparse
@@ -15,10 +15,10 @@ from slm.base import credentials
 from slm.base.errors import BadInput
 from slm.base.wording import quoted
 
-CHARACTERS = 4000  # of one value: MLflow keeps no more than 6,000 of a parameter
-ALL = ("pipeline", "onnx", "evaluate")  # that log or score models
+CHARACTERS = 4000  # of one value. MLflow keeps at most 6,000 characters of a parameter
+ALL = ("pipeline", "onnx", "evaluate")  # the entry points that log or score models
 ENTRY_POINTS = (*ALL, "serve")
-ENGINES = {"local": "slm.engines.local", "spark": "slm.engines.spark.engine"}  # a module for each, see slm/engines
+ENGINES = {"local": "slm.engines.local", "spark": "slm.engines.spark.engine"}  # each engine's module, see slm/engines
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Parameter:
     choices: tuple[str, ...] = ()
     low: float = -math.inf
     high: float = math.inf
-    pattern: str = ""  # that a text has, where it isn't empty
-    remedy: str = ""  # what to write where it hasn't
+    pattern: str = ""  # of a text that isn't empty
+    remedy: str = ""  # what to write if the text does not match
 
 
 PARAMETERS = (
@@ -179,12 +179,12 @@ class Parameters(argparse.Namespace):
         raise AttributeError(name)
 
 
-# what an entry point does that lacks the parameter: as the default says, but nothing is reused or traced
+# values for an entry point without the parameter: the default, but such an entry point reuses and traces nothing
 ABSENT = {parameter.name: parameter.default for parameter in PARAMETERS} | {"resume": False, "traces": False}
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that reports a mistake as BadInput, with the nearest name."""
+    """argparse that raises BadInput for a mistake. For an unknown name, the message has the nearest name."""
 
     def error(self, message):
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -197,10 +197,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(entry_point: str, description: str, argv: list[str] | None) -> Parameters:
-    """The entry point's parameters from its command line, each with the type and in the range the table gives.
+    """The entry point's parameters from its command line. Each has its type and is in its range of the table.
 
     Raises:
-        BadInput: an unknown name, or a value that is none.
+        BadInput: a name is unknown, or a value is not allowed.
     """
     parser = _Parser(
         prog=f"python -m entrypoints.{entry_point}",
@@ -257,7 +257,7 @@ def _value(parameter: Parameter, given):
 
 
 def _is_text(given: str) -> bool:
-    """Whether it can be written as UTF-8: a byte that isn't reaches us as half a character."""
+    """Whether the text can be written as UTF-8. A byte that isn't UTF-8 arrives here as half a character."""
     try:
         given.encode()
     except UnicodeEncodeError:
@@ -266,10 +266,10 @@ def _is_text(given: str) -> bool:
 
 
 def stop_strings(stop: str) -> list[str]:
-    """The `stop` parameter as a list: a JSON list of texts, or one text as it stands.
+    """The `stop` parameter as a list. `stop` is a JSON list of texts, or one text.
 
     Raises:
-        BadInput: a JSON list of something else.
+        BadInput: a JSON list holds something other than non-empty texts, or is nested too deeply.
     """
     if not stop.startswith("["):
         return [stop] if stop else []

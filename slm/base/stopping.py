@@ -1,8 +1,9 @@
-"""What asks a run to end from outside: a signal, the end of the `mlflow run` that started it, and its timeout.
+"""Stops a run for one of three reasons: a signal, the end of the `mlflow run` that started it, or its timeout.
 
-Each raises Stopped in the main thread, once; what comes after it is ignored, so that the run can be ended in peace.
-Where the main thread doesn't get there (a model that hangs in native code), a thread says the last words and ends the
-process after GRACE seconds. Only Linux tells when another process ends; elsewhere the parent is looked for.
+The first reason raises Stopped in the main thread. Later ones are ignored, so that the run can end undisturbed.
+The main thread may hang, for example in a model's native code. Then, after GRACE seconds, another thread calls
+`last_words` and ends the process. Linux reports the end of another process. Other systems do not, so there this module
+checks the parent process every second.
 """
 
 import os
@@ -15,14 +16,14 @@ from pathlib import Path
 from select import select
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SHELLS = ("bash", "sh", "dash")  # that `mlflow run` starts an entry point through
+SHELLS = ("bash", "sh", "dash")  # `mlflow run` starts an entry point through a shell
 GRACE = 20.0  # seconds
 
 _asked_by: list[str] = []  # why this process sent itself a signal
 
 
 class Stopped(BaseException):
-    """The run is asked to end. No `except Exception` may take it for a row's failure."""
+    """The run must end. This is no Exception, so no `except Exception` can count it as a row's failure."""
 
     def __init__(self, number: int, reason: str = ""):
         super().__init__(reason or signal.Signals(number).name)
@@ -31,9 +32,9 @@ class Stopped(BaseException):
 
 @contextmanager
 def listening(last_words: Callable[[str], None]) -> Iterator[None]:
-    """From here on signals raise Stopped; so does the end of `mlflow run`, where that started this process.
+    """In the block, signals raise Stopped. If `mlflow run` started this process, its end raises Stopped too.
 
-    `last_words` is called from another thread, with the reason, where the main thread hasn't ended the process in time.
+    If the main thread does not end the process in time, another thread calls `last_words` with the reason.
     """
     for number in SIGNALS:
         signal.signal(number, _stop)
@@ -52,7 +53,7 @@ def listening(last_words: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raises Stopped in the block once the seconds are over; 0 is no limit."""
+    """Raises Stopped in the block after `seconds`. 0 means no limit."""
     timer = threading.Timer(seconds, _ask, (f"timeout={seconds:g}",))
     timer.daemon = True
     if seconds:
@@ -78,7 +79,7 @@ def _insist(wake: int, last_words: Callable[[str], None]) -> None:
     number = 0
     while number not in SIGNALS:
         said = os.read(wake, 1)
-        if not said:  # nobody listens any more
+        if not said:  # the `listening` block has ended
             os.close(wake)
             return
         number = said[0]
@@ -89,7 +90,7 @@ def _insist(wake: int, last_words: Callable[[str], None]) -> None:
 
 
 def _launcher() -> int:
-    """The process that started this one, past its shells."""
+    """The PID of the process that started this process. Shells between the two are skipped."""
     pid = os.getppid()
     with suppress(OSError, ValueError):
         while Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() in SHELLS:

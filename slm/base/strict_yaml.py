@@ -1,4 +1,4 @@
-"""Safe YAML that refuses what would be misread: duplicate keys, aliases, tags."""
+"""Reads safe YAML, and refuses duplicate keys, aliases and wrong tags, which readers misread."""
 
 from collections.abc import Hashable
 
@@ -8,7 +8,7 @@ from slm.base.wording import quoted
 
 
 def parse_yaml(text: str) -> object:
-    """Safe YAML, refusing duplicate keys and aliases (a few lines of them unfold to gigabytes). Raises ValueError."""
+    """The value of a safe YAML text. Raises ValueError for duplicate keys, and for aliases: they can fill gigabytes."""
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except RecursionError:
@@ -17,7 +17,7 @@ def parse_yaml(text: str) -> object:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be read"
         raise ValueError(f"line {mark.line + 1}: {problem}" if mark else problem) from None
-    except (AttributeError, LookupError, TypeError) as error:  # yaml's constructors on a value with a wrong !!tag
+    except (AttributeError, LookupError, TypeError) as error:  # yaml's constructors, for a value with a wrong !!tag
         raise ValueError(f"a tagged value cannot be read: {error!r}") from None
 
 
@@ -33,7 +33,7 @@ class _StrictLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable):  # the others are refused by yaml itself
+            if isinstance(key, Hashable):  # yaml itself refuses other keys
                 if key in seen:
                     problem = f"the key {quoted(key)} is given twice"
                     raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key_node.start_mark)

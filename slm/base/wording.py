@@ -5,16 +5,18 @@ import json
 import reprlib
 from collections.abc import Iterable
 
+LONGEST = 300  # characters of a value in a message
 _short = reprlib.Repr()
 _short.maxstring = 60
 
 
 def quoted(value: object) -> str:
-    """A value as one short line for a message: text is quoted, escaped and cut in the middle."""
+    """A value as one short line for a message. Text is quoted and escaped, and long text is cut in the middle."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     try:
-        return _short.repr(value)
+        text = _short.repr(value)
+        return text if len(text) <= LONGEST else f"{text[: LONGEST - 100]}...{text[-97:]}"  # mappings nest
     except ValueError:  # CPython refuses to print integers of more than 4,300 digits
         return "a number of thousands of digits"
 
@@ -23,3 +25,8 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest known name, or nothing."""
     near = difflib.get_close_matches(str(word)[:100].lower(), list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def one_line(error: object, longest: int = 500) -> str:
+    """An error's message in one line of at most `longest` characters. An empty message gives the type's name."""
+    return " ".join(str(error).split())[:longest] or type(error).__name__

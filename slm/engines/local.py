@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from slm.answers import loading
-from slm.base import console
+from slm.base import console, environment
 from slm.base.errors import BadInput
 from slm.base.parameters import Parameters
 from slm.engines import answering
@@ -21,6 +21,27 @@ from slm.verdict.statistics import Difference
 def check(args: Parameters) -> None:
     if args.spark_master:
         raise BadInput(f"spark_master: {args.spark_master!r} needs engine=spark")
+    check_devices(args)
+
+
+def check_devices(args: Parameters) -> None:
+    """Checks that this machine has the GPU that `device` and `execution_provider` ask for.
+
+    Raises:
+        BadInput: it has no such GPU, or the installed packages can't use it.
+    """
+    device = args.device
+    if device.startswith("cuda"):
+        import torch
+
+        if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+            seen = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here"
+            raise BadInput(f"device: {device!r} isn't there: {seen}; leave auto, or install torch's CUDA build")
+    if not args.model_uris and args.execution_provider == "cuda":
+        if not environment.gpus():
+            raise BadInput("execution_provider: 'cuda' needs an NVIDIA GPU, and nvidia-smi lists none; leave cpu")
+        if environment.installed_as("onnxruntime-genai") == "onnxruntime-genai":
+            raise BadInput("execution_provider: 'cuda' needs onnxruntime's CUDA builds; requirements-cuda.txt says how")
 
 
 def read_prompts(args: Parameters) -> PromptSet:

@@ -1,32 +1,10 @@
-"""What was asked for, checked before anything is opened or fetched: devices, the gate, the generation."""
+"""What was asked for, checked before anything is opened or fetched: the gate, and the generation."""
 
-from slm.base import environment, parameters
+from slm.base import parameters
 from slm.base.errors import BadInput
 from slm.base.parameters import Parameters
 from slm.models import checkpoints
 from slm.verdict import gate
-
-
-def check_devices(args: Parameters) -> None:
-    """What `device` and `execution_provider` ask for, where this machine does the work.
-
-    Raises:
-        BadInput: it has no such GPU, or the installed packages can't use it.
-    """
-    if args.engine != "local":
-        return
-    device = args.device
-    if device.startswith("cuda"):
-        import torch
-
-        if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
-            seen = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here"
-            raise BadInput(f"device: {device!r} isn't there: {seen}; leave auto, or install torch's CUDA build")
-    if not args.model_uris and args.execution_provider == "cuda":
-        if not environment.gpus():
-            raise BadInput("execution_provider: 'cuda' needs an NVIDIA GPU, and nvidia-smi lists none; leave cpu")
-        if environment.installed_as("onnxruntime-genai") == "onnxruntime-genai":
-            raise BadInput("execution_provider: 'cuda' needs onnxruntime's CUDA builds; requirements-cuda.txt says how")
 
 
 def read_gate(args: Parameters) -> tuple[gate.Threshold, ...]:

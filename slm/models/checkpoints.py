@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -124,14 +125,15 @@ class Source:
             BadInput: they are not what was asked for: damaged, pickled, with code, no tokenizer.
             Unavailable: the hub can't be reached.
         """
-        if self.kind in ("embedded", "gguf"):
-            return _converted(self, self.path or _packaged_file(EMBEDDED[self.name]))
-        folder, revision = (self.path, "") if self.kind == "folder" else _downloaded(self, onnx)
-        check(folder)
-        manifest = cache.manifest_of(folder)
-        weight_files.check_files(folder, manifest)
-        revision = revision or cache.manifest_sha256(manifest)
-        return rebuilt(Checkpoint(self.name, folder, self.origin, revision, manifest))
+        return KINDS[self.kind].fetch(self, onnx)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One form of `model`: how it is recognised, and how its files are fetched."""
+
+    recognise: Callable[[str, str, str], Source | None]  # model, revision, subfolder; None where it has another form
+    fetch: Callable[[Source, bool], Checkpoint]  # the source, and whether an ONNX GenAI folder is wanted
 
 
 def find(model: str, revision: str = "", subfolder: str = "") -> Source:
@@ -140,26 +142,58 @@ def find(model: str, revision: str = "", subfolder: str = "") -> Source:
     Raises:
         BadInput: it means nothing.
     """
-    if model in EMBEDDED:
-        return Source("embedded", model, f"embedded:{model}", sha256=EMBEDDED[model].sha256)
-    path = located(model)
-    if ".." in Path(subfolder).parts or Path(subfolder).is_absolute():
-        raise BadInput(f"subfolder: {subfolder!r} leaves the model's folder; name one in it")
-    if path is not None and path.is_dir():
-        path = path / subfolder
-        check(path)
-        return Source("folder", path.resolve().name, f"file:{path}", path)
-    if path is not None and path.suffix == ".gguf":
-        return Source("gguf", path.stem, f"file:{path}", path)
-    if path is not None:
+    for kind in KINDS.values():
+        source = kind.recognise(model, revision, subfolder)
+        if source is not None:
+            return source
+    if located(model) is not None:
         raise BadInput(f"model: {model} is a file, but not a .gguf; give a folder, a .gguf file or a hub id")
     if model.startswith((".", "/", "~")) or model.endswith(".gguf"):
         raise BadInput(f"model: {model} does not exist")
-    if HUB_ID.fullmatch(model):
-        return Source("hub", model.split("/")[1], f"hf:{model}", revision=revision, subfolder=subfolder.strip("/"))
     near = difflib.get_close_matches(model, EMBEDDED, 1, 0.3)
     hint = f"did you mean {near[0]}?" if near else f"embedded: {', '.join(EMBEDDED)}"
     raise BadInput(f"model: {model!r} is no embedded name, folder, .gguf file or hub id (org/name); {hint}")
+
+
+def _embedded(model: str, revision: str, subfolder: str) -> Source | None:
+    if model not in EMBEDDED:
+        return None
+    return Source("embedded", model, f"embedded:{model}", sha256=EMBEDDED[model].sha256)
+
+
+def _folder(model: str, revision: str, subfolder: str) -> Source | None:
+    path = located(model)
+    if ".." in Path(subfolder).parts or Path(subfolder).is_absolute():
+        raise BadInput(f"subfolder: {subfolder!r} leaves the model's folder; name one in it")
+    if path is None or not path.is_dir():
+        return None
+    path = path / subfolder
+    check(path)
+    return Source("folder", path.resolve().name, f"file:{path}", path)
+
+
+def _gguf(model: str, revision: str, subfolder: str) -> Source | None:
+    path = located(model)
+    return Source("gguf", path.stem, f"file:{path}", path) if path is not None and path.suffix == ".gguf" else None
+
+
+def _hub(model: str, revision: str, subfolder: str) -> Source | None:
+    if located(model) is not None or model.endswith(".gguf") or not HUB_ID.fullmatch(model):
+        return None
+    return Source("hub", model.split("/")[1], f"hf:{model}", revision=revision, subfolder=subfolder.strip("/"))
+
+
+def vetted(source: Source, folder: Path, revision: str = "") -> Checkpoint:
+    """A folder as a checkpoint, once all of it was checked.
+
+    Raises:
+        BadInput: its files are not what was asked for.
+    """
+    check(folder)
+    manifest = cache.manifest_of(folder)
+    weight_files.check_files(folder, manifest)
+    revision = revision or cache.manifest_sha256(manifest)
+    return rebuilt(Checkpoint(source.name, folder, source.origin, revision, manifest))
 
 
 def rebuilt(checkpoint: Checkpoint) -> Checkpoint:
@@ -276,6 +310,14 @@ def _converted(source: Source, file: Path) -> Checkpoint:
 
     folder, manifest = cache.folder(source.name, recipe, build)
     return Checkpoint(source.name, folder, source.origin, sha256, manifest)
+
+
+KINDS: dict[str, Kind] = {  # tried in this order
+    "embedded": Kind(_embedded, lambda source, onnx: _converted(source, _packaged_file(EMBEDDED[source.name]))),
+    "folder": Kind(_folder, lambda source, onnx: vetted(source, source.path)),
+    "gguf": Kind(_gguf, lambda source, onnx: _converted(source, source.path)),
+    "hub": Kind(_hub, lambda source, onnx: vetted(source, *_downloaded(source, onnx))),
+}
 
 
 def failed(what: str, done: subprocess.CompletedProcess) -> BadInput | Unavailable:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from slm.base.wording import one_line
 from slm.prompts.prompt_rows import Prompt
 from slm.tracking.mlflow_client import quiet_mlflow
 from slm.verdict.scored_model import Sample
@@ -77,7 +78,7 @@ def log(
                 if reason:
                     break
     except Exception as error:  # whatever it is, the answers are safe
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error, 300)
     return Logged(rows, len(samples), time.monotonic() - begun, reason)
 
 

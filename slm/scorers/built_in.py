@@ -1,8 +1,8 @@
-"""The built-in scorers: each compares one answer with what its row expects and gives a value in [0, 1] and a reason.
+"""The built-in scorers. Each compares an answer with its row's expected texts: a value in [0, 1], with a reason.
 
-A scorer that cannot judge (an expected value it cannot read, a pattern that runs out of time) says so with
-`value=None`: unscored is a state of its own and never counts as zero. Nothing here judges style or truth, calls a
-model or reads a file. Heavy libraries are imported by the scorer that needs them.
+A scorer may be unable to score: it cannot read an expected value, or a pattern runs out of time. It then gives
+`value=None`. The answer is unscored, and unscored never counts as zero. No scorer here checks style or truth, calls a
+model or reads a file. A scorer that needs a heavy library imports the library itself.
 
 The scorers are plain functions without bounds. slm/scorers/confined.py runs them in a child process with bounds.
 """
@@ -23,9 +23,9 @@ PATTERN_SECONDS = 1.0  # of processor time, for a search by the scorer regex
 
 _CHOICE = r"(?<![^\W_]|[-'\u2019&.+/])[{choices}](?![^\W_]|[&+#/]|[-'\u2019][^\W_]|\.[A-Z]\.)"
 _BEFORE_CHOICE = " \t*_\"'\u201c\u2018(["
-_WORD = re.compile(r"[ \t]+[\"'\u201c\u2018]?(?!(?:is|because|since)\b)\w", re.ASCII)  # after a letter
+_WORD = re.compile(r"[ \t]+[\"'\u201c\u2018]?(?!(?:is|because|since)\b)\w", re.ASCII)  # a word after the letter
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,6}(?![A-Za-z\d]))?|(?<![\w.])\.\d+"
-# A name that holds digits matches first and is thrown away; a minus after a letter, digit or bracket is a hyphen.
+# A name with digits matches first and is ignored. A minus after a letter, digit or bracket is a hyphen.
 _NUMBER = re.compile(
     rf"(?<![A-Za-z])[A-Za-z]+\d[A-Za-z\d]*(?:\.\d+)*|((?:(?<![\w)\]}}])[-+])?(?:[$\u20ac\u00a3]-?)?(?:{_DIGITS}))",
     re.ASCII,
@@ -35,7 +35,7 @@ _MINUS = str.maketrans("\u2212\ufe63\uff0d", "---")
 
 @dataclass(frozen=True)
 class Score:
-    """`value` in [0, 1], or None where the answer could not be scored; `reason` says why, in one line."""
+    """`value` is in [0, 1], or None for an unscored answer. `reason` explains the value in one line."""
 
     value: float | None
     reason: str
@@ -44,7 +44,7 @@ class Score:
 def exact_match(
     output: str, expected: tuple[str, ...], ignore_case: bool = False, ignore_punctuation: bool = False
 ) -> Score:
-    """1 where the stripped answer equals one of the stripped expected texts."""
+    """1 if the answer equals an expected text, without white space at both ends."""
 
     def plain(text: str) -> str:
         text = text.casefold() if ignore_case else text
@@ -54,7 +54,7 @@ def exact_match(
 
 
 def contains(output: str, expected: tuple[str, ...], ignore_case: bool = True, whole_word: bool = False) -> Score:
-    """1 where one of the expected texts occurs in the answer; `whole_word` wants no letter or digit beside it."""
+    """1 if an expected text occurs in the answer. With `whole_word`, no letter or digit may stand beside the text."""
 
     def found(text: str) -> bool:
         where, what = (output.casefold(), text.casefold()) if ignore_case else (output, text)
@@ -66,8 +66,8 @@ def contains(output: str, expected: tuple[str, ...], ignore_case: bool = True, w
 
 
 def regex(output: str, expected: tuple[str, ...], pattern: str | None = None, ignore_case: bool = False) -> Score:
-    """1 where `pattern`, or without one any expected text read as a pattern, is found in the answer."""
-    import regex  # has a time limit, which `re` lacks; otherwise reads the same patterns
+    """1 if the answer has a match for `pattern`. Without `pattern`, each expected text is a pattern."""
+    import regex  # reads the patterns of `re`, and has a time limit
 
     patterns = expected if pattern is None else (pattern,)
     found = []
@@ -84,12 +84,12 @@ def regex(output: str, expected: tuple[str, ...], pattern: str | None = None, ig
 
 
 def choice(output: str, expected: tuple[str, ...], choices: str = "ABCD") -> Score:
-    """1 where the first stand-alone letter of `choices` in the answer is an expected one.
+    """1 if the first stand-alone letter of `choices` in the answer is an expected letter.
 
-    An answer that is nothing but one letter counts in either case: "b", "(B)", "**B**". In a longer answer only
-    capitals count, and only where no letter, digit or hyphen touches them ("A-level", "C++" and "U.S.A." hold none).
-    A capital A before a word at the start of a sentence is the article ("A cat sat there") unless that word is "is",
-    "because" or "since"; I before a word is always the pronoun. Elsewhere a capital is a choice: "I pick A here".
+    An answer of one letter counts in upper and lower case: "b", "(B)", "**B**". In a longer answer, only capitals
+    count. No letter, digit, hyphen or similar mark may touch the capital: "A-level", "C++" and "U.S.A." hold no choice.
+    At the start of a sentence, A before a word is the article ("A cat sat there"). A is a choice if the next word is
+    "is", "because" or "since". I before another word is the pronoun. Any other capital is a choice: "I pick A here".
     """
     wanted = tuple(text.strip().upper() for text in expected)
     if not wanted or any(len(letter) != 1 or letter not in choices for letter in wanted):
@@ -103,10 +103,10 @@ def choice(output: str, expected: tuple[str, ...], choices: str = "ABCD") -> Sco
 
 
 def number(output: str, expected: tuple[str, ...], tolerance: int | float = 0.0) -> Score:
-    """1 where the last number in the answer lies within `tolerance` (absolute) of an expected one.
+    """1 if the last number in the answer is within `tolerance` (absolute) of an expected number.
 
-    Reads 1,234.5, -3, 2e3, .5, $12 and 50% (as 50), and no number that is part of a name (H2O). Compared as decimals:
-    0.1 + 0.2 is 0.3, and long integers keep every digit.
+    The scorer reads 1,234.5, -3, 2e3, .5, $12 and 50% (as 50). It ignores numbers that are part of a name (H2O).
+    The comparison uses decimals: 0.1 + 0.2 is 0.3, and long integers keep every digit.
     """
     wanted = [value for value in map(_whole_number, expected) if value is not None]
     if not wanted:
@@ -120,7 +120,7 @@ def number(output: str, expected: tuple[str, ...], tolerance: int | float = 0.0)
 
 
 def json_schema(output: str, expected: tuple[str, ...], schema: dict | None = None) -> Score:
-    """1 where the answer, without a code fence around it, is JSON and fits `schema`; expected texts are not used."""
+    """1 if the answer is JSON and fits `schema`. A code fence around the answer is ignored, as are expected texts."""
     fence = re.fullmatch(r"```(?:json|JSON)?[ \t]*\n(.*?)\n?[ \t]*```", output.strip(), re.DOTALL)
     try:
         value = json.loads(fence[1] if fence else output, parse_constant=strict_json.no_constant)
@@ -142,7 +142,7 @@ def json_schema(output: str, expected: tuple[str, ...], schema: dict | None = No
 
 
 def token_f1(output: str, expected: tuple[str, ...]) -> Score:
-    """The best F1 of shared words over the expected texts, normalised as in SQuAD (Rajpurkar et al. 2016)."""
+    """The best F1 of shared words over all expected texts. Words are normalised as in SQuAD (Rajpurkar et al. 2016)."""
 
     def words(text: str) -> list[str]:
         text = "".join(mark for mark in text.lower() if mark not in string.punctuation)
@@ -159,10 +159,10 @@ def token_f1(output: str, expected: tuple[str, ...]) -> Score:
 
 
 def rouge_l(output: str, expected: tuple[str, ...]) -> Score:
-    """The best ROUGE-L F measure over the expected texts (Lin 2004), as rouge-score computes it without stemming."""
+    """The best ROUGE-L F measure over all expected texts (Lin 2004), from rouge-score without stemming."""
     from rouge_score import rouge_scorer
 
-    # rouge-score sees only a-z and 0-9: a text in another script has no tokens and would always score 0.
+    # rouge-score reads only a-z and 0-9. A text in another script has no tokens and would always score 0.
     readable = tuple(text for text in expected if re.search(r"[a-z0-9]", text.lower()))
     if expected and not readable:
         return Score(None, f"expected {_any_of(expected)}, in which ROUGE finds no word: it reads a-z and 0-9 only")
@@ -171,16 +171,16 @@ def rouge_l(output: str, expected: tuple[str, ...]) -> Score:
 
 
 def math(output: str, expected: tuple[str, ...]) -> Score:
-    """1 where math-verify finds the answer's mathematics equal to an expected one (1/2, 0.5 and 50% are equal)."""
+    """1 if math-verify finds the answer equal to an expected text, as mathematics (1/2, 0.5 and 50% are equal)."""
     import logging
 
     from math_verify import parse, verify
 
-    # math-verify's own time limit is a signal of the wall clock: it would depend on the machine's load
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns about the missing limit
+    # math-verify's own time limit uses the wall clock, so it would depend on the machine's load
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns when it has no time limit
 
     def read(text: str) -> list:
-        # Without dollars "2x+3" would be read as 2. A long text, or one with words in it, is read as it stands.
+        # math-verify reads "2x+3" without dollars as 2. So a short text without words gets dollars around it.
         bare = len(text) <= 200 and not re.search(r"[$]|\\[(\[]|\\boxed|(?<![\\A-Za-z])[A-Za-z]{2,}", text)
         return parse(f"${text.strip()}$" if bare else text, parsing_timeout=None, raise_on_error=True)
 

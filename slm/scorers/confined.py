@@ -1,7 +1,7 @@
 """Runs the built-in scorers, and checks their options, in a child process with bounds.
 
-A prompt set is a stranger's, and so are its patterns and schemas. Each call ends within SECONDS of processor time and
-ROOM bytes of memory. The child process is slm/models/chat_model.py's Confined.
+A stranger may have written a prompt set with its patterns and schemas. So each call may use at most SECONDS of
+processor time and ROOM bytes of memory. The child process is Confined of slm/models/chat_model.py.
 """
 
 import functools
@@ -15,8 +15,8 @@ from pathlib import Path
 from slm.base.wording import did_you_mean, quoted
 from slm.scorers.built_in import BUILT_IN, Score
 
-SECONDS = 5  # of processor time that one score, or the check of one option, may take
-ROOM = 2**30  # bytes of memory that it may take
+SECONDS = 5  # of processor time for one score, or for the check of one option
+ROOM = 2**30  # bytes of memory for the child process
 OPTION_KINDS = {
     bool: "true or false",
     str: "text",
@@ -27,9 +27,9 @@ OPTION_KINDS = {
 
 
 def score(call_name: str, output: str, expected: tuple[str, ...], options: dict) -> Score:
-    """Run the built-in scorer `call_name` within SECONDS and ROOM.
+    """Runs the built-in scorer `call_name` within SECONDS and ROOM.
 
-    What goes wrong inside, the end of either included, leaves the answer unscored, with the reason.
+    If the scorer fails or exceeds a bound, the answer is unscored, with the reason.
     """
     from slm.models.chat_model import CallFailed
 
@@ -40,7 +40,7 @@ def score(call_name: str, output: str, expected: tuple[str, ...], options: dict)
 
 
 def score_without_bounds(call_name: str, output: str, expected: tuple[str, ...], options: dict) -> Score:
-    """What `score` has done in the child process."""
+    """The part of `score` that runs in the child process."""
     try:
         return BUILT_IN[call_name](output, expected, **options)
     except MemoryError:
@@ -50,7 +50,7 @@ def score_without_bounds(call_name: str, output: str, expected: tuple[str, ...],
 
 
 def call_error(name: str, expected: tuple[str, ...], options: dict) -> str | None:
-    """What is wrong with calling the built-in scorer `name` like this, or None. For readers, before any model runs."""
+    """The fault in this call of the built-in scorer `name`, or None. Prompt readers check it before any model runs."""
     parameters = dict(list(inspect.signature(BUILT_IN[name]).parameters.items())[2:])
     for option, value in options.items():
         if option not in parameters:
@@ -64,7 +64,7 @@ def call_error(name: str, expected: tuple[str, ...], options: dict) -> str | Non
     return _option_value_error(options)
 
 
-CHECKS = {name: functools.partial(call_error, name) for name in BUILT_IN}  # as prompt_rows.KnownScorers
+CHECKS = {name: functools.partial(call_error, name) for name in BUILT_IN}  # has the type prompt_rows.KnownScorers
 
 
 def _option_value_error(options: dict) -> str | None:
@@ -78,7 +78,7 @@ def _option_value_error(options: dict) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=64)  # the rows of a set often have one pattern, or one schema
+@functools.lru_cache(maxsize=64)  # many rows of a prompt set often share one pattern or schema
 def _checked(option: str, content: str) -> str | None:
     from slm.models.chat_model import CallFailed
 
@@ -119,7 +119,7 @@ def _schema_error(schema: dict) -> str | None:
 
 @functools.cache
 def _confined():
-    """The child process, started with the first call."""
+    """The child process. The first call starts it."""
     from slm.models.chat_model import Confined
 
     package = str(Path(__file__).absolute().parents[2])
@@ -130,7 +130,7 @@ def _confined():
 
 
 def confined_functions() -> dict[str, tuple[Callable, tuple]]:
-    """What the child process runs, by name, and arguments of a first call, which imports what the others need."""
+    """The child's functions by name, each with arguments for a first call. The first call imports heavy libraries."""
     checks = {"pattern": (_pattern_error, ("1",)), "schema": (_schema_error, ({},))}
     options = {"json_schema": {"schema": {}}}
     return checks | {

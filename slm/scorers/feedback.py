@@ -1,7 +1,7 @@
-"""What an MLflow scorer is given and what it gives back, in this project's terms.
+"""Makes the arguments of an MLflow scorer, and turns its result into this project's scores.
 
-A scorer may return a bool, a number, "yes" or "no", an `mlflow.entities.Feedback`, or a list of these Feedbacks. All of
-it becomes scores in [0, 1]; what can't be one is unscored, with the reason. No scorer is called here.
+A scorer may return a bool, a number, "yes" or "no", an `mlflow.entities.Feedback`, or a list of Feedbacks. Each value
+becomes a score in [0, 1]. A value that can't be a score is unscored, with the reason. This module calls no scorer.
 """
 
 import numbers
@@ -11,12 +11,12 @@ from slm.base.wording import quoted
 from slm.prompts.prompt_rows import Prompt
 from slm.scorers.built_in import Score
 
-METRIC_NAME = re.compile(r"[\w.\- ]{1,100}", re.ASCII)  # as MLflow takes it, without the slash that separates here
+METRIC_NAME = re.compile(r"[\w.\- ]{1,100}", re.ASCII)  # MLflow's characters without the slash
 REASON_CHARACTERS = 500
 
 
 def arguments_of(prompt: Prompt, output: str) -> dict:
-    """The keyword arguments of an MLflow scorer, for one answer; there is no trace."""
+    """The keyword arguments of an MLflow scorer, for one answer. The trace is None."""
     messages = prompt.messages or ({"role": "user", "content": prompt.prompt},)
     expected = {"expected_response": prompt.expected[0], "expected": list(prompt.expected)} if prompt.expected else {}
     return {
@@ -28,7 +28,7 @@ def arguments_of(prompt: Prompt, output: str) -> dict:
 
 
 def scores_of(name: str, value: object) -> dict[str, Score]:
-    """What the scorer `name` returned, as scores by name; a Feedback `f` of a list becomes `name/f`."""
+    """Turns the result of the scorer `name` into scores by name. A Feedback `f` of a list becomes `name/f`."""
     from mlflow.entities import Feedback
     from mlflow.entities.assessment import DEFAULT_FEEDBACK_NAME
 
@@ -48,7 +48,7 @@ def scores_of(name: str, value: object) -> dict[str, Score]:
 
 
 def one_line(text: object) -> str:
-    """Text for a reason: its beginning, without line breaks and halves of characters, which no file takes."""
+    """Cuts a text for a reason. Removes line breaks, and halves of characters, which no file can hold."""
     return " ".join(str(text).split())[:REASON_CHARACTERS].encode(errors="replace").decode()
 
 

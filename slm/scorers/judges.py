@@ -1,10 +1,12 @@
 """MLflow's built-in judges as scorers: a language model says whether an answer is correct, relevant, safe, …
 
-The judges and their prompts are `mlflow.genai.scorers`'; the judging model is whatever one of its model URIs names, an
-OpenAI-compatible address, or a chat model that was logged here, which is then served on loopback while it is needed.
-Judgements are kept in the cache by what was asked, so that an interrupted run doesn't pay twice. A judgement that can't
-be read, and a call that fails, leave the answer unscored. Not covered: judges that need a trace or a session, several
-judgements at a time, and whether the judge is right: measure it on answers that people have judged.
+The judges and their prompts come from `mlflow.genai.scorers`. The judging model is one of three: a model URI of
+MLflow's judges, an OpenAI-compatible address, or a chat model that this project logged. A logged model is served on
+loopback while a run needs the model. The cache keeps each judgement with its request, so an interrupted run doesn't
+pay twice. If a call fails or its judgement can't be read, the answer is unscored.
+
+Not covered: judges that need a trace or a session, and several judgements at a time. This module does not check
+whether the judge is right. Measure the judge on answers that people have judged.
 """
 
 import json
@@ -32,9 +34,9 @@ from slm.tracking import mlflow_client, registry
 LOGGED = ("models:/", "runs:/", "mlflow-artifacts:/")
 EXAMPLES = "openai:/gpt-4o-mini, endpoints:/name, models:/name/1 or http://host/v1#model"
 OPENAI_ADDRESS = "https://api.openai.com/v1"
-ANSWER_SECONDS = 10  # for an address to say that it is there
-MOST_FAILURES = 3  # calls in a row; MLflow has tried each one eleven times, over about three minutes
-LOGGED_PARAMETERS = {"temperature": 0.0, "max_tokens": 512}  # of a logged judge; what it was logged with is for chat
+ANSWER_SECONDS = 10  # that an address has to answer a check
+MOST_FAILURES = 3  # failed calls in a row. MLflow tries each call eleven times, over about three minutes
+LOGGED_PARAMETERS = {"temperature": 0.0, "max_tokens": 512}  # of a logged judge. Its own defaults are for chat
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,16 @@ JUDGES = {
 
 @dataclass(frozen=True)
 class JudgeModel:
-    """The model that judges. `identity` is what its judgements are kept under."""
+    """The model that judges. The cache keeps its judgements under `identity`."""
 
-    uri: str  # as MLflow's judges take it; of a logged model, that model's
+    uri: str  # for MLflow's judges. For a logged model, the URI of that model
     identity: str
-    base_url: str = ""  # empty: the provider's own
+    base_url: str = ""  # empty: the provider's own address
     is_logged: bool = False
 
 
 def call_error(name: str, expected: tuple[str, ...], options: dict) -> str | None:
-    """What is wrong with calling the judge `name` like this, or None."""
+    """The fault in this call of the judge `name`, or None."""
     known = ("guidelines",) if name == "guidelines" else ()
     for option in options:
         if option not in known:
@@ -84,10 +86,10 @@ def call_error(name: str, expected: tuple[str, ...], options: dict) -> str | Non
 
 
 def find(judge: str) -> JudgeModel:
-    """What `judge` means. A logged model's description is read; nothing is loaded or asked.
+    """The model that `judge` names. Reads a logged model's description. Loads no model, and sends no request to one.
 
     Raises:
-        BadInput: it means nothing, or the key for it is missing.
+        BadInput: `judge` names no model, or the model's key is missing.
     """
     if judge.startswith(("http://", "https://")):
         return _at_address(judge)
@@ -114,11 +116,11 @@ def find(judge: str) -> JudgeModel:
 
 
 def check_reachable(judge: JudgeModel) -> None:
-    """Asks an OpenAI-compatible address for its models; what it answers doesn't matter, as long as it lets us in.
+    """Requests the list of models from an OpenAI-compatible address. Only a refused key or no answer is an error.
 
     Raises:
-        BadInput: it wants another key.
-        Unavailable: it doesn't answer.
+        BadInput: the address refuses the key.
+        Unavailable: the address doesn't answer.
     """
     import requests
 
@@ -136,24 +138,24 @@ def check_reachable(judge: JudgeModel) -> None:
 
 @contextmanager
 def opened(model: JudgeModel, resume: bool = True) -> Iterator["Judge"]:
-    """The judge in use; `resume` takes judgements from the cache. A logged model's memory goes back at the end."""
+    """The judge in use. With `resume`, judgements come from the cache. The end of the block frees a logged model."""
     with ExitStack() as stack:
         yield Judge(model, resume, stack)
 
 
 class Judge:
-    """A judge while it is in use. A logged model is loaded when the first judgement is asked of it."""
+    """A judge in use. A logged model is loaded for its first judgement."""
 
     def __init__(self, model: JudgeModel, resume: bool, stack: ExitStack):
         self.model = model
         self._stack = stack
-        self._reached: tuple[str, dict[str, str]] | None = None  # URI for MLflow's judges, and their environment
+        self._reached: tuple[str, dict[str, str]] | None = None  # the URI and the environment for MLflow's judges
         self._failures = 0
         self._path = cache.private("judgements") / f"{digest(model.identity)[:16]}.jsonl"
         self._known = _read_judgements(self._path) if resume else {}
 
     def score(self, call: ScorerCall, prompt: Prompt, output: str) -> Score:
-        """The judgement on one answer. Of several expected texts, one that the judge accepts is enough."""
+        """The judgement on one answer. If a row has several expected texts, the judge must accept one of them."""
         scorer = JUDGES[call.name]
         given = feedback.arguments_of(prompt, output)
         given = {name: given[name] for name in scorer.arguments}
@@ -190,11 +192,11 @@ class Judge:
             self._reached = self._stack.enter_context(_reached(self.model))
         uri, environment = self._reached
         try:
-            with variables(environment):  # MLflow's judges take address and key from there alone
+            with variables(environment):  # MLflow's judges read address and key only from the environment
                 judge = getattr(scorers, JUDGES[call.name].class_name)(model=uri, **call.options)
                 value = judge(**given)
         except Exception as error:
-            # A refused request (too long a prompt) and an answer that is no JSON say nothing about the next one
+            # A refused request (the prompt is too long) or an answer that is no JSON does not predict the next call
             from_mlflow = isinstance(error, MlflowException)
             refused = getattr(error.__cause__, "status_code", None) == 400
             failed = from_mlflow and not refused and error.error_code != "BAD_REQUEST"
@@ -225,46 +227,46 @@ def _at_address(judge: str) -> JudgeModel:
 
 
 def _logged(uri: str) -> JudgeModel:
-    resolved = registry.resolve(uri, trust_code=True)  # nothing is loaded yet
+    resolved = registry.resolve(uri, trust_code=True)  # no model is loaded yet
     facts = mlflow_client.quiet_mlflow().models.get_model_info(resolved).metadata or {}
     if "model.sha256" not in facts or facts.get("schema") != "chat":
         raise BadInput(f"judge: {uri} is not a chat model that this project logged; write {EXAMPLES}")
-    registry.resolve(resolved)  # of this project, and still with code that may not be run
+    registry.resolve(resolved)  # this project logged the model, but its code may still be unknown
     return JudgeModel(resolved, f"{facts['model.sha256']} {LOGGED_PARAMETERS}", is_logged=True)
 
 
 def _openai_address() -> str:
-    """Where openai:/ leads: MLflow reads the same variables in the same order."""
+    """The address for openai:/ URIs. MLflow reads the same variables in the same order."""
     given = os.environ.get("OPENAI_API_BASE")
     return ((os.environ.get("OPENAI_BASE_URL") if given is None else given) or OPENAI_ADDRESS).rstrip("/")
 
 
 def _key() -> str:
-    return os.environ.get("OPENAI_API_KEY") or "none"  # MLflow refuses an empty one, a server of one's own ignores it
+    return os.environ.get("OPENAI_API_KEY") or "none"  # MLflow refuses an empty key. Other servers may ignore it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reaching it
+# How MLflow reaches the judge
 
 
 @contextmanager
 def _reached(model: JudgeModel) -> Iterator[tuple[str, dict[str, str]]]:
-    """The URI for MLflow's judges, and the environment in which they find it."""
+    """The URI for MLflow's judges, and the environment variables with its address and key."""
     if not model.is_logged:
         at_address = {"OPENAI_API_BASE": model.base_url, "OPENAI_API_KEY": _key()}
         yield model.uri, at_address if model.base_url else {}
         return
     with _served(model.uri) as (name, address, key):
-        # lower case wins with requests; a proxy could not reach this process
+        # requests prefers the lower-case name. A proxy could not reach this process
         yield f"openai:/{name}", {"OPENAI_API_BASE": address, "OPENAI_API_KEY": key, "no_proxy": "127.0.0.1"}
 
 
 @contextmanager
 def _served(uri: str) -> Iterator[tuple[str, str, str]]:
-    """A logged chat model behind OpenAI's API, for this process alone: its name, address and key.
+    """Serves a logged chat model over OpenAI's API, only for this process. Gives the model's name, address and key.
 
     Raises:
-        BadInput: it can't be loaded.
+        BadInput: the model can't be loaded.
     """
     import uvicorn
 

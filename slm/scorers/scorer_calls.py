@@ -1,7 +1,7 @@
-"""Which scorers an answer meets: those of its row, and those that `scorers` adds to every row; and how each is called.
+"""Finds the scorers of each answer, and calls them. A row names scorers, and `scorers` adds scorers to every row.
 
-Built-in scorers, users' own and judges are told apart here and nowhere else. A row may ask for built-in scorers and
-judges; a user's file is named by the `scorers` parameter alone.
+Only this module separates built-in scorers, users' own scorers and judges. A row may name built-in scorers and
+judges. Only the `scorers` parameter may name a user's file.
 """
 
 import functools
@@ -20,16 +20,16 @@ from slm.scorers import built_in, confined, judges
 from slm.scorers import user_scorers as users
 from slm.scorers.built_in import Score
 
-# what a row may ask for; a judge's options are checked by `add`, which knows whether there is a judge
+# the scorers that a row may name. `add` checks a judge's options, because `add` knows whether there is a judge
 IN_ROWS = confined.CHECKS | dict.fromkeys(judges.JUDGES, lambda expected, options: None)
-METRICS = ("score", "difference", "latency_seconds")  # what else has metrics of the form name/figure
+METRICS = ("score", "difference", "latency_seconds")  # other names that have metrics of the form name/figure
 
 ScoreAnswer = Callable[[ScorerCall, Prompt, str], dict[str, Score]]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What `scorers` and `judge` name, found and checked; no model is loaded."""
+    """The scorers and the judge that `scorers` and `judge` name. All are checked, and no model is loaded."""
 
     added: tuple[ScorerCall, ...]  # to every row
     user_scorers: dict[str, users.UserScorer]
@@ -37,14 +37,14 @@ class Asked:
 
     @property
     def sha256(self) -> str:
-        """Over what scores depend on besides the prompt set: users' files, and the judge."""
+        """One hash over users' files and the judge. Apart from the prompt set, the scores depend on these."""
         files = {name: scorer.sha256 for name, scorer in self.user_scorers.items()}
         return hashlib.sha256(json.dumps([files, self.judge and self.judge.identity]).encode()).hexdigest()
 
 
-@functools.cache  # a user's file is executed, an alias resolved, once for all models of a run
+@functools.cache  # a run executes a user's file and resolves an alias once for all its models
 def read(scorers_parameter: str = "", judge_parameter: str = "") -> Asked:
-    """What the two parameters mean.
+    """Reads the two parameters, and checks all that they name.
 
     Raises:
         BadInput: a name, file, function or model in them is wrong.
@@ -71,15 +71,16 @@ def read(scorers_parameter: str = "", judge_parameter: str = "") -> Asked:
 
 
 def add(asked: Asked, prompt_set: PromptSet) -> PromptSet:
-    """The prompt set with the added scorers in every row; a row's own call of one stays as it is.
+    """The prompt set with the added scorers in every row. A row's own call of an added scorer stays unchanged.
+
+    If an added scorer can score some rows, the other rows are unscored.
 
     Raises:
-        BadInput: a row or the parameter asks for a judge and there is none, or for one in a wrong way; or an added
-            scorer can score no row at all. (A row that it can't score, where others can, is unscored.)
+        BadInput: a row calls a judge wrongly, or without a judge model; or an added scorer can score no row.
     """
     for prompt in prompt_set.prompts:
         for call in prompt.scorers:
-            problem = None if call.name in built_in.BUILT_IN else _problem(asked, call, prompt)  # else read_row's
+            problem = None if call.name in built_in.BUILT_IN else _problem(asked, call, prompt)  # checked by read_row
             if problem:
                 raise BadInput(f"prompts: row {prompt.id}: {problem}")
     for call in asked.added:
@@ -91,10 +92,10 @@ def add(asked: Asked, prompt_set: PromptSet) -> PromptSet:
 
 @contextmanager
 def opened(asked: Asked, resume: bool = True) -> Iterator[ScoreAnswer]:
-    """The function that scores one answer by one of its row's calls; scores by name, since a call may give several.
+    """The function that scores one answer with one call of its row. It returns scores by name, one or several.
 
-    What goes wrong in a scorer leaves the answer unscored. A logged judge is loaded when it is first needed, and freed
-    at the end: measure memory before. `resume` takes judgements from the cache.
+    If a scorer fails, the answer is unscored. A logged judge is loaded when a row first needs it, and is freed at the
+    end. So measure the memory of other models before. With `resume`, judgements come from the cache.
     """
     with ExitStack() as stack:
         judge = stack.enter_context(judges.opened(asked.judge, resume)) if asked.judge else None

@@ -1,9 +1,11 @@
 """Users' own scorers: functions that the command line names as `file.py:function`, called on each answer.
 
-A function takes any of inputs, outputs, expectations and trace by name, as `mlflow.genai.scorers.scorer` has them, and
-may be decorated with it; the trace is None. Its file is executed once, in this process and with its rights, because the
-one who starts the run names it: no prompt set can. Not covered: a time limit, a sandbox, sessions of several turns, and
-files that it imports, which are not part of its hash.
+A function takes any of inputs, outputs, expectations and trace by name. These are the arguments of
+`mlflow.genai.scorers.scorer`, and the function may have that decorator. The trace is None. The file is executed once,
+in this process and with its rights. The person who starts the run names the file. A prompt set can't name a file.
+
+Not covered: a time limit, a sandbox, and sessions of several turns. The hash does not include files that the file
+imports.
 """
 
 import functools
@@ -30,17 +32,17 @@ ARGUMENTS = ("inputs", "outputs", "expectations", "trace")
 class UserScorer:
     name: str
     function: Callable
-    arguments: tuple[str, ...]  # those of ARGUMENTS that it takes
-    sha256: str  # of its file
+    arguments: tuple[str, ...]  # the names of ARGUMENTS that the function takes
+    sha256: str  # of the file
 
 
 def is_spec(item: str) -> bool:
-    """Whether one item of `scorers` names a file and not a scorer."""
+    """Whether one item of `scorers` names a file. Any other item names a scorer."""
     return ":" in item or item.endswith(".py")
 
 
 def read(spec: str) -> UserScorer:
-    """The function that `file.py:function` names; the file is executed.
+    """Executes the file of `file.py:function`, and returns the function.
 
     Raises:
         BadInput: there is no such file or function, the file fails, or the function takes other arguments.
@@ -65,7 +67,7 @@ def read(spec: str) -> UserScorer:
 
 
 def score(scorer: UserScorer, prompt: Prompt, output: str) -> dict[str, Score]:
-    """The function's scores for one answer. What goes wrong inside leaves it unscored, with the reason."""
+    """The function's scores for one answer. If the function fails, the answer is unscored, with the reason."""
     given = feedback.arguments_of(prompt, output)
     try:
         value = scorer.function(**{name: given[name] for name in scorer.arguments})
@@ -74,12 +76,12 @@ def score(scorer: UserScorer, prompt: Prompt, output: str) -> dict[str, Score]:
     return feedback.scores_of(scorer.name, value)
 
 
-@functools.cache  # several functions of a file, and each scored model, share one execution
+@functools.cache  # all functions of a file and all scored models share one execution
 def _module(path: Path, source: bytes) -> types.ModuleType:
     module = types.ModuleType(f"user_scorers_{hashlib.sha256(bytes(path) + source).hexdigest()[:12]}")
     module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # dataclasses look themselves up there
-    sys.path.insert(0, str(path.parent))  # as for a script, its neighbours can be imported
+    sys.modules[module.__name__] = module  # a dataclass looks up its own module there
+    sys.path.insert(0, str(path.parent))  # the file can import files of its folder, as a script can
     try:
         exec(compile(source, path, "exec"), vars(module))
     except (Exception, SystemExit) as error:
@@ -96,10 +98,10 @@ def _module(path: Path, source: bytes) -> types.ModuleType:
 
 
 def _checked(function: object, attribute: str, spec: str) -> tuple[str, tuple[str, ...]]:
-    """The scorer's name and the arguments that it is given.
+    """The scorer's name, and the names of the arguments that it gets.
 
     Raises:
-        BadInput: it can't be called with those.
+        BadInput: the object is no function that can be called with ARGUMENTS, or its name can't name a metric.
     """
     from mlflow.genai.scorers import Scorer
 
@@ -114,7 +116,7 @@ def _checked(function: object, attribute: str, spec: str) -> tuple[str, tuple[st
         raise BadInput(f"scorers: {spec} is an async function; write a plain one")
     try:
         parameters = inspect.signature(function.__call__ if of_mlflow else function).parameters.values()
-    except (TypeError, ValueError):  # some that are written in C have none
+    except (TypeError, ValueError):  # some functions that are written in C have no signature
         raise BadInput(f"scorers: {spec} doesn't say which arguments it takes; wrap it in a function") from None
     by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

@@ -1,4 +1,4 @@
-"""The thread that generates: requests wait in fair queues and share the model's batches."""
+"""The thread that generates. Requests wait in fair queues, and share the model's batches."""
 
 import asyncio
 import threading
@@ -13,13 +13,13 @@ import prometheus_client
 
 from slm.serving.protocol import PROMPT_TOKENS, SECONDS_PER_TOKEN, ApiError, Limits
 
-MOST_BATCHES = 2  # started for throughput side by side
-FAIR_BATCHES = 4  # up to which a client that has nothing under way gets a batch of its own
-MOST_CACHES = 2.5  # that all batches may take together; one batch for throughput may take one cache
-GATHER_SECONDS = 0.01  # in which those who ask together arrive, where nothing runs; small beside a prompt's time
-JOIN_SECONDS = 5.0  # a text that has waited so long starts the second batch, however small
-FAIR_SECONDS = 1.0  # in which the texts of such clients gather: each batch costs the others a turn
-SHORT_FACTOR = 4  # so texts of 4096 tokens leave room for at most six levels of shorter batches
+MOST_BATCHES = 2  # batches that run at once for throughput
+FAIR_BATCHES = 4  # up to this number, a client without a running text may start a batch
+MOST_CACHES = 2.5  # for all batches together. One batch for throughput may take one cache
+GATHER_SECONDS = 0.01  # to wait for simultaneous requests while nothing runs. Short beside a prompt's time
+JOIN_SECONDS = 5.0  # a text that has waited this long starts the second batch, even a small batch
+FAIR_SECONDS = 1.0  # to gather the texts of clients without a running text. Each batch costs the others a turn
+SHORT_FACTOR = 4  # so a batch of 4096 tokens allows at most six levels of shorter batches
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -28,11 +28,11 @@ SHORT_FACTOR = 4  # so texts of 4096 tokens leave room for at most six levels of
 
 @dataclass(eq=False)
 class Ticket:
-    """A request on its way, and the queue in which its texts come to it."""
+    """A request in progress, and the queue that brings its texts."""
 
     streamed: bool
     loop: asyncio.AbstractEventLoop
-    client: str  # among whom the model's time is shared
+    client: str  # clients share the model's time
     events: asyncio.Queue = field(default_factory=asyncio.Queue)  # (row, new text, finish reason or ""), or an ApiError
     dropped: bool = False
     arrived: float = field(default_factory=time.monotonic)
@@ -40,17 +40,17 @@ class Ticket:
 
 @dataclass(eq=False)
 class Place:
-    """One text of a request, waiting or in a batch."""
+    """One text of a request. The text waits or is in a batch."""
 
-    row: object  # of slm.chat_model.Row, as the logged model's own copy of that module has it
+    row: object  # a Row from the copy of slm.chat_model in the logged model
     ticket: Ticket
 
     def tokens(self) -> float:
-        """The steps that the text takes at most from its start, its prompt's computation included."""
+        """The most steps that the text takes from its start, including the computation of its prompt."""
         return self.row.room + len(self.row.prompt) / PROMPT_TOKENS
 
     def left(self) -> int:
-        """The tokens that may still be generated for the text."""
+        """The most tokens that the text may still get."""
         return 0 if self.row.finish_reason else self.row.room - len(self.row.output)
 
 
@@ -58,7 +58,7 @@ class Place:
 class Batch:
     places: list[Place]
     steps: Iterator[list[tuple]]
-    share: float  # of what the cache of one batch may take
+    share: float  # of the cache that one batch may take
 
     def live(self) -> int:
         return sum(not place.row.finish_reason for place in self.places)
@@ -68,16 +68,16 @@ class Batch:
 
 
 def fair_order(waiting: Iterable[Place], running: Iterable[Place]) -> list[Place]:
-    """The waiting texts in the order in which they would end if each client had a machine of its own.
+    """The waiting texts, in the order in which they would end if each client had its own machine.
 
-    This is fair queueing (Demers, Keshav and Shenker, SIGCOMM 1989). Each client's short texts go first, a client with
-    much under way goes behind the others, and no text waits for ever, since its arrival counts.
+    This is fair queueing (Demers, Keshav and Shenker, SIGCOMM 1989). Each client's short texts go first. A client with
+    many running tokens goes behind the others. The arrival time counts, so no text waits forever.
     """
 
     def alone(place: Place) -> float:
         return place.ticket.arrived + SECONDS_PER_TOKEN * place.tokens()
 
-    ahead: Counter = Counter()  # by client: the tokens before a text of that client
+    ahead: Counter = Counter()  # by client: the tokens before the client's next text
     for place in running:
         ahead[place.ticket.client] += place.left()
     ends = {}
@@ -112,7 +112,7 @@ class Metrics:
 
 
 class Worker:
-    """The thread that owns the model. `submit` and `drop` are called from the event loop."""
+    """The thread that owns the model. The event loop calls `submit` and `drop`."""
 
     def __init__(self, model, limits: Limits):
         self.model, self.limits = model, limits
@@ -131,7 +131,7 @@ class Worker:
         self._thread.join(seconds)
 
     def submit(self, rows: list, streamed: bool, client: str) -> Ticket:
-        """Queues a request's texts. In a full queue there is still room for a client that has no text in it.
+        """Queues a request's texts. A full queue still accepts texts of a client that has no text in the queue.
 
         Raises:
             ApiError: the queue is full, or the server is stopping.
@@ -150,7 +150,7 @@ class Worker:
         return ticket
 
     def drop(self, ticket: Ticket) -> None:
-        """Takes a request's texts out of the queue and, after the next token, out of their batches."""
+        """Removes a request's texts from the queue at once, and from their batches after the next token."""
         ticket.dropped = True
         with self._wake:
             self.waiting = deque(place for place in self.waiting if place.ticket is not ticket)
@@ -160,7 +160,7 @@ class Worker:
             for batch in list(self.running):
                 try:
                     events = self._step(batch)
-                except Exception as error:  # this batch has failed; the server goes on
+                except Exception as error:  # only this batch has failed; the server continues
                     traceback.print_exception(error)
                     text = f"the model failed: {type(error).__name__}: {' '.join(str(error).split()):.200}"
                     _deliver((place.ticket, ApiError(500, text, "server_error")) for place in batch.places)
@@ -176,7 +176,7 @@ class Worker:
         _deliver((place.ticket, _stopping()) for place in [*left, *self.waiting])
 
     def _admit(self) -> bool:
-        """Starts a batch of what waits, if it is time; sleeps while there is nothing to do. False: stop."""
+        """Starts a batch of waiting texts if it is time. Sleeps while there is no work. False: the worker stops."""
         with self._wake:
             while not (self.waiting or self.running or self._stopping):
                 self._wake.wait()
@@ -185,7 +185,7 @@ class Worker:
             seen = 0
             while not self.running and seen < len(self.waiting) < self.model.batch_size:
                 seen = len(self.waiting)
-                self._wake.wait(GATHER_SECONDS)  # ends early when one more has come
+                self._wake.wait(GATHER_SECONDS)  # ends early when another request arrives
             places = self._next_places()
             if not places:
                 return True
@@ -196,7 +196,7 @@ class Worker:
         return True
 
     def _next_places(self) -> list[Place]:
-        """The waiting texts that are generated together from now on; none where all go on waiting."""
+        """The waiting texts that form the next batch. Empty if all texts continue to wait."""
         if not self.waiting:
             return []
         now = time.monotonic()
@@ -211,12 +211,12 @@ class Worker:
         short = [place for place in ordered if SHORT_FACTOR * place.tokens() <= left]
         others = [place for place in ordered if place.ticket.client not in busy]
         late = len(self.running) < FAIR_BATCHES and any(now - place.ticket.arrived >= FAIR_SECONDS for place in others)
-        # half of what is left leaves room for shorter texts; a text larger than a whole cache counts as one
+        # half of the free cache leaves room for shorter texts. A batch of more than one cache counts as one cache
         share = (MOST_CACHES - sum(min(batch.share, 1.0) for batch in self.running)) / 2
         return self._together(short, share) or self._together(others if late else [], share)
 
     def _together(self, ordered: list[Place], share: float = float("inf")) -> list[Place]:
-        """The texts that fit into one batch and into a share of its cache. Without a share, the first text fits."""
+        """The texts that fit into one batch and into a share of its cache. Without a limit, the first text fits."""
         places: list[Place] = []
         for place in ordered:
             rows = [chosen.row for chosen in places]
@@ -225,11 +225,11 @@ class Worker:
         return places
 
     def _share(self, rows: list) -> float:
-        """A model that was logged before there was `cache_share` gets no batches beyond MOST_BATCHES."""
+        """The cache that rows take. Without `cache_share` (older models), this is 1: no batches beyond MOST_BATCHES."""
         return self.model.cache_share(rows) if hasattr(self.model, "cache_share") else 1.0
 
     def _step(self, batch: Batch) -> list[tuple[Ticket, object]]:
-        """One token more for a batch, and what its requests are told of it."""
+        """Generates one more token for each text of a batch. Returns the events for the requests."""
         for place in batch.places:
             if place.ticket.dropped and not place.row.finish_reason:
                 place.row.finish_reason = "cancelled"
@@ -252,7 +252,7 @@ def _stopping() -> ApiError:
 
 
 def _deliver(events: Iterable[tuple[Ticket, object]]) -> None:
-    """Puts events into their requests' queues, waking the event loop once."""
+    """Puts events into the queues of their requests. Wakes the event loop once."""
     events = list(events)
 
     def put():
@@ -260,5 +260,5 @@ def _deliver(events: Iterable[tuple[Ticket, object]]) -> None:
             ticket.events.put_nowait(event)
 
     if events:
-        with suppress(RuntimeError):  # the loop was closed: nobody reads any more
+        with suppress(RuntimeError):  # the loop is closed, so no request reads its queue
             events[0][0].loop.call_soon_threadsafe(put)

@@ -19,7 +19,7 @@ from slm.serving.protocol import ApiError
 HEADER_SECONDS = 10.0
 READER_SECONDS = 30.0
 MOST_CONNECTIONS = 512
-ROOM = 16  # connections beside those, so that a probe is answered
+ROOM = 16  # connections beyond the limit, so that a probe gets an answer
 PROBE = "/health"
 
 
@@ -63,7 +63,7 @@ class Guarded(H11Protocol):
         super().connection_lost(exc)
 
     def awaits_client(self) -> bool:
-        """Whether the server waits for the client: for a request, or for the rest of one."""
+        """Whether the server waits for the client: for a request, or for the rest of a request."""
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def handle_events(self) -> None:
@@ -73,7 +73,7 @@ class Guarded(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.cycle.response_complete:  # else the next request had come already
+        if self.cycle.response_complete:  # else the next request is already here
             self._wait_for_headers()
 
     def pause_writing(self) -> None:
@@ -104,7 +104,7 @@ class Guarded(H11Protocol):
         self._reading_due = self.loop.call_later(READER_SECONDS, self._without_reader, unread)
 
     def _without_reader(self, unread: int) -> None:
-        if self.transport.get_write_buffer_size() < unread:  # slow, and at it
+        if self.transport.get_write_buffer_size() < unread:  # the client is slow, but still reads
             self._wait_for_reader()
         else:
             self.transport.abort()

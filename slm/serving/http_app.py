@@ -1,27 +1,28 @@
-"""OpenAI's chat API over one chat model that was logged here: what MLflow's own scoring server doesn't speak.
+"""Serves one chat model of this project over OpenAI's chat API, which MLflow's scoring server lacks.
 
     POST /v1/chat/completions   whole, or as server-sent events
     GET  /v1/models  /health  /metrics (Prometheus)
 
-One thread owns the model. Requests that wait are generated together; the texts that come go to each request's own
-queue, and a request whose client has gone, or whose time is up, is dropped from its batch after the next token.
+One thread owns the model, and generates waiting requests together. New text goes into the queue of its request. If a
+client disconnects or its time is up, its request leaves the batch after the next token.
 
-The running batches take turns, one step each, so no batch holds up another one. A further batch starts when:
+The running batches take turns, one step each, so no batch delays another batch for long. A further batch starts when:
 - fewer than MOST_BATCHES run, and as many texts wait as are being generated, or one text has waited JOIN_SECONDS;
-- a text is short: each running batch may need SHORT_FACTOR times its tokens or more;
-- a client has nothing under way and has waited FAIR_SECONDS, and fewer than FAIR_BATCHES run.
-The texts that wait are ordered by fair queueing between clients. A client is an API key where there are several, and
-an address otherwise. All caches together take at most MOST_CACHES times what one batch may take; a single text that
-takes more than one batch may counts as one batch.
+- a waiting text is short: each running batch may still need SHORT_FACTOR times the text's tokens or more;
+- a client has no running text and has waited FAIR_SECONDS, and fewer than FAIR_BATCHES run.
+Fair queueing between clients orders the waiting texts. A client is an address. With several API keys, a client is a
+key. All caches together take at most MOST_CACHES times the limit of one batch. A single text above that limit counts
+as one batch.
 
-Prompts' beginnings are computed once within one API key. With no key or one key, all clients share them.
+The common beginning of prompts is computed once for each API key. With no key or one key, all clients share the
+beginnings.
 
-A page in a browser can give its own name the address of this machine (DNS rebinding). So a request is answered only
-under a host name that the server was told to serve.
+A page in a browser can give its own name the address of this machine (DNS rebinding). So the server answers only
+requests that name one of the server's host names.
 
-Not covered: TLS, users and quotas (a proxy's work), tools, images, log probabilities, more than one model or process.
-A text does not join a running batch. A long prompt is read in pieces where the model's runtime refills, and other
-batches take their turn between two pieces. With any other runtime, a prompt is one step of its batch.
+Not covered: TLS, users and quotas (use a proxy), tools, images, log probabilities, more than one model or process.
+A text does not join a running batch. If the model's runtime refills, it reads a long prompt in pieces, and other
+batches take turns between two pieces. With any other runtime, a prompt is one step of its batch.
 slm/serving/connections.py guards the sockets.
 """
 
@@ -50,9 +51,9 @@ from slm.tracking import mlflow_client, registry
 def build(
     model, defaults: dict, limits: Limits | None = None, api_key: str = "", host_names: Iterable[str] = ()
 ) -> FastAPI:
-    """The application over a loaded chat model; `defaults` are the parameters for requests that don't give theirs.
+    """The application for a loaded chat model. `defaults` are the parameters that a request does not give.
 
-    `api_key` may hold several keys, separated by commas. `host_names` are served beside those of loopback.
+    `api_key` may hold several keys, separated by commas. The server answers to loopback's names and to `host_names`.
 
     Raises:
         BadInput: the model can't keep several keys' prompts apart, or `api_key` holds no key.
@@ -130,7 +131,7 @@ def build(
             row = asked.row(model.name, limits)
             try:
                 exchange.rows = await asyncio.to_thread(model.prepare, row, defaults)
-            except ValueError as refusal:  # Refused, of the logged model's own copy of slm.chat_model
+            except ValueError as refusal:  # Refused, from the copy of slm.chat_model in the logged model
                 raise ApiError(400, str(refusal)) from None
             for prepared in exchange.rows:
                 prepared.tenant = request.state.tenant
@@ -150,7 +151,7 @@ def build(
 
 
 class Exchange:
-    """One request from its arrival to its end, however it ends: counted once, and its place freed."""
+    """One request from its arrival to its end. After any end, it is counted once and leaves the batch."""
 
     def __init__(self, worker: Worker, request: Request):
         self.worker, self.request = worker, request
@@ -168,14 +169,14 @@ class Exchange:
     async def _until_the_client_goes(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
-        self.worker.drop(self.ticket)  # at once: a stream that waits to send would notice late
+        self.worker.drop(self.ticket)  # at once, because a stream that waits to send would notice late
         self.ticket.events.put_nowait(ApiError(499, "the client has gone", "client_gone"))
 
     async def news(self) -> AsyncIterator[tuple[int, str, str]]:
-        """(choice, new text, finish reason or "") as they come, until all texts have ended.
+        """Yields (choice, new text, finish reason or "") until all texts have ended.
 
         Raises:
-            ApiError: time was up, the client went, the model failed or the server stops.
+            ApiError: the time is up, the client disconnected, the model failed or the server stops.
         """
         outcome, metrics = "cancelled", self.worker.metrics
         places = {id(row): place for place, row in enumerate(self.rows)}
@@ -207,9 +208,9 @@ class Exchange:
 async def read_body(request: Request, limits: Limits) -> bytes:
     """
     Raises:
-        ApiError: the body is no JSON by its type, too long or too slow.
+        ApiError: the Content-Type is not JSON, or the body is too long or too slow.
     """
-    # a page in a browser may send text/plain to any address without being asked first, but not this
+    # a browser lets a page send text/plain to any address without a preflight request, but not JSON
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "Content-Type must be application/json")
     body = bytearray()
@@ -225,7 +226,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 
 
 async def server_sent_events(model, exchange: Exchange, with_usage: bool) -> AsyncIterator[str]:
-    """A stream's chunks. All n choices get theirs, also where one text serves them all."""
+    """The chunks of a stream. Each of the n choices gets chunks, even if one text serves several choices."""
     head = model.head("chat.completion.chunk") | ({"usage": None} if with_usage else {})
     n = exchange.rows[0].sampling.n
     copies = n // len(exchange.rows)
@@ -259,10 +260,10 @@ def _event(content: dict) -> str:
 
 
 def load(uri: str, trust_code: bool = False) -> tuple[object, dict]:
-    """The wrapper that `uri` names, and the parameters it was logged with.
+    """The wrapper of the model that `uri` names, and the parameters that were logged with the model.
 
     Raises:
-        BadInput: it is none of this project's chat models, its files were changed, or its code isn't trusted.
+        BadInput: this project did not log it as a chat model, its files were changed, or its code isn't trusted.
     """
     mlflow = mlflow_client.quiet_mlflow()
     uri = registry.resolve(uri, trust_code)

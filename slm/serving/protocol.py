@@ -1,4 +1,4 @@
-"""OpenAI's chat API as this server takes it: requests, errors, keys and host names."""
+"""The part of OpenAI's chat API that this server accepts: requests, errors, keys and host names."""
 
 import ipaddress
 import re
@@ -12,14 +12,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from slm.base import strict_json
 from slm.base.errors import BadInput
 
-PROMPT_TOKENS = 8  # of a prompt, computed in the time of one generated token
-SECONDS_PER_TOKEN = 0.02  # of a machine of one's own, for the order of the queue
+PROMPT_TOKENS = 8  # prompt tokens that the model reads in the time of one generated token
+SECONDS_PER_TOKEN = 0.02  # on a machine with one client, for the order of the queue
 MOST_STOPS = 16
-LOOPBACK = ("localhost",)  # beside loopback's addresses
-WILDCARDS = ("0.0.0.0", "::")  # addresses to listen at that stand for all of a machine's addresses
+LOOPBACK = ("localhost",)  # in addition to loopback's addresses
+WILDCARDS = ("0.0.0.0", "::")  # each stands for all addresses of a machine
 METRICS_TYPE = prometheus_client.CONTENT_TYPE_LATEST
-STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would collect the events otherwise
-# OpenAI's fields that this model doesn't have, and the values that ask for nothing
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # without the second, nginx buffers events
+# OpenAI's fields that this model lacks, and the values that have no effect
 IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
 NEUTRAL = {
     "frequency_penalty": (0,),
@@ -37,17 +37,17 @@ NEUTRAL = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server takes on; past these a request is refused."""
+    """The limits of one server. Beyond a limit, a request is refused."""
 
-    waiting: int = 64  # texts that wait for a batch; more are answered 429
-    seconds: float = 300.0  # from a request's arrival to its last token; then 504
-    max_tokens: int = 4096  # that one request may ask for
+    waiting: int = 64  # texts that wait for a batch. Further texts get 429
+    seconds: float = 300.0  # from a request's arrival to its last token. Later, the answer is 504
+    max_tokens: int = 4096  # the most that one request may set
     body_bytes: int = 2**20
-    body_seconds: float = 20.0  # in which a request's body must have arrived
+    body_seconds: float = 20.0  # for a request's whole body to arrive
 
 
 class ApiError(Exception):
-    """A request that ends without its answer, in the shape of OpenAI's error object."""
+    """The error of a request without an answer, in the form of OpenAI's error object."""
 
     def __init__(self, status: int, message: str, type: str = "invalid_request_error", param=None, code=None):
         super().__init__(message)
@@ -55,13 +55,13 @@ class ApiError(Exception):
         self.content = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
     def response(self) -> JSONResponse:
-        # the openai client tries 429 and 5xx again: worth it when the queue was full, not when time was up
+        # the openai client repeats after 429 and 5xx. A repeat helps after a full queue, not after a timeout
         headers = {"Retry-After": "1"} if self.status == 429 else {"x-should-retry": "false"}
         return JSONResponse(self.content, self.status, headers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a request may say
+# What a request may contain
 
 
 class Message(BaseModel):
@@ -75,7 +75,7 @@ class Message(BaseModel):
         if self.role not in ("system", "developer", "user", "assistant"):
             raise ApiError(400, f"{where}.role: {self.role!r:.40} is none of system, user, assistant", param="messages")
         for name, value in self.model_extra.items():
-            if value and name != "name":  # clients send back what they got, empty fields included
+            if value and name != "name":  # clients send back the fields that they got, including empty fields
                 raise ApiError(400, f"{where}.{name} is not supported by this model", param="messages")
         parts = [{"type": "text", "text": self.content}] if isinstance(self.content, str) else self.content or []
         for part in parts:
@@ -94,7 +94,7 @@ class StreamOptions(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """The body of a request; ranges are checked by the model itself."""
+    """The body of a request. The model itself checks the ranges."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     model: str | None = None
@@ -113,7 +113,7 @@ class ChatRequest(BaseModel):
         """The request as a row of the model's input.
 
         Raises:
-            ApiError: it asks for what isn't served here.
+            ApiError: the request needs something that this server does not have.
         """
         if self.model and self.model != name:
             text = f"model: {self.model!r:.80} is not served here; {name!r} is"
@@ -138,11 +138,11 @@ class ChatRequest(BaseModel):
 def read_request(body: bytes) -> ChatRequest:
     """
     Raises:
-        ApiError: it is no JSON, or a field has a wrong type.
+        ApiError: the body is no strict JSON, or a field has a wrong type.
     """
     try:
         asked = ChatRequest.model_validate_json(body)
-        strict_json.parse(body.decode())  # of two equal keys the model above takes the last one without a word
+        strict_json.parse(body.decode())  # with two equal keys, the model above silently uses the last value
         return asked
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
@@ -154,14 +154,14 @@ def read_request(body: bytes) -> ChatRequest:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Who may ask
+# Who may send requests
 
 
 def read_keys(api_key: str) -> list[str]:
-    """The API keys in one text, separated by commas; an empty text holds none.
+    """The API keys in one text, separated by commas. An empty text holds no key.
 
     Raises:
-        BadInput: the text has commas and blanks alone, which would open the server to everybody.
+        BadInput: the text has only commas and blanks, which would open the server to everybody.
     """
     keys = list(dict.fromkeys(filter(None, map(str.strip, api_key.split(",")))))
     if api_key and not keys:
@@ -170,9 +170,9 @@ def read_keys(api_key: str) -> list[str]:
 
 
 def is_served(host: str, names: Iterable[str]) -> bool:
-    """Whether a Host header names this server: a loopback address, or one of `names`, as `host_name` writes them.
+    """Whether a Host header names this server: a loopback address, or one of `names` in the form of `host_name`.
 
-    Where `names` has a wildcard address, every numeric address is one of the server's own: rebinding needs a name.
+    If `names` has a wildcard address, every numeric address counts as the server's. DNS rebinding needs a name.
     """
     name = host_name(host)
     if name in names:
@@ -185,9 +185,9 @@ def is_served(host: str, names: Iterable[str]) -> bool:
 
 
 def host_name(text: str) -> str:
-    """A host name or address without its port, in the one form in which hosts are compared."""
+    """A host name or address without its port, in the form that comparisons use."""
     text = text.strip().lower()
-    if text.count(":") == 1 or "]" in text:  # else the colons are those of an IPv6 address
+    if text.count(":") == 1 or "]" in text:  # else the colons belong to an IPv6 address
         text = re.sub(r":\d*$", "", text)
     name = text.removeprefix("[").removesuffix("]").removesuffix(".")
     try:
@@ -197,7 +197,7 @@ def host_name(text: str) -> str:
 
 
 class ServedNames:
-    """ASGI middleware: a request under another host name is answered 421, whatever it asks for."""
+    """ASGI middleware: any request under another host name gets 421."""
 
     def __init__(self, app, names: Iterable[str]):
         self.app = app

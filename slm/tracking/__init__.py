@@ -1,5 +1,5 @@
-"""What is read from and written to MLflow? The life of a run, datasets, metrics, tags, registered versions, aliases.
+"""What does this project read from MLflow and write to it? Runs, datasets, metrics, tags, versions, aliases.
 
 This room imports `answers` and the rooms below.
-Start with `lifecycle.py`; aliases move in `registry.py`.
+Start with `lifecycle.py`. `registry.py` moves aliases.
 """

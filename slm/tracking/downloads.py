@@ -26,6 +26,7 @@ from urllib.parse import unquote, urlsplit
 
 from slm.base import environment
 from slm.base.errors import BadInput, Unavailable, exhausted
+from slm.base.wording import one_line
 from slm.prompts.readers import FILE_BYTES
 from slm.tracking import mlflow_client
 
@@ -33,7 +34,7 @@ URI_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
 SECONDS = 600
 REDIRECTS = 5
 POLL = 0.05  # seconds between two looks at the folder
-TIMEOUTS = (10, 60)  # seconds until a web server is connected, and between two of its bytes
+TIMEOUTS = (10, 60)  # seconds for the connection to a web server, and between two of its bytes
 TOO_LARGE = "too large"
 ROOM = 4 * 2**30  # bytes of memory, MLflow's libraries among them
 
@@ -66,7 +67,7 @@ def _downloaded(uri: str, scratch: Path, limit: int, seconds: float) -> Path:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(environment.REPOSITORY), os.environ.get("PYTHONPATH")])),
         "TMPDIR": str(scratch),
     }
-    # -P: the working folder may hold an slm of its own. The pipe's end tells the process that this one has ended.
+    # -P: the working folder may hold another slm. The child sees from the closed pipe that this process has ended.
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "slm.tracking.downloads", uri, str(scratch), str(limit)],
         env=os.environ | variables,
@@ -116,7 +117,7 @@ def _size(folder: Path) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In the process of its own
+# In the child process
 
 
 def main(uri: str, folder: str, limit: str) -> None:
@@ -128,7 +129,7 @@ def main(uri: str, folder: str, limit: str) -> None:
     try:
         print(json.dumps({"path": _fetched(uri, Path(folder))}))
     except Exception as error:
-        text = " ".join(str(error).split())[:500] or type(error).__name__
+        text = one_line(error)
         ours = isinstance(error, Unavailable) or mlflow_client.is_infrastructure(error)
         reason = exhausted(error)
         print(json.dumps({"error": reason or text, "unavailable": bool(reason) or ours}))
@@ -146,7 +147,7 @@ def _limit_files(limit: int) -> None:
 
         signal.signal(signal.SIGXFSZ, _say_too_large)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        resource.setrlimit(resource.RLIMIT_AS, (ROOM, ROOM))  # an answer that is no file never ends either
+        resource.setrlimit(resource.RLIMIT_AS, (ROOM, ROOM))  # an endless answer may fill the memory instead of a file
 
 
 def _say_too_large(number, frame) -> None:

@@ -1,15 +1,15 @@
-"""What earlier runs of an experiment measured on the same prompts."""
+"""Finds the results of an experiment's earlier runs on the same prompts."""
 
 from dataclasses import dataclass
 
 from slm.tracking.mlflow_client import quiet_mlflow
 
-HISTORY = 50  # earlier runs that a report looks back on
+HISTORY = 50  # the most earlier runs that a report shows
 
 
 @dataclass(frozen=True)
 class Point:
-    """What an earlier run of the same prompts and model found for one metric."""
+    """One metric of an earlier run with the same prompts and model name."""
 
     run_id: str
     start: float  # seconds since 1970, UTC
@@ -21,9 +21,9 @@ class Point:
 
 
 def history(prompts_sha256: str, model_name: str, names) -> dict[str, tuple]:
-    """What earlier finished runs of this experiment found for the same prompts and model name, the oldest first.
+    """The results of this experiment's finished runs with the same prompts and model name, the oldest first.
 
-    Returns Points by scorer. The children of the active run are left out.
+    Returns Points by scorer. The child runs of the active run are left out.
     """
     mlflow = quiet_mlflow()
     parent = mlflow.active_run()

@@ -1,8 +1,8 @@
-"""The run: opened, logged to, and ended in the right state, whatever happens. MLflow is called here.
+"""Opens a run, logs its parameters, and ends the run in the right state after success, failure or a stop.
 
-An entry point's story runs inside `exit_code`, which turns every way of ending into the exit codes of the README and
-leaves the run FINISHED, FAILED (with the reason in its `error` tag) or KILLED. MLflow is imported by the functions
-that need it, so that `--help` and a typo answer at once.
+An entry point's story runs inside `exit_code`, which gives each kind of end an exit code. docs/reading-results.md
+lists the codes. A run ends as FINISHED, FAILED or KILLED. For FAILED and KILLED, the `error` tag has the reason. Only
+the functions that need MLflow import it. So `--help` and a typo get their output at once.
 """
 
 import os
@@ -14,17 +14,18 @@ from slm.base import cache, console, credentials, environment, stopping
 from slm.base.errors import BadInput, Unavailable, exhausted
 from slm.base.parameters import Parameters
 from slm.base.stopping import Stopped
+from slm.base.wording import one_line
 from slm.tracking import runs, store
-from slm.tracking.mlflow_client import _one_line, _or_found, is_infrastructure, quiet_mlflow
+from slm.tracking.mlflow_client import _or_found, is_infrastructure, quiet_mlflow
 
 VERDICT_CODES = {"none": 0, "pass": 0, "regress": 3, "inconclusive": 5}
-# with a store that failed, and was waited for once already: with MLflow's own patience each call takes minutes
+# for calls to a store that may have failed: with MLflow's own retries, each call takes minutes
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
 _open_runs: list[str] = []
 
 
 def exit_code(story: Callable[[], str]) -> int:
-    """Runs an entry point's story, which returns the gate's verdict, and gives the exit code of how it ended."""
+    """Runs an entry point's story, which returns the verdict of the gate. Returns the exit code for its end."""
     try:
         with stopping.listening(_end_open_runs):
             return VERDICT_CODES[story()]
@@ -40,7 +41,7 @@ def exit_code(story: Callable[[], str]) -> int:
         reason = exhausted(error)
         if not reason and not is_infrastructure(error) and not type(error).__module__.startswith("mlflow"):
             raise
-        line = reason or f"{type(error).__name__}: {_one_line(error)}"
+        line = reason or f"{type(error).__name__}: {one_line(error)}"
         _print_error(line)
         _end_waiting_run("FAILED", line)
         return Unavailable.exit_code
@@ -48,14 +49,14 @@ def exit_code(story: Callable[[], str]) -> int:
 
 @contextmanager
 def run(name: str, args: Parameters) -> Iterator["object"]:
-    """The MLflow run of this process: the one `mlflow run` made, or a new one. Ended on the way out."""
+    """The MLflow run of this process: the run that `mlflow run` made, or a new run. The block's end ends the run."""
     mlflow = quiet_mlflow()
     cache.check()
     store.check(mlflow)
     made_by_mlflow = "MLFLOW_RUN_ID" in os.environ
     client = mlflow.MlflowClient()
     words = {"run_name": None if made_by_mlflow else name, "tags": runs.tags()}
-    # the experiment of MLFLOW_EXPERIMENT_NAME is made here, where it isn't there
+    # this call makes the experiment of MLFLOW_EXPERIMENT_NAME if it does not exist
     started = _or_found(lambda: mlflow.start_run(**words), "RESOURCE_ALREADY_EXISTS")
     limit = stopping.within(args.timeout)
     with _ending(started) as active, limit, runs.signs_of_life(client, active.info.run_id):
@@ -73,14 +74,14 @@ def run(name: str, args: Parameters) -> Iterator["object"]:
 
 @contextmanager
 def child_run(name: str) -> Iterator["object"]:
-    """A run below the active one, for one scored model."""
+    """A child run of the active run, for one scored model."""
     with _ending(quiet_mlflow().start_run(run_name=name, nested=True, tags=runs.tags())) as active:
         yield active
 
 
 @contextmanager
 def _ending(active) -> Iterator["object"]:
-    """Ends a run in the state that what happened in it asks for (MLflow's own context knows no KILLED)."""
+    """Ends a run as FINISHED, FAILED or KILLED. MLflow's own context manager never sets KILLED."""
     import mlflow
 
     run_id = active.info.run_id
@@ -88,10 +89,10 @@ def _ending(active) -> Iterator["object"]:
     try:
         yield active
     except BaseException as error:
-        status, reason = "FAILED", exhausted(error) or _one_line(error)
+        status, reason = "FAILED", exhausted(error) or one_line(error)
         if isinstance(error, Stopped):
             status, reason = "KILLED", f"stopped by {error}"
-        with environment.variables(PATIENCE):  # the error is told, whatever the store says to its tag
+        with environment.variables(PATIENCE):  # the error is raised even if the store refuses the tag
             with suppress(Exception):
                 mlflow.MlflowClient().set_tag(run_id, "error", credentials.scrubbed(reason))
             with suppress(Exception):
@@ -104,7 +105,7 @@ def _ending(active) -> Iterator["object"]:
 
 
 def _end_open_runs(reason: str) -> None:
-    """Ends what is open as KILLED, from whatever thread."""
+    """Ends all open runs as KILLED. Any thread may call this function."""
     client = quiet_mlflow().MlflowClient()
     with environment.variables(PATIENCE):
         for run_id in reversed(_open_runs):
@@ -114,11 +115,11 @@ def _end_open_runs(reason: str) -> None:
 
 
 def _end_waiting_run(status: str, reason: str) -> None:
-    """Ends the run that `mlflow run` made for us, where the story ended before it was opened."""
+    """Ends the run that `mlflow run` made for this process, also if the story ended before it opened the run."""
     run_id = os.environ.get("MLFLOW_RUN_ID")
     if not run_id:
         return
-    # the reason may be that the store can't be reached; the exit code stands
+    # the store may be out of reach; the exit code stays the same
     with environment.variables(PATIENCE), suppress(Exception):
         client = quiet_mlflow().MlflowClient()
         _scrub(client, client.get_run(run_id))
@@ -127,7 +128,7 @@ def _end_waiting_run(status: str, reason: str) -> None:
 
 
 def _scrub(client, run) -> None:
-    """Takes a git URL's token out of the tags that `mlflow run` wrote; it keeps it in mlflow.source.name."""
+    """Removes secrets from a run's tags. `mlflow run` writes a git URL with its token into mlflow.source.name."""
     for name, value in run.data.tags.items():
         if credentials.held_by(value):
             client.set_tag(run.info.run_id, name, credentials.scrubbed(value))

@@ -1,4 +1,4 @@
-"""MLflow itself: imported quietly, asked for files, and its failures told apart."""
+"""Imports MLflow without its noise, downloads files, and separates infrastructure failures from other errors."""
 
 import logging
 import os
@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slm.base.errors import BadInput, exhausted
+from slm.base.wording import one_line
 
 
 def _or_found(make: Callable, error_code: str):
-    """What `make` gives, asked twice where another run was first: MLflow looks, makes what isn't there, and fails."""
+    """The result of `make`, which is called again after `error_code`: two runs may create the same thing at once."""
     import mlflow
 
     try:
@@ -23,9 +24,9 @@ def _or_found(make: Callable, error_code: str):
 
 
 def quiet_mlflow():
-    """mlflow, without the lines that say nothing to this project's users, and bars on a terminal alone."""
+    """MLflow without warnings that do not help users. Progress bars appear only on a terminal."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", str(sys.stderr.isatty()))
-    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")  # MLflow's own default lets any model in
+    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")  # MLflow's default loads any pickle
     import mlflow
 
     warnings.filterwarnings("ignore", message="(?s).*interpreted in multiple ways")
@@ -36,10 +37,10 @@ def quiet_mlflow():
 
 
 def download(uri: str) -> Path:
-    """A local path for a file or folder that MLflow can download.
+    """A local path of a file or folder that MLflow can download.
 
     Raises:
-        BadInput: there is nothing.
+        BadInput: the URI names nothing that can be downloaded.
     """
     mlflow = quiet_mlflow()
     try:
@@ -47,17 +48,17 @@ def download(uri: str) -> Path:
     except Exception as error:
         if is_infrastructure(error) or exhausted(error):
             raise
-        raise BadInput(f"{uri} can't be downloaded: {_one_line(error)}") from None
+        raise BadInput(f"{uri} can't be downloaded: {one_line(error)}") from None
 
 
 def address() -> tuple[str, str]:
-    """The tracking server, and the experiment as it was named: what can be known before a run is opened."""
+    """The tracking server's URI and the experiment's id or name, before a run is opened. "" if no variable names it."""
     named = os.environ.get("MLFLOW_EXPERIMENT_ID") or os.environ.get("MLFLOW_EXPERIMENT_NAME", "")
     return quiet_mlflow().get_tracking_uri(), named
 
 
 def is_infrastructure(error: Exception) -> bool:
-    """Whether a server, a store or the network failed, and not what the user gave or this program did."""
+    """Whether a server, a store or the network failed. False for a user's mistake or a bug of this program."""
     import requests
 
     if isinstance(error, requests.exceptions.RequestException | ConnectionError):
@@ -72,7 +73,3 @@ def is_infrastructure(error: Exception) -> bool:
         )
         return temporary or text.startswith("API request to") or "Max retries exceeded" in text
     return False
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Logged models and registered versions: found, described, tagged, and given an alias."""
+"""Finds and describes logged models and registered versions. Sets the tags and aliases of versions."""
 
 import re
 from collections.abc import Iterator
@@ -8,14 +8,15 @@ from pathlib import Path
 from slm.answers import endpoints
 from slm.base.errors import BadInput, exhausted
 from slm.base.model_uri import registered_version
-from slm.tracking.mlflow_client import _one_line, download, is_infrastructure, quiet_mlflow
+from slm.base.wording import one_line
+from slm.tracking.mlflow_client import download, is_infrastructure, quiet_mlflow
 
 
 @contextmanager
 def local_copy(uri: str) -> Iterator[Path | None]:
-    """A logged model's folder on this machine, None for an endpoint.
+    """A logged model's folder on this machine. None for an endpoint.
 
-    A copy is removed again, once the model is loaded from it; a folder of a store on this machine is not.
+    The end of the block removes a downloaded copy. A folder of a store on this machine stays.
     """
     import tempfile
 
@@ -23,7 +24,7 @@ def local_copy(uri: str) -> Iterator[Path | None]:
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="phi3-mlflow-") as scratch:
-        before, tempfile.tempdir = tempfile.tempdir, scratch  # where MLflow puts copies, and nothing else
+        before, tempfile.tempdir = tempfile.tempdir, scratch  # MLflow puts its copies there
         try:
             folder = download(uri)
         finally:
@@ -32,13 +33,13 @@ def local_copy(uri: str) -> Iterator[Path | None]:
 
 
 def resolve(uri: str, trust_code: bool = False) -> str:
-    """A model URI frozen: an alias becomes the version it points at now. Only the model's description is read.
+    """Checks a model URI, and replaces an alias with its present version. Reads descriptions, and loads no model.
 
-    An endpoint is asked for one token, and its URI gets the model's name. Code that was logged with a model is let in
-    where `trust_code` says so.
+    An endpoint must generate one token, and its URI gets the model's name. `trust_code` accepts code that was logged
+    with a model and that this project does not know.
 
     Raises:
-        BadInput: there is no such model, version or alias, or it can't be asked.
+        BadInput: there is no such model, version or alias, or the model can't be used.
         Unavailable: an endpoint does not answer, or refuses the key.
     """
     if endpoints.is_endpoint(uri):
@@ -56,7 +57,7 @@ def resolve(uri: str, trust_code: bool = False) -> str:
     except Exception as error:
         if is_infrastructure(error) or exhausted(error):
             raise
-        raise BadInput(f"{uri}: there is no such model: {_one_line(error)}") from None
+        raise BadInput(f"{uri}: there is no such model: {one_line(error)}") from None
     if state != "READY":
         raise BadInput(f"{uri} is {state}: its logging never came to an end; log it again")
     wrappers.check(uri, described, trust_code, lambda: _file_of(uri, wrappers.FILE))
@@ -74,14 +75,14 @@ def _file_of(uri: str, name: str) -> bytes:
         except Exception as error:
             if is_infrastructure(error) or exhausted(error):
                 raise
-            raise BadInput(f"{uri} has no {name}: {_one_line(error)}") from None
+            raise BadInput(f"{uri} has no {name}: {one_line(error)}") from None
         return Path(found).read_bytes()
 
 
 def recorded_manifests(uri: str) -> tuple[str, ...]:
-    """The hashes of a logged model's manifest that registry and tracking server keep, out of its folder's reach.
+    """The hashes of a logged model's manifest that the registry and the tracking server keep outside its folder.
 
-    Models that were logged by others have none until they have been evaluated as a registered version.
+    A model that another program logged has no hash until it was evaluated as a registered version.
     """
     from mlflow.exceptions import MlflowException
 
@@ -107,21 +108,21 @@ def recorded_manifests(uri: str) -> tuple[str, ...]:
     except MlflowException as error:
         if is_infrastructure(error) or logged:
             raise
-    return tuple(dict.fromkeys(filter(None, found)))  # a folder may be that of another server's model
+    return tuple(dict.fromkeys(filter(None, found)))  # a model on this machine may belong to another server
 
 
 def _state(uri: str) -> str:
-    """READY, or what else MLflow says of a model; the registry calls a version READY whose model is not."""
+    """The state of a logged model in MLflow. The registry says READY even for a version whose model is not READY."""
     mlflow = quiet_mlflow()
     version = registered_version(uri)
-    if version:  # over HTTP a version has no model_id
+    if version:  # over HTTP, MLflow gives no model_id for a version
         uri = mlflow.MlflowClient().get_model_version(*version).source or ""
     model_id = re.fullmatch(r"models:/(m-[0-9a-f]+)", uri)
     return str(mlflow.get_logged_model(model_id[1]).status) if model_id else "READY"
 
 
 def _model_of_run(client, uri: str) -> str | None:
-    """The id of the LoggedModel that `runs:/RUN_ID/name` names, as the tracking server has it; None where none."""
+    """The id of the newest LoggedModel that `runs:/RUN_ID/name` names on the tracking server. None if there is none."""
     run_id, _, name = uri.removeprefix("runs:/").partition("/")
     outputs = client.get_run(run_id).outputs
     models = [client.get_logged_model(output.model_id) for output in (outputs.model_outputs if outputs else ())]
@@ -130,13 +131,13 @@ def _model_of_run(client, uri: str) -> str | None:
 
 
 def version_source(uri: str) -> str:
-    """What a registered version was made of (a number may be given again); "" for any other URI."""
+    """The source URI of a registered version; "" for any other URI. The registry may reuse a version's number."""
     version = registered_version(uri)
     return quiet_mlflow().MlflowClient().get_model_version(*version).source if version else ""
 
 
 def alias_version(name: str, alias: str) -> str:
-    """The version that an alias points at now; "" where there is none."""
+    """The version that an alias names now; "" if there is none."""
     mlflow = quiet_mlflow()
     try:
         return str(mlflow.MlflowClient().get_model_version_by_alias(name, alias).version)

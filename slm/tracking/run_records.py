@@ -1,4 +1,4 @@
-"""What is written into a run: dataset, metrics, tags, samples. And runs found by their tags."""
+"""Writes the dataset, metrics, tags and samples of a run. Finds other runs by their tags."""
 
 import os
 
@@ -7,7 +7,7 @@ from slm.tracking.mlflow_client import _or_found, quiet_mlflow
 
 
 def log_dataset(prompt_set):
-    """The prompt set as an MLflow dataset, an input of the active run."""
+    """Logs the prompt set as an MLflow dataset, an input of the active run. Returns the dataset."""
     import json
 
     import pandas as pd
@@ -26,15 +26,15 @@ def log_dataset(prompt_set):
     ]
     frame = pd.DataFrame(rows).astype("string").fillna("").astype(object)
     source = prompt_set.source
-    if source.startswith(("runs:/", "models:/")):  # these MLflow downloads, and has no kind of dataset source for
+    if source.startswith(("runs:/", "models:/")):  # MLflow downloads these URIs, but has no dataset source for them
         source = CodeDatasetSource({"prompts": source})
     dataset = mlflow.data.from_pandas(frame, source=source, name=prompt_set.name)
-    _or_found(lambda: mlflow.log_input(dataset, context="evaluation"), "BAD_REQUEST")  # of the database, by its rules
+    _or_found(lambda: mlflow.log_input(dataset, context="evaluation"), "BAD_REQUEST")  # from the database's rules
     return dataset
 
 
 def log_scored(scored, dataset, tags: dict[str, str]) -> None:
-    """A scored model's metrics, tags and samples into the active run, linked to the model and to the dataset."""
+    """Logs a scored model's metrics, tags and samples to the active run. Metrics link to the model and the dataset."""
     mlflow = quiet_mlflow()
     mlflow.log_metrics(scored.metrics, model_id=scored.model.model_id, dataset=dataset)
     mlflow.set_tags(tags)
@@ -42,7 +42,7 @@ def log_scored(scored, dataset, tags: dict[str, str]) -> None:
 
 
 def runs_with(tags: dict[str, str], status: str = "") -> list:
-    """Other runs of the active run's experiment that have these tags, the newest first. No value may hold a quote."""
+    """Other runs with these tags in the active run's experiment, the newest first. No tag value may hold a quote."""
     mlflow = quiet_mlflow()
     own = mlflow.active_run().info
     wanted = [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
@@ -58,7 +58,7 @@ def tag_active_run(tags: dict[str, str]) -> None:
 
 
 def tag_waiting_run(tags: dict[str, str]) -> None:
-    """Tags the run that `mlflow run` made for us, where it did, and leaves its ending to it."""
+    """Tags the run that `mlflow run` made for this process, if there is one. Does not end the run."""
     run_id = os.environ.get("MLFLOW_RUN_ID")
     for key, value in tags.items() if run_id else ():
         quiet_mlflow().MlflowClient().set_tag(run_id, key, value)

@@ -1,12 +1,13 @@
-"""The life of runs: each says which process it belongs to, and the next start ends those whose process is gone.
+"""The life of runs: each run names its process, and the next start ends the runs whose process is gone.
 
-kill -9, a full memory and a power cut leave a run RUNNING for ever. So a run's tags hold its process (`process`) and
-when that was last alive (`process.seen`, renewed while it lives). On the same machine, since the same boot, the process
-itself is looked for; of any other only silence tells. A run whose process lives is never ended: where the system won't
-say, the process lives.
+kill -9, full memory and a power cut leave a run RUNNING forever. So each run has two tags. `process` names the run's
+process. `process.seen` is the time of its last heartbeat, and is renewed while the process lives. If the process
+belongs to the same machine and the same boot, this module looks for the process itself. For any other process, only
+the time since the last heartbeat counts. A run whose process lives is never ended. If the system does not say whether
+a process lives, the process counts as alive.
 
-Not covered: a run whose process was stopped or cut off for longer than SILENT on another machine is taken for gone;
-where it goes on, it ends its run as it would have.
+Not covered: a process on another machine that is stopped or cut off for longer than SILENT. The process counts as
+gone. If the process continues, it ends its run as usual.
 """
 
 import datetime
@@ -20,17 +21,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 PROCESS, SEEN = "process", "process.seen"
-BEAT = 300  # seconds between two signs of life
-SILENT = 3600  # seconds after which a process elsewhere is taken for gone
-UNSTARTED = 24 * 3600  # seconds that `mlflow run` has, from its run to our process: it builds an environment in between
+BEAT = 300  # seconds between two heartbeats
+SILENT = 3600  # seconds without a heartbeat after which a process on another machine counts as gone
+UNSTARTED = 24 * 3600  # seconds from `mlflow run`'s new run to our process. It builds an environment in between
 
 
 @dataclass(frozen=True)
 class Process:
     host: str
-    boot: str  # the machine's boot and the PID namespace, outside of which a PID means nothing; "" where unknown
+    boot: str  # the boot and the PID namespace, because a PID is unique only there; "" if unknown
     pid: int
-    start: int  # clock ticks since the boot: a PID is given again, the pair is not
+    start: int  # clock ticks since the boot. The system reuses a PID, but not the pair of both
 
 
 def this_process() -> Process:
@@ -42,13 +43,13 @@ def this_process() -> Process:
 
 
 def tags() -> dict[str, str]:
-    """What a run of this process is marked with."""
+    """The tags that name this process in its runs."""
     return {PROCESS: json.dumps(asdict(this_process())), SEEN: _iso(_now())}
 
 
 @contextmanager
 def signs_of_life(client, run_id: str) -> Iterator[None]:
-    """Renews a run's `process.seen` while the block goes on; a store that doesn't answer is asked again next time."""
+    """Renews a run's `process.seen` every BEAT seconds during the block. After a failure, the next beat tries again."""
     over = threading.Event()
 
     def beat():
@@ -64,14 +65,14 @@ def signs_of_life(client, run_id: str) -> Iterator[None]:
 
 
 def end_abandoned(client, own) -> list[str]:
-    """Sets FAILED what earlier processes left RUNNING in the experiment of the run `own`; gives those runs' ids.
+    """Sets abandoned RUNNING runs in the experiment of the run `own` to FAILED. Returns the ids of these runs.
 
-    One search, and for a run that is to be ended one more look, since it may have ended in the meantime.
+    One search finds the runs. Each run is read again before it is ended, because it may have ended meanwhile.
     """
     running = client.search_runs([own.info.experiment_id], "attributes.status = 'RUNNING'", max_results=1000)
     here, ended = this_process(), []
     for run_id, reason, seen in abandoned(running, own, here, _now()):
-        with suppress(Exception):  # another user's run, which may not be ours to end
+        with suppress(Exception):  # another user's run, which this user may not be allowed to end
             found = client.get_run(run_id)
             if found.info.status != "RUNNING" or _seen(found) > seen:
                 continue
@@ -83,8 +84,8 @@ def end_abandoned(client, own) -> list[str]:
 
 
 def abandoned(running, own, here: Process, now: float) -> list[tuple[str, str, float]]:
-    """Those of the RUNNING runs whose process is gone: (run id, reason, last sign of life in seconds since 1970)."""
-    signs: dict[Process, float] = {}  # by process: a child is alive while its parent gives signs
+    """The RUNNING runs whose process is gone: (run id, reason, last heartbeat in seconds since 1970)."""
+    signs: dict[Process, float] = {}  # by process: a heartbeat of the parent run counts for its child runs too
     for run in running:
         process = process_of(run)
         if process:
@@ -103,7 +104,7 @@ def abandoned(running, own, here: Process, now: float) -> list[tuple[str, str, f
 
 
 def process_of(run) -> Process | None:
-    """The process that a run's tag names; None for a run that is not ours."""
+    """The process that a run's tag names. None if the run has no valid `process` tag."""
     try:
         process = Process(**json.loads(run.data.tags[PROCESS]))
     except (KeyError, TypeError, ValueError):
@@ -113,7 +114,7 @@ def process_of(run) -> Process | None:
 
 
 def gone(process: Process, here: Process, silence: float) -> str:
-    """Why a process is taken for gone; "" where it is not. `silence` is in seconds since its last sign of life."""
+    """The reason why a process counts as gone; "" if it does not. `silence` is in seconds since its last heartbeat."""
     ended = f"its process ended without a word (kill -9, out of memory, power): {process.pid} on {process.host}"
     if here.boot and (process.host, process.boot) == (here.host, here.boot):
         return "" if _lives(process) else ended
@@ -126,23 +127,23 @@ def _lives(process: Process) -> bool:
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):
-        pass  # another user's, or no PID at all
+        pass  # the process belongs to another user, or the number is no PID
     found = _stat(process.pid)
     return found is None or (found[0] not in "ZX" and found[1] == process.start)
 
 
 def _stat(pid: int) -> tuple[str, int] | None:
-    """State and start of a process, from /proc; None where that can't be read."""
+    """State and start of a process, from /proc. None if /proc can't be read."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    fields = text.rpartition(")")[2].split()  # the name before may hold anything
+    fields = text.rpartition(")")[2].split()  # the name before it may hold any character
     return fields[0], int(fields[19])
 
 
 def _never_came(run, own, now: float) -> bool:
-    """Whether a run is of this project, and `mlflow run` died between making it and starting the entry point."""
+    """Whether `mlflow run` made this run for this project, and ended before it started the entry point."""
     ours, theirs = own.data.tags, run.data.tags
     source = "mlflow.source.name"
     same = "mlflow.project.entryPoint" in theirs and PROCESS not in theirs and theirs.get(source) == ours.get(source)

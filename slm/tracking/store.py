@@ -1,8 +1,9 @@
-"""First contact with the tracking store, so that whatever is wrong with it is one line, before anything is done.
+"""Checks the tracking store before a run does any work. Any fault of the store becomes an error of one line.
 
-MLflow makes the tables of a fresh sqlite file at its first use, and two processes that do so at once ruin the file;
-here they take turns. `mlflow run` uses the store before it starts an entry point: the README says what to do there.
-Databases with a server of their own are not locked: they are set up by `mlflow server` or `mlflow db upgrade`.
+MLflow creates the tables of a new sqlite file at the first use. Two processes that do so at once ruin the file. So
+this module lets one process at a time do so. `mlflow run` uses the store before it starts an entry point:
+docs/tracking-servers.md describes this case. This module does not lock databases that have a server.
+`mlflow server` or `mlflow db upgrade` sets up those databases.
 """
 
 import logging
@@ -14,15 +15,15 @@ from pathlib import Path
 from slm.base import credentials
 from slm.base.errors import BadInput, Unavailable
 
-LOCK_SECONDS = 300  # the tables take some 10 s
+LOCK_SECONDS = 300  # MLflow takes about 10 s to create the tables
 
 
 def check(mlflow) -> None:
-    """Asks the tracking store that MLflow's settings name for one experiment.
+    """Requests one experiment from the tracking store that MLflow's settings name.
 
     Raises:
-        BadInput: the URI is of no kind that MLflow or a plugin knows, or of one that MLflow refuses.
-        Unavailable: it doesn't answer, refuses the user, is of another MLflow's making, or can't be opened.
+        BadInput: neither MLflow nor a plugin knows this kind of URI, or MLflow refuses it.
+        Unavailable: the store doesn't answer, refuses the user, was made by another MLflow version, or can't be opened.
     """
     uri = mlflow.get_tracking_uri()
     shown = credentials.scrubbed(uri)
@@ -46,7 +47,7 @@ def _remedy(uri: str) -> str:
 
 @contextmanager
 def _alone(uri: str) -> Iterator[None]:
-    """Waits for its turn with an sqlite file."""
+    """Waits until no other process of this project opens the sqlite file. Other stores need no wait."""
     from sqlalchemy.engine import make_url
 
     file = make_url(uri).database if uri.startswith("sqlite") else None
@@ -63,7 +64,7 @@ def _alone(uri: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the pages that cloud libraries log while they look for credentials; the error says it in one line."""
+    """Hides the long logs of cloud libraries that look for credentials. The error gives the cause in one line."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

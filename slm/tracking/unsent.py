@@ -2,9 +2,9 @@
 
     python -m slm.tracking.unsent ~/.cache/phi3-mlflow/unsent/RUN_ID
 
-uploads metrics, tags and answers into the child run that they belong to, at the server that MLFLOW_TRACKING_URI names,
-ends that run, and removes the folder. The comparison and the reports of the run above it are not kept: the same command
-as before makes them again, and generates nothing, since its answers are kept.
+This command uploads metrics, tags and answers into their child run. MLFLOW_TRACKING_URI names the server. The command
+then ends the child run and removes the folder. The comparison and the reports of the parent run are not kept. To make
+them again, repeat the evaluation's command. The answers are kept, so the evaluation generates nothing.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from slm.tracking import lifecycle, mlflow_client
 
 @contextmanager
 def kept(run_id: str, scored, tags: dict[str, str]) -> Iterator[None]:
-    """Writes a scored model's results into the cache where the block, which sends them, can't.
+    """The block sends a scored model's results. If the server or the network fails, they are written into the cache.
 
     Raises:
-        Unavailable: with the command that uploads them.
+        Unavailable: the block failed. The message has the command that uploads the results.
     """
     try:
         yield
@@ -46,10 +46,10 @@ def kept(run_id: str, scored, tags: dict[str, str]) -> Iterator[None]:
 
 
 def upload(folder: Path) -> str:
-    """Sends what `kept` wrote, and removes it; gives the run's id.
+    """Sends the results that `kept` wrote into `folder`, and removes the folder. Returns the run's id.
 
     Raises:
-        BadInput: there is nothing of that kind.
+        BadInput: the folder holds no such results.
     """
     try:
         content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
