@@ -7,49 +7,18 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
-import urllib.request
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
+from support.commands import REPOSITORY, free_port, serving
+from support.questions import GENERATION
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub
 os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # no model logged here may need it
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-without_gpu = pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="a GPU is at hand")
 FAULTS = pytest.StashKey[dict[str, dict[str, str]]]()  # fault -> test -> outcome
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A command that ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def call(*command, cwd=REPOSITORY, timeout=600, **environment) -> Finished:
-    """Runs a command with this environment's programs first on PATH."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    full = os.environ | {"PATH": path} | environment
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=full, capture_output=True, text=True, timeout=timeout)
-    return Finished(done.returncode, done.stdout, done.stderr)
-
-
-def entry_point(name: str, *options: str, **environment) -> Finished:
-    return call(sys.executable, "-m", f"entrypoints.{name}", *options, **environment)
 
 
 class FaultTable:
@@ -144,42 +113,6 @@ def tracking(tmp_path, monkeypatch):
     mlflow.set_tracking_uri(None)
 
 
-@contextmanager
-def running(command: list[str], health: str, cwd: Path = REPOSITORY, output=None, end: int = 15, **environment):
-    """A server process, in a group of its own, from the moment it answers at `health`; the signal `end` stops it."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    full = os.environ | {"PATH": path} | environment
-    process = subprocess.Popen(command, cwd=cwd, env=full, stdout=output, stderr=output, start_new_session=True)
-    try:
-        for _ in range(600):
-            with suppress(OSError):
-                urllib.request.urlopen(health, timeout=1).close()
-                break
-            assert process.poll() is None, f"{command} ended with {process.poll()}"
-            time.sleep(0.2)
-        else:
-            raise AssertionError(f"{health} didn't answer within two minutes")
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, end)
-        process.wait(30)
-
-
-@contextmanager
-def serving(folder: Path, *options: str, port: int = 0, end: int = 15, **environment):
-    """A `mlflow server` on loopback, with its log and what it stores in `folder`; gives its URI, and stops it."""
-    port = port or free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # its workers would take the cores
-    uri = f"http://127.0.0.1:{port}"
-    with (
-        (folder / "log").open("w") as log,
-        running([*command, *options], f"{uri}/health", cwd=folder, output=log, end=end, **environment),
-    ):
-        yield uri
-
-
 @pytest.fixture(scope="session")
 def tracking_server(tmp_path_factory):
     """A `mlflow server` over HTTP, which stores artifacts itself; gives its URI."""
@@ -234,3 +167,52 @@ def git_server(tmp_path_factory):
     finally:
         os.killpg(daemon.pid, 15)
         daemon.wait(30)
+
+
+@pytest.fixture(scope="session")
+def wrappers(checkpoint, fp32_export, int8_export, int4_export, tmp_path_factory):
+    """The wrappers in one sqlite store, logged once: the store's URI, and the models' by name."""
+    import mlflow
+
+    from slm.models import model_logging
+
+    folder = tmp_path_factory.mktemp("wrappers")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    experiment = mlflow.create_experiment("wrappers", artifact_location=str(folder / "artifacts"))
+    with mlflow.start_run(experiment_id=experiment):
+        logged = {
+            "pipeline": model_logging.log_pipeline(checkpoint, GENERATION),
+            "onnx fp32": model_logging.log_onnx(fp32_export, "chat", GENERATION, "fp32"),
+            "onnx int8": model_logging.log_onnx(int8_export, "chat", GENERATION, "int8"),
+            "onnx int4": model_logging.log_onnx(int4_export, "chat", GENERATION, "int4"),
+            "onnx prompt": model_logging.log_onnx(int4_export, "prompt", GENERATION, "int4"),
+        }
+    mlflow.set_tracking_uri(None)
+    return uri, {name: info.model_uri for name, info in logged.items()}
+
+
+@pytest.fixture(scope="session")
+def loaded_wrappers(wrappers):
+    """The wrappers as MLflow loads them. A test that changes one puts it back."""
+    import mlflow
+
+    mlflow.set_tracking_uri(wrappers[0])
+    loaded = {name: mlflow.pyfunc.load_model(uri) for name, uri in wrappers[1].items()}
+    mlflow.set_tracking_uri(None)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def logged(wrappers):
+    """The wrappers' URIs, in the store that MLflow uses while the module's tests run."""
+    import mlflow
+
+    mlflow.set_tracking_uri(wrappers[0])
+    yield wrappers[1]
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture(scope="module")
+def models(logged, loaded_wrappers):
+    return loaded_wrappers

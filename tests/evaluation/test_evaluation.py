@@ -1,0 +1,214 @@
+"""`evaluate` on registered versions of a model whose skill is known: the gate, the alias, reuse, repeats, history."""
+
+import json
+import re
+import signal
+
+import pytest
+from support.commands import REPOSITORY
+from support.python_models import COPIER
+
+from entrypoints import evaluate
+
+PROMPTS = 300
+MOVE = "mlflow.MlflowClient().set_registered_model_alias('copier', 'champion', '3')"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store with versions of `copier`: 1 and 2 right on 9 of 10 prompts, 3 on 6, 4 as 1, but it moves the alias."""
+    import mlflow
+    from support.python_models import signature
+
+    folder = tmp_path_factory.mktemp("evaluation")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    experiment = mlflow.create_experiment("copiers", artifact_location=str(folder / "artifacts"))
+    for version, (skill, also) in enumerate([(9, "pass"), (9, "'again'"), (6, "pass"), (9, MOVE)], 1):
+        code = folder / f"model{version}.py"
+        code.write_text(COPIER.format(skill=skill, also=also), encoding="utf-8")
+        with mlflow.start_run(experiment_id=experiment):
+            mlflow.pyfunc.log_model(
+                name="copier",
+                python_model=str(code),
+                pip_requirements=[],
+                signature=signature(("string", "prompt", True)),
+                registered_model_name="copier",
+            )
+    rows = [
+        {"id": f"q{number}", "prompt": str(number), "expected": str(number), "scorers": ["exact_match"]}
+        for number in range(PROMPTS)
+    ]
+    prompts = folder / "numbers.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    yield uri, prompts
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture
+def run(store, tmp_path, monkeypatch, capsys):
+    """Runs `evaluate` on versions of copier; gives its exit code, what it printed, and its runs by label."""
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store[0])
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", tmp_path.name)
+    monkeypatch.setenv("PHI3_MLFLOW_CACHE", str(tmp_path / "cache"))
+    mlflow.set_tracking_uri(store[0])
+    mlflow.create_experiment(tmp_path.name, artifact_location=str(tmp_path / "artifacts"))
+    client = mlflow.MlflowClient()
+    client.set_registered_model_alias("copier", "champion", "1")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def evaluated(versions: str, **options):
+        uris = ",".join(f"models:/copier/{version}" for version in versions)
+        options = {"model_uris": uris, "prompts": store[1], "traces": "false", "trust_code": "true"} | options
+        code = evaluate.main([f"--{name}={value}" for name, value in options.items()])
+        out, err = capsys.readouterr()
+        found = re.search(r"run: (\w+)", out)
+        query = f"tags.`mlflow.parentRunId` = '{found[1] if found else ''}'"
+        children = client.search_runs([client.get_experiment_by_name(tmp_path.name).experiment_id], query)
+        return code, out + err, {child.info.run_name: child for child in children}
+
+    yield evaluated
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def champion() -> str:
+    import mlflow
+
+    return str(mlflow.MlflowClient().get_model_version_by_alias("copier", "champion").version)
+
+
+AGAINST_CHAMPION = {"baseline": "models:/copier@champion", "alias": "champion"}
+
+
+def gate(folder, text: str):
+    (folder / "gate.yaml").write_text(text)
+    return folder / "gate.yaml"
+
+
+def test_a_challenger_that_is_no_worse_becomes_the_champion_and_its_version_says_why(run, tmp_path):
+    import mlflow
+
+    code, out, _ = run("2", thresholds=gate(tmp_path, "score/mean: {max_drop: 0.05}"), **AGAINST_CHAMPION)
+    assert code == 0, out
+    assert "gate: pass" in out and "copier@champion is now version 2, was 1" in out
+    assert champion() == "2"
+    tags = mlflow.MlflowClient().get_model_version("copier", "2").tags
+    assert tags["gate"] == "pass"
+    assert tags["score"] == tags["score.exact_match"] == "0.90 [0.86, 0.93]"  # statsmodels: Wilson, 270 of 300
+    assert len(tags["prompts.sha256"]) == 64
+
+
+def test_one_that_got_worse_fails_and_the_alias_stays(run, tmp_path):
+    code, out, children = run("3", thresholds=gate(tmp_path, "score/mean: {max_drop: 0.05}"), **AGAINST_CHAMPION)
+    assert code == 3, out
+    assert "gate: regress" in out and "90 worse (q6, q7, q8, q16, q17, q18, …); 0 better" in out
+    assert champion() == "1"
+    child = children["models:/copier/3"]
+    assert child.data.tags["gate"] == "regress"
+    assert child.data.metrics["difference/exact_match/mean"] == pytest.approx(-0.3)
+    assert child.data.metrics["difference/exact_match/p_value_holm"] < 1e-20  # one scorer: as it was
+
+
+def test_too_few_prompts_are_inconclusive_with_the_number_that_it_takes(run, tmp_path, store):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(store[1].read_text().splitlines(keepends=True)[:20]))
+    thresholds = gate(tmp_path, "score/mean: {max_drop: 0.05}")
+    code, out, _ = run("2", prompts=few, thresholds=thresholds, **AGAINST_CHAMPION)
+    assert code == 5, out
+    assert re.search(r"it takes about [\d,]+ prompts", out)
+    assert champion() == "1"
+
+
+@pytest.mark.fault("process: the alias moved while the evaluation ran")
+def test_an_alias_that_somebody_moved_meanwhile_is_left_alone(run, tmp_path):
+    code, out, _ = run("4", thresholds=gate(tmp_path, "score/mean: {max_drop: 0.05}"), **AGAINST_CHAMPION)
+    assert code == 4
+    assert "copier@champion was 1 when this run began and is 3 now; version 4 passed and nothing was moved" in out
+    assert champion() == "3"
+
+
+def test_an_unchanged_run_reuses_all_answers_and_a_gate_on_speed_none(run, tmp_path):
+    told = "models:/copier/1: 300 of 300 answers are reused"
+    _, out, first = run("1")
+    assert told not in out
+    _, out, second = run("1")
+    assert told in out
+    same = ("score/mean", "latency_seconds/p50", "peak_memory_bytes")
+    first, second = ([child.data.metrics[name] for name in same] for [child] in (first.values(), second.values()))
+    assert first == second
+    _, out, _ = run("1", thresholds=gate(tmp_path, "latency_seconds/p95: {max: 60}"))
+    assert told not in out and "gate: pass" in out
+
+
+def test_peak_memory_is_that_of_the_runs_that_gave_the_answers(run, tmp_path, store, monkeypatch):
+    lines, file = store[1].read_text().splitlines(keepends=True), tmp_path / "some.jsonl"
+    for begin, end, own, found in ((0, 9, 900, 900), (9, 18, 200, 200), (12, 27, 100, 200), (3, 27, 50, 900)):
+        file.write_text("".join(lines[begin:end]))
+        monkeypatch.setattr("slm.answers.loading.peak_memory_bytes", lambda own=own: own)
+        [child] = run("1", prompts=file)[2].values()
+        assert child.data.metrics["peak_memory_bytes"] == found
+
+
+def test_several_models_are_each_compared_with_the_same_baseline(run, tmp_path):
+    thresholds = gate(tmp_path, "score/mean: {max_drop: 0.05}\nlatency_seconds/p50: {max_ratio: 1000}")
+    code, out, children = run("23", baseline="models:/copier/1", thresholds=thresholds)
+    assert code == 3, out
+    gates = {name: child.data.tags["gate"] for name, child in children.items()}
+    assert gates == {"models:/copier/2": "pass", "models:/copier/3": "regress", "models:/copier/1": "none"}
+    gaps = {name: child.data.metrics.get("difference/score/mean") for name, child in children.items()}
+    assert gaps == {"models:/copier/2": 0.0, "models:/copier/3": pytest.approx(-0.3), "models:/copier/1": None}
+
+
+def test_repeats_give_pass_at_k_and_pass_hat_k(run):
+    _, out, children = run("1", repeats=3, temperature=0.5)
+    metrics = children["models:/copier/1"].data.metrics
+    assert metrics["rows"] == 3 * PROMPTS
+    for name in ("pass_at_2", "pass_at_3", "pass_hat_2", "pass_hat_3"):
+        assert metrics[f"exact_match/{name}/mean"] == pytest.approx(0.9)  # it answers alike each time
+    assert "pass@3, over all (300)" in out and "pass^3, over all (300)" in out
+
+
+def test_the_report_looks_back_on_earlier_runs_of_the_same_prompts_and_name(run, tmp_path):
+    import mlflow
+
+    run("1")
+    run("3")
+    _, _, children = run("2")
+    [child] = children.values()
+    page = mlflow.artifacts.load_text(f"{child.info.artifact_uri}/evaluation/report.html")
+    from slm.tracking import earlier_runs
+
+    with mlflow.start_run():
+        points = earlier_runs.history(child.data.tags["prompts.sha256"], "copier", ["score"])["score"]
+    assert [(point.version, round(point.mean, 2)) for point in points] == [("1", 0.9), ("3", 0.6), ("2", 0.9)]
+    assert 'id="history"' in page
+
+
+def test_a_prompt_set_may_be_an_artifact_of_a_run(run, store):
+    import mlflow
+
+    with mlflow.start_run() as active:
+        mlflow.log_artifact(store[1])
+    code, out, _ = run("1", prompts=f"runs:/{active.info.run_id}/numbers.jsonl")
+    assert code == 0, out
+
+
+@pytest.mark.fault("models: PENDING")
+def test_a_model_that_was_never_finished_is_refused(run, store):
+    import mlflow
+
+    version = mlflow.MlflowClient().get_model_version("copier", "1")
+    ready = mlflow.get_logged_model(version.source.removeprefix("models:/"))
+    pending = mlflow.initialize_logged_model(name="copier")  # as kill -9 in the middle of log_model leaves it
+    mlflow.MlflowClient().log_model_artifacts(pending.model_id, ready.artifact_location.removeprefix("file://"))
+    code = evaluate.main([f"--model_uris=models:/{pending.model_id}", f"--prompts={store[1]}"])
+    assert code == 2
+
+
+def test_the_gate_that_comes_with_the_project_is_one():
+    from slm.verdict.gate import read_thresholds
+
+    assert read_thresholds((REPOSITORY / "gates" / "default.yaml").read_text("utf-8"), "default.yaml")

@@ -1,0 +1,161 @@
+"""MLflow's own serving commands over the logged wrappers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from support.commands import call, free_port
+from support.questions import PARIS, text
+
+pytestmark = pytest.mark.slow
+
+MANY_TURNS = [
+    {"role": "assistant" if turn % 2 else "user", "content": f"Turn {turn}: say something about the number {turn}."}
+    for turn in range(21)
+]
+# request -> what the answer must hold; one table for both wrappers, in process and served
+REQUESTS = {
+    "plain": ({}, {"finish_reason": "stop", "contains": "Paris"}),
+    "cut at one token": ({"max_tokens": 1}, {"finish_reason": "length", "completion_tokens": 1}),
+    "two choices": ({"n": 2, "max_tokens": 4}, {"choices": 2, "finish_reason": "length", "completion_tokens": 8}),
+    "two stop strings": ({"stop": ["zzz", " Paris"]}, {"finish_reason": "stop", "ends": "is"}),
+    "seeded": ({"temperature": 1.0, "seed": 5, "max_tokens": 8}, {}),
+    "unicode": (
+        {"messages": [{"role": "user", "content": "Größe 日本語 🎉 \u0000 end"}], "max_tokens": 4},
+        {"finish_reason": "length"},
+    ),
+    "twenty turns": ({"messages": MANY_TURNS, "max_tokens": 4}, {"finish_reason": "length"}),
+}
+REFUSED = {
+    "empty conversation": ({"messages": []}, "messages must hold at least one message"),
+    "messages are text": ({"messages": "hello"}, "messages"),
+    "no messages": ({"prompt": "hello"}, "messages"),
+    "negative temperature": ({"messages": PARIS, "temperature": -1.0}, "temperature must be a number from 0.0 to 2.0"),
+    "no JSON": ("{", "valid JSON"),
+}
+
+
+@pytest.fixture(scope="module", params=["pipeline", "onnx int4"])
+def served(request, logged, tmp_path_factory):
+    """(wrapper, port) of a `mlflow models serve` over one logged model."""
+    import mlflow
+
+    folder = tmp_path_factory.mktemp("served")
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", logged[request.param]]
+    command += ["--port", str(port), "--host", "127.0.0.1", "--env-manager", "local"]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=1)
+                break
+            except OSError:
+                assert process.poll() is None, (folder / "log").read_text()
+                time.sleep(0.5)
+        yield request.param, port
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+def invoke(port: int, payload) -> tuple[int, object]:
+    body = (payload if isinstance(payload, str) else json.dumps(payload)).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def check(completion: dict, expected: dict) -> None:
+    assert completion["object"] == "chat.completion"
+    assert set(completion) == {"id", "object", "created", "model", "choices", "usage"}
+    choices, usage = completion["choices"], completion["usage"]
+    assert len(choices) == expected.get("choices", 1)
+    assert [choice["index"] for choice in choices] == list(range(len(choices)))
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    if "finish_reason" in expected:
+        assert {choice["finish_reason"] for choice in choices} == {expected["finish_reason"]}
+    if "completion_tokens" in expected:
+        assert usage["completion_tokens"] == expected["completion_tokens"]
+    assert expected.get("contains", "") in text(completion)
+    assert text(completion).endswith(expected.get("ends", ""))
+
+
+@pytest.mark.parametrize("name", ["pipeline", "onnx int4"])
+@pytest.mark.parametrize("case", REQUESTS)
+def test_the_chat_contract_holds_in_process(models, name, case):
+    request, expected = REQUESTS[case]
+    [completion] = models[name].predict({"messages": PARIS} | request)
+    check(completion, expected)
+
+
+@pytest.mark.parametrize("case", REQUESTS)
+def test_the_chat_contract_holds_served_with_the_same_text(served, models, case):
+    name, port = served
+    request, expected = REQUESTS[case]
+    status, completion = invoke(port, {"messages": PARIS} | request)
+    assert status == 200, completion
+    check(completion, expected)
+    [here] = models[name].predict({"messages": PARIS} | request)
+    assert completion["choices"] == here["choices"]
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_malformed_payload_is_refused_with_400_and_a_readable_message(served, case):
+    payload, message = REFUSED[case]
+    status, answer = invoke(served[1], payload)
+    assert status == 400
+    assert message in answer
+
+
+def test_mlflow_models_predict_answers(logged, tmp_path):
+    import mlflow
+
+    (tmp_path / "input.json").write_text(json.dumps({"messages": PARIS}))
+    done = call(
+        "mlflow", "models", "predict", "-m", logged["onnx int4"], "-i", "input.json", "--env-manager", "local",
+        cwd=tmp_path, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri(),
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "Paris" in done.out
+
+
+def test_mlflow_models_generate_dockerfile_holds_the_model_and_its_requirements(logged, tmp_path):
+    import mlflow
+
+    done = call(
+        "mlflow", "models", "generate-dockerfile", "-m", logged["onnx int4"], "-d", "image",
+        cwd=tmp_path, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri(),
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert (tmp_path / "image" / "Dockerfile").is_file()
+    [requirements] = list((tmp_path / "image").rglob("requirements.txt"))
+    assert "onnxruntime-genai==" in requirements.read_text()
+
+
+@pytest.mark.parametrize("name", ["pipeline", "onnx int4"])
+def test_concurrent_calls_from_threads_give_the_serial_answers(models, name):
+    from concurrent.futures import ThreadPoolExecutor
+
+    questions = [
+        {"messages": [{"role": "user", "content": f"What is {number} plus {number}?"}], "max_tokens": 12}
+        for number in range(16)
+    ]
+
+    def ask(question):
+        return text(models[name].predict(question)[0])
+
+    serial = [ask(question) for question in questions]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, questions)) == serial

@@ -1,0 +1,198 @@
+"""The main job as its users start it: `mlflow run GIT-URL -v COMMIT`, a tracking server over HTTP, another folder."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from support.commands import REPOSITORY, entry_point
+from support.project_runs import check_child, parent_and_children, run_from_git
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def server(tracking_server):
+    """A client of the tracking server."""
+    import mlflow
+
+    mlflow.set_tracking_uri(tracking_server)
+    yield mlflow.MlflowClient()
+    mlflow.set_tracking_uri(None)
+
+
+def test_pipeline_from_a_git_url(git_server, tracking_server, server, tmp_path):
+    import mlflow
+
+    done, experiment = run_from_git(git_server, tracking_server, tmp_path, "pipeline", "registered_model_name=from-git")
+    assert done.code == 0, done.err
+    assert "score, over all (24)" in done.out
+    parent, children = parent_and_children(server, experiment)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["mlflow.source.git.commit"] == git_server.commit
+    assert parent.data.params["model"] == parent.data.params["cfg.model"] == "smollm2-135m-instruct"
+    assert parent.data.params["cfg.stop"] == ""
+    logged, _ = check_child(server, children["pipeline"])
+    assert (logged.name, logged.source_run_id) == ("pipeline", parent.info.run_id)
+    assert logged.status == "READY"
+    version = server.get_model_version("from-git", "1")
+    assert version.source == logged.model_uri
+    assert version.description.startswith("smollm2-135m-instruct, as a transformers pipeline. From embedded:")
+    assert {"source", "revision", "model.sha256", "prompts.sha256", "score", "gate"} <= version.tags.keys()
+    answer = mlflow.pyfunc.load_model("models:/from-git/1").predict(
+        {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    )
+    assert "Paris" in answer[0]["choices"][0]["message"]["content"]
+
+
+def test_onnx_from_a_git_url(git_server, tracking_server, server, tmp_path):
+    done, experiment = run_from_git(git_server, tracking_server, tmp_path, "onnx", 'stop=it\'s a "$(test)"')
+    assert done.code == 0, done.err
+    parent, children = parent_and_children(server, experiment)
+    assert parent.data.params["cfg.stop"] == 'it\'s a "$(test)"'
+    logged, samples = check_child(server, children["onnx"])
+    assert (logged.name, logged.source_run_id) == ("onnx", parent.info.run_id)
+    assert {sample["finish_reason"] for sample in samples} <= {"stop", "length"}
+    assert all(sample["output_tokens"] > 0 for sample in samples)
+
+
+def test_evaluate_from_a_git_url_scores_both_wrappers_side_by_side(git_server, tracking_server, server, tmp_path):
+    done, experiment = run_from_git(git_server, tracking_server, tmp_path, "evaluate", "max_tokens=16")
+    assert done.code == 0, done.err
+    assert "onnx int4" in done.out and "pipeline" in done.out and "output tokens per second" in done.out
+    assert "Scoring" not in done.out  # the bar is for a terminal
+    parent, children = parent_and_children(server, experiment)
+    assert set(children) == {"onnx int4", "pipeline"}
+    assert "| score, over all (24) |" in parent.data.tags["mlflow.note.content"]
+    for child in children.values():
+        check_child(server, child)
+    difference = children["onnx int4"].data.metrics
+    assert {f"difference/score/{field}" for field in ("mean", "ci95_low", "ci95_high", "p_value", "detectable")} <= (
+        difference.keys()
+    )
+    expected = difference["score/mean"] - children["pipeline"].data.metrics["score/mean"]
+    assert difference["difference/score/mean"] == pytest.approx(expected)
+
+    # the models that this run logged, by URI, gated on themselves
+    uris = [children[name].data.tags["model.uri"] for name in ("onnx int4", "pipeline")]
+    gate = tmp_path / "gate.yaml"
+    gate.write_text("rows_failed: {max: 0}\nscore/mean: {max_drop: 0.9}\n")
+    done = entry_point(
+        "evaluate",
+        f"--model_uris={uris[0]}",
+        f"--baseline={uris[1]}",
+        f"--thresholds={gate}",
+        "--max_tokens=8",
+        MLFLOW_TRACKING_URI=tracking_server,
+    )
+    assert done.code == 0, done.err
+    assert "gate: pass" in done.out
+    gate.write_text("score/mean: {min: 0.99}\n")
+    done = entry_point(
+        "evaluate", f"--model_uris={uris[0]}", f"--thresholds={gate}", MLFLOW_TRACKING_URI=tracking_server
+    )
+    assert done.code == 3 and "gate: regress" in done.out
+
+
+@pytest.mark.parametrize(
+    ("parameter", "line"),
+    [
+        ("prompts=nowhere.jsonl", "prompts: 'nowhere.jsonl' does not exist, from the repository's root or from here"),
+        ("promts=x", "promts: there is no such parameter; did you mean prompts?"),
+    ],
+)
+@pytest.mark.fault("parameters: bad input under mlflow run")
+def test_bad_input_under_mlflow_run_ends_the_run_failed_with_the_line_in_a_tag(
+    git_server, tracking_server, server, tmp_path, parameter, line
+):
+    done, experiment = run_from_git(git_server, tracking_server, tmp_path, "evaluate", parameter)
+    assert done.code == 1  # mlflow run makes every failure 1
+    assert f"error: {line}" in done.err
+    parent, children = parent_and_children(server, experiment)
+    assert (parent.info.status, parent.data.tags["error"], children) == ("FAILED", line, {})
+
+
+@pytest.mark.parametrize(
+    "missing", ["models:/m-00000000000000000000000000000000", "models:/nobody/1", "models:/no@one"]
+)
+@pytest.mark.fault("models: URI of a missing model, version or alias")
+def test_a_model_that_is_not_there_is_bad_input_before_any_is_scored(tracking_server, server, int4_export, missing):
+    done = entry_point("evaluate", f"--model_uris={missing}", MLFLOW_TRACKING_URI=tracking_server)
+    assert done.code == 2, done.err
+    assert done.err.startswith(f"error: {missing}: there is no such model: ") and done.err.count("\n") == 1
+
+
+def scoring_process(tracking_uri, experiment, *options):
+    """An `evaluate` that has some answers of the ONNX wrapper, and not all of them."""
+    from slm.base import cache
+
+    kept = cache.root() / "answers"
+    before = set(kept.glob("*.jsonl"))
+    command = [sys.executable, "-m", "entrypoints.evaluate", "--max_tokens=100", *options]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_EXPERIMENT_NAME": experiment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes)
+    for _ in range(3000):
+        if any(file.stat().st_size for file in set(kept.glob("*.jsonl")) - before):
+            return process
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError("no answer in five minutes")
+
+
+def never_asked() -> str:
+    """An option that changes no greedy answer, and which no run before had: none of its answers are kept."""
+    return f"--seed={time.time_ns()}"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.fault("process: SIGTERM, SIGINT, SIGHUP")
+def test_a_signal_ends_the_run_killed(tracking_server, server, number, code):
+    experiment = f"signal-{code}"
+    process = scoring_process(tracking_server, experiment, never_asked())
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert f"stopped by {number.name}; the run is ended" in err
+    parent, children = parent_and_children(server, experiment)
+    assert {run.info.status for run in (parent, *children.values())} == {"KILLED"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.fault("process: kill -9 while scoring")
+def test_an_interrupted_run_goes_on_and_ends_with_the_bytes_of_one_that_was_not(tracking_server, server, number):
+    experiment, seed = f"interrupted-{number.name}", never_asked()
+    process = scoring_process(tracking_server, experiment, seed)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    [found] = [
+        model
+        for model in server.search_logged_models([server.get_experiment_by_name(experiment).experiment_id])
+        if model.name == "onnx"
+    ]
+
+    def evaluate(*options):
+        options = (f"--model_uris={found.model_uri}", "--max_tokens=100", seed, *options)
+        done = entry_point("evaluate", *options, MLFLOW_TRACKING_URI=tracking_server)
+        assert done.code == 0, done.err
+        told = done.out.split(" of 24 answers are reused")
+        return int(told[0].split()[-1]) if len(told) > 1 else 0, samples_of(server, done)
+
+    reused, resumed = evaluate()
+    assert 0 < reused < 24
+    assert evaluate() == (24, resumed)  # nothing has changed: no answer is generated
+    assert evaluate("--resume=false") == (0, resumed)
+
+
+def samples_of(client, done) -> str:
+    """The samples.jsonl of an evaluate's one scored model, without its seconds."""
+    import mlflow
+
+    parent = client.get_run(done.out.split("run: ")[1].split()[0])
+    query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    [child] = client.search_runs([parent.info.experiment_id], query)
+    text = mlflow.artifacts.load_text(f"{child.info.artifact_uri}/evaluation/samples.jsonl")
+    return re.sub(r'"latency_seconds": [\d.e-]+, ', "", text)

@@ -1,0 +1,82 @@
+"""Commands, servers and ports: what the tests start on this machine."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+without_gpu = pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="a GPU is at hand")
+# uv doesn't read pip's settings; a folder of wheels that pip is given is passed on, so that both get the same torch
+LINKS = {"UV_FIND_LINKS": os.environ["PIP_FIND_LINKS"]} if os.environ.get("PIP_FIND_LINKS") else {}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def call(*command, cwd=REPOSITORY, timeout=600, **environment) -> Finished:
+    """Runs a command with this environment's programs first on PATH."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    full = os.environ | {"PATH": path} | environment
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=full, capture_output=True, text=True, timeout=timeout)
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def entry_point(name: str, *options: str, **environment) -> Finished:
+    return call(sys.executable, "-m", f"entrypoints.{name}", *options, **environment)
+
+
+@contextmanager
+def running(command: list[str], health: str, cwd: Path = REPOSITORY, output=None, end: int = 15, **environment):
+    """A server process, in a group of its own, from the moment it answers at `health`; the signal `end` stops it."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    full = os.environ | {"PATH": path} | environment
+    process = subprocess.Popen(command, cwd=cwd, env=full, stdout=output, stderr=output, start_new_session=True)
+    try:
+        for _ in range(600):
+            with suppress(OSError):
+                urllib.request.urlopen(health, timeout=1).close()
+                break
+            assert process.poll() is None, f"{command} ended with {process.poll()}"
+            time.sleep(0.2)
+        else:
+            raise AssertionError(f"{health} didn't answer within two minutes")
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, end)
+        process.wait(30)
+
+
+@contextmanager
+def serving(folder: Path, *options: str, port: int = 0, end: int = 15, **environment):
+    """A `mlflow server` on loopback, with its log and what it stores in `folder`; gives its URI, and stops it."""
+    port = port or free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # its workers would take the cores
+    uri = f"http://127.0.0.1:{port}"
+    with (
+        (folder / "log").open("w") as log,
+        running([*command, *options], f"{uri}/health", cwd=folder, output=log, end=end, **environment),
+    ):
+        yield uri

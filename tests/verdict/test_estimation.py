@@ -1,0 +1,50 @@
+"""From scores to figures: clusters, rows that count as unscored, and Holm's family."""
+
+from dataclasses import fields
+
+import pytest
+from support.scored import prompts, report, scored
+
+from slm.report import chart_data
+from slm.verdict import estimation, gate, statistics
+
+
+def by_cluster(count: int, clusters: int) -> list[dict]:
+    """Scores that are alike within a cluster, so that a cluster counts little more than one prompt."""
+    return [{"contains": float(place * clusters // count % 2)} for place in range(count)]
+
+
+def width(figure) -> float:
+    return figure.ci95_high - figure.ci95_low
+
+
+def test_estimates_differences_and_tags_know_the_clusters_of_the_prompt_set():
+    related, single = prompts(40, clusters=8), prompts(40)
+    values = by_cluster(40, 8)
+    ours, alone = scored(values, related), scored(values, single)
+    assert width(ours.estimates["contains"]) > 1.5 * width(alone.estimates["contains"])
+    assert ours.estimates["contains"] == statistics.mean_estimate(
+        [each["contains"] for each in values], [prompt.cluster for prompt in related.prompts]
+    )
+    zeros = [{"contains": 0.0}] * 40
+    gap = estimation.differences(ours, scored(zeros, related), related)["contains"]
+    assert width(gap) > 1.5 * width(estimation.differences(alone, scored(zeros, single), single)["contains"])
+    none = gate.Verdict("none", ())
+    [row] = chart_data.tag_rows(report([ours], related, none))
+    [mark] = row.marks
+    overall = ours.estimates["score"]
+    assert (mark.low, mark.high) == (overall.ci95_low, overall.ci95_high)
+
+
+def test_a_row_counts_as_unscored_only_where_no_scorer_could_score_it():
+    values = [{"contains": 1.0, "regex": None}, {"contains": None, "regex": None}, {"contains": None, "regex": 0.0}]
+    assert scored(values, prompts(3)).metrics["rows_unscored"] == 1
+
+
+def test_holms_family_is_the_scorers_without_the_overall_score_made_of_them():
+    def gap(p_value: float) -> statistics.Difference:
+        told = dict.fromkeys(field.name for field in fields(statistics.Difference))
+        return statistics.Difference(**told | {"p_value": p_value})
+
+    found = estimation.holm_p_values({"a": gap(0.01), "b": gap(0.03), "score": gap(0.001)})
+    assert found == {"a": pytest.approx(0.02), "b": pytest.approx(0.03), "score": 0.001}  # statsmodels: 0.02, 0.03
