@@ -1,4 +1,4 @@
-"""How is any logged model or endpoint asked? Forms of input, endpoints, loading, and answers kept on disk.
+"""How does a logged model or an endpoint answer prompts? Input forms, endpoints, loading, and answers kept on disk.
 
 This room imports `models` and the rooms below.
 Start with `loading.py`.

@@ -1,11 +1,11 @@
-"""A model that is an endpoint: found, checked, and asked for many rows at once.
+"""Connects to an endpoint, checks it, and sends several requests at a time.
 
     http://127.0.0.1:5005/v1         OpenAI's API; the only model that GET /v1/models lists
-    http://127.0.0.1:5005/v1#phi3    the model of this name
+    http://127.0.0.1:5005/v1#phi3    OpenAI's API; the model with this name
     endpoints:/chat                  MLflow's deployments API, at the server that MLFLOW_DEPLOYMENTS_TARGET names
 
-The key of the first two is read from OPENAI_API_KEY alone, since MLflow logs parameters. Both clients try 429 and 5xx
-again. Not covered: streams, the Responses API, addresses with a query (Azure's), embeddings.
+OpenAI's API takes the key only from OPENAI_API_KEY, because MLflow logs parameters. Both clients repeat a request after
+status 429 or 5xx. Not covered: streams, the Responses API, addresses with a query (Azure), embeddings.
 """
 
 import os
@@ -19,23 +19,23 @@ from slm.answers import side_by_side
 from slm.base.errors import BadInput, Unavailable
 from slm.base.wording import one_line
 
-THREADS = 8  # rows asked at the same time, where nobody says
-SECONDS = 600.0  # that one request may take
-RETRIES = 4  # of one request, half a second to eight apart
-NEUTRAL = {"max_tokens": 1, "temperature": 0.0, "top_p": 1.0, "seed": 0}  # of the request that tries an endpoint
+THREADS = 8  # requests at a time, if the caller gives no number
+SECONDS = 600.0  # time limit of one request
+RETRIES = 4  # of one request, with pauses of 0.5 s to 8 s
+NEUTRAL = {"max_tokens": 1, "temperature": 0.0, "top_p": 1.0, "seed": 0}  # values of the trial request
 GATEWAY_TYPES = {"llm/v1/chat": "messages", "llm/v1/completions": "prompt"}
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model at an address, which has answered."""
+    """A model at an address. `connect` returns an Endpoint only after the model has answered."""
 
-    uri: str  # with the model's name, without credentials
+    uri: str  # has the model's name, but no credentials
     column: str  # messages | prompt
-    fields: dict[str, str]  # generation parameter -> the request's field; what isn't there isn't taken
-    fixed: dict[str, str]  # what every request says beside
-    ask: Callable[[dict], dict]  # one request's body -> the answer's
-    look: Callable[[], object]  # raises where the server is gone
+    fields: dict[str, str]  # generation parameter -> the request's field; other parameters are not sent
+    fixed: dict[str, str]  # other fields of every request
+    ask: Callable[[dict], dict]  # the body of a request -> the body of the reply
+    look: Callable[[], object]  # raises an error if the server can't be reached
 
 
 def is_endpoint(uri: str) -> bool:
@@ -43,10 +43,10 @@ def is_endpoint(uri: str) -> bool:
 
 
 def check(uri: str) -> None:
-    """What can be seen without asking.
+    """Checks an endpoint's URI without a request.
 
     Raises:
-        BadInput: the address holds a key or a query, or no server is named.
+        BadInput: the address has credentials or a query, or the endpoint or its server is not named.
     """
     if uri.startswith("endpoints:/"):
         if not uri.removeprefix("endpoints:/").strip("/"):
@@ -67,12 +67,13 @@ def check(uri: str) -> None:
 
 
 def connect(uri: str) -> Endpoint:
-    """Finds the model and asks it for one token: what would fail every row is known before the first.
+    """Finds the model and requests one token. So a fault that fails every row is found before the first row.
 
-    A generation parameter that the server refuses by name is left out of `fields`.
+    If a server with OpenAI's API refuses a generation parameter by name, `fields` lacks the parameter. `max_tokens` is
+    first tried again as `max_completion_tokens`.
 
     Raises:
-        BadInput: there is no such model, or it answers no chat or prompt.
+        BadInput: the URI is wrong, the model doesn't exist, or the reply is not in OpenAI's form.
         Unavailable: the server can't be reached, refuses the key, or fails.
     """
     check(uri)
@@ -82,13 +83,13 @@ def connect(uri: str) -> Endpoint:
 def answers(
     endpoint: Endpoint, requests: list[dict], threads: int = 0, row_timeout: float = 0.0
 ) -> Iterator[tuple[int, dict | str, float]]:
-    """Yields (place, the answer's body or why there is none, seconds) in the order they come.
+    """Yields (place, reply's body, seconds) in the order of the replies. A failed request has its reason for a body.
 
-    `threads` requests are under way at a time (0: THREADS). A row's seconds hold its tries and the server's queue, and
-    `row_timeout` (0: none) limits them.
+    At most `threads` requests run at a time (0: THREADS). A row's seconds include its retries and the server's queue.
+    `row_timeout` limits these seconds (0: no limit).
 
     Raises:
-        Unavailable: the server is gone; what was not answered stays unanswered.
+        Unavailable: the server can't be reached any more, or refuses the key. The remaining rows stay unanswered.
     """
     ask = partial(_timed, endpoint.ask)
     for place, found in side_by_side.answered(ask, requests, threads or THREADS, row_timeout):
@@ -96,12 +97,12 @@ def answers(
         if isinstance(body, Exception):
             if _status(body) == 401:
                 raise _failure(endpoint.uri, body)
-            if _status(body) in (403, None):  # a moderated text, a broken connection: the row's, or the server's?
+            if _status(body) in (403, None):  # a moderated text or a lost connection may concern one row
                 try:
                     endpoint.look()
                 except Exception as error:
                     failure = _failure(endpoint.uri, error)
-                    if isinstance(failure, Unavailable):  # else it is there, and lists no models
+                    if isinstance(failure, Unavailable):  # else the server replies, but lists no models
                         raise failure from None
             body = _reason(body)
         yield place, body, seconds
@@ -136,10 +137,10 @@ def _openai(uri: str) -> Endpoint:
             _try(endpoint)
             return endpoint
         except openai.BadRequestError as error:
-            refused = {field: name for name, field in fields.items()}.get(error.param)
+            refused = {field: name for name, field in fields.items()}.get(error.param or "")
             if refused is None:
                 raise _failure(endpoint.uri, error) from None
-            if fields.pop(refused) == "max_tokens":  # OpenAI's own newer models
+            if fields.pop(refused) == "max_tokens":  # newer models of OpenAI take this name
                 fields["max_tokens"] = "max_completion_tokens"
         except Exception as error:
             raise _failure(endpoint.uri, error) from None
@@ -157,7 +158,7 @@ def _deployment(uri: str) -> Endpoint:
             names = ", ".join(endpoint.name for endpoint in client.list_endpoints()) or "none"
             raise BadInput(f"{uri}: there is no such endpoint; there are: {names}") from None
         raise _failure(uri, error) from None
-    kind = getattr(found, "task", None) or getattr(found, "endpoint_type", None)  # Databricks calls it task
+    kind = getattr(found, "task", None) or getattr(found, "endpoint_type", None)  # Databricks has the name task
     if kind not in GATEWAY_TYPES:
         raise BadInput(f"{uri} is of type {kind}; one of {', '.join(GATEWAY_TYPES)} is needed")
     endpoint = Endpoint(
@@ -186,19 +187,18 @@ def _try(endpoint: Endpoint) -> None:
 def _timed(ask: Callable[[dict], dict], request: dict) -> tuple[dict | Exception, float]:
     start = time.perf_counter()
     try:
-        body = ask(request)
-    except Exception as error:  # a row's, until the server is seen to be gone
-        body = error
-    return body, time.perf_counter() - start
+        return ask(request), time.perf_counter() - start
+    except Exception as error:  # the error fails one row, unless the server can't be reached
+        return error, time.perf_counter() - start
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status that an error of either client carries; None where there was no answer."""
+    """The HTTP status in an error of either client. None if the server sent no reply."""
     return getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _failure(uri: str, error: Exception) -> BadInput | Unavailable:
-    """An error of either client as ours, in one line."""
+    """Converts an error of either client to BadInput or Unavailable, with a message of one line."""
     if isinstance(error, BadInput | Unavailable):
         return error
     status, reason = _status(error), _reason(error)
@@ -216,7 +216,7 @@ def _failure(uri: str, error: Exception) -> BadInput | Unavailable:
 
 
 def _reason(error: Exception) -> str:
-    """What the server said, in one line, else what the client says."""
+    """The server's message in one line. Without a server's message, the client's message."""
     body = getattr(error, "body", None)
     said = body.get("message") if isinstance(body, dict) else None
     cause = error.__cause__ if type(error).__name__ == "APIConnectionError" else None

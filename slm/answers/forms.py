@@ -1,25 +1,27 @@
-"""The form in which a logged model is asked, read from its signature and flavors; its text, found in what comes back.
+"""Reads the input form of a logged model from its signature and flavors, and finds the text in the model's output.
 
-A model takes a conversation (`messages`, or the Responses API's `input`), a text in a column of its own, or bare
-texts. Of the generation parameters it is given those that it declares, in its rows or as MLflow params.
+A model takes a conversation (`messages`, or the Responses API's `input`), a text in a named column, or a list of texts.
+The model gets only the generation parameters that its signature declares, in its rows or as MLflow params.
 
-A model that takes text gets a conversation through its chat template: the `chat_template` in its metadata (with
-`special_tokens`), else that of a transformers model's tokenizer. Without one, the system message stands above the
-user's, an empty line between; a longer conversation is written out, `User: …`, `Assistant: …`, and ends in
-`Assistant:`.
+A model that takes text gets a conversation through its chat template. The template is the `chat_template` in the
+model's metadata (with `special_tokens`), or else the template of a transformers model's tokenizer. Without a template,
+the system message, an empty line and the user's message are the text. A longer conversation becomes `User: …`,
+`Assistant: …`, and ends with `Assistant:`.
 
-Nothing is loaded or asked here. Not covered: models without a signature, with images or tensors as input, or that
-want columns only they know; a template that begins with a BOS token which a pipeline's tokenizer then adds once more.
+This module loads and calls no model. Not covered: models without a signature, with images or tensors as input, or
+with columns that only their author knows. Also not covered: a template that begins with a BOS token, if a pipeline's
+tokenizer then adds a second BOS token.
 """
 
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from slm.base.errors import BadInput
 from slm.models import chat_model, wrappers
 
-# A generation parameter, and what models call it
+# generation parameter -> the names that models have for it
 NAMES = {
     "max_tokens": ("max_tokens", "max_new_tokens", "max_output_tokens", "max_completion_tokens"),
     "temperature": ("temperature",),
@@ -28,42 +30,42 @@ NAMES = {
     "seed": ("seed", "random_seed"),
 }
 TEXT_COLUMNS = ("prompt", "question", "text", "query", "input", "inputs", "content", "message")  # the likeliest first
-NEUTRAL = {"n": 1, "stream": False, "stop": [], "stop_sequences": []}  # for a column that must have a value
+NEUTRAL = {"n": 1, "stream": False, "stop": [], "stop_sequences": []}  # values for required columns
 TEXT_KEYS = ("text", "content", "answer", "output", "response", "result", "generated_text", "prediction")
 PICKLES = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
-GREEDY = 1e-6  # transformers refuses temperature 0; its logits are fp32, where this leaves the likeliest token alone
+GREEDY = 1e-6  # transformers refuses temperature 0. With its fp32 logits, 1e-6 leaves only the likeliest token
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a model takes a generation parameter."""
+    """The field where a model takes a generation parameter."""
 
     name: str
-    is_param: bool = False  # MLflow's params, else a field of the row
-    kind: str = ""  # long, double, string, …; "" where anything goes
+    is_param: bool = False  # True: an MLflow param; False: a field of the row
+    kind: str = ""  # long, double, string, …; "": any type
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a prompt is put to a model, and its text found in what comes back."""
+    """How a model takes a prompt, and how its output holds the text."""
 
-    column: str  # that holds the conversation or the text; "" for bare texts
+    column: str  # the column of the conversation or the text; "" for a list of texts without a column
     is_chat: bool
-    slots: dict[str, Slot] = field(default_factory=dict)  # by generation parameter
-    fixed: dict = field(default_factory=dict)  # fields that every row has
+    slots: dict[str, Slot] = field(default_factory=dict)  # generation parameter -> field
+    fixed: dict = field(default_factory=dict)  # fields that have the same value in every row
     template: str = ""
     special_tokens: dict[str, str] = field(default_factory=dict)
     as_list: bool = False  # rows go in a list, not a table
-    do_sample: bool = False  # a param that says whether temperature counts
+    do_sample: bool = False  # whether the model has the param do_sample, which turns temperature on
     lowest_temperature: float = 0.0
     echoes: bool = False  # answers begin with the prompt
 
 
 def text_of(messages: list[dict], form: Form) -> str:
-    """A conversation as one text; how is told at the top of this module.
+    """A conversation as one text. The module's docstring has the rules.
 
     Raises:
-        Refused: the chat template doesn't take it.
+        Refused: the chat template refuses the conversation.
     """
     if form.template:
         return chat_model.render(form.template, form.special_tokens, messages)
@@ -75,14 +77,14 @@ def text_of(messages: list[dict], form: Form) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The form, from what was logged
+# The form, from the logged description
 
 
 def check(uri: str, description) -> None:
-    """Refuses what can't be asked, by its description (MLflow's ModelInfo) alone: no file of it is read.
+    """Refuses a model that can't take prompts. Only the description (MLflow's ModelInfo) is read, and no file.
 
     Raises:
-        BadInput: it has no pyfunc, is a pickle, or its columns aren't understood.
+        BadInput: the model has no pyfunc or no signature, has unknown columns, or is a pickle that MLflow may not load.
     """
     pyfunc = description.flavors.get("python_function")
     if pyfunc is None:
@@ -93,10 +95,10 @@ def check(uri: str, description) -> None:
 
 
 def form_of(uri: str, description, folder: Path | None) -> Form:
-    """How the model described (MLflow's Model) is asked. Without its folder the chat template may be missing.
+    """The form of a model. `description` is MLflow's Model. Without `folder`, the chat template may be missing.
 
     Raises:
-        BadInput: its columns aren't understood.
+        BadInput: the model has no signature, takes tensors, or has unknown columns.
     """
     columns, as_list = _columns(uri, description)
     params = {spec.name: spec for spec in (description.signature.params or ())}
@@ -115,28 +117,28 @@ def form_of(uri: str, description, folder: Path | None) -> Form:
         if taken:
             slots[name] = taken[0]
     column, is_chat = _content_column(uri, columns, {slot.name for slot in slots.values() if not slot.is_param})
-    more = {}
+    more: dict[str, Any] = {}
     flavor = description.flavors.get("transformers")
     if flavor:
         if flavor.get("inference_task"):
-            slots.pop("stop", None)  # MLflow would look for the tokenizer where the model was trained
+            slots.pop("stop", None)  # with stop strings, MLflow looks for the tokenizer at the path from the training
         more = {"lowest_temperature": GREEDY, "do_sample": "do_sample" in params}
         more["echoes"] = not flavor.get("inference_task") and "text-generation" in str(flavor.get("task"))
     fixed = {name: NEUTRAL[name] for name, spec in columns.items() if spec.required and name in NEUTRAL}
-    template = {} if is_chat else _template(description, folder)
+    template: dict[str, Any] = {} if is_chat else _template(description, folder)
     return Form(column, is_chat, slots, fixed, as_list=as_list, **template, **more)
 
 
 @dataclass(frozen=True)
 class _Column:
-    type: object  # MLflow's
+    type: object  # MLflow's type
     required: bool
 
 
 def _columns(uri: str, description) -> tuple[dict[str, _Column], bool]:
-    """The input's columns by name ("" for an unnamed one), and whether rows go in a list.
+    """The input's columns by name ("" for an unnamed column), and whether rows go in a list.
 
-    A list of records, as MLflow makes it of a type hint list[SomeModel], has its record's properties for columns.
+    For the type hint list[SomeModel], MLflow makes a list of records. The record's properties are then the columns.
     """
     from mlflow.types.schema import Object
 
@@ -153,7 +155,7 @@ def _columns(uri: str, description) -> tuple[dict[str, _Column], bool]:
 
 
 def _content_column(uri: str, columns: dict[str, _Column], parameters: set[str]) -> tuple[str, bool]:
-    """The column that holds the prompt, and whether it is a conversation."""
+    """The column that holds the prompt, and whether the column takes a conversation."""
     lists = [name for name in ("messages", "input", "") if name in columns and _is_conversation(columns[name].type)]
     texts = [name for name, spec in columns.items() if _kind(spec.type) == "string" and name not in parameters]
     needed = [name for name in texts if columns[name].required]
@@ -171,14 +173,14 @@ def _content_column(uri: str, columns: dict[str, _Column], parameters: set[str])
 
 
 def _is_conversation(type) -> bool:
-    """Whether a column holds a list of records that a role and a content are enough for."""
+    """Whether a column takes a list of records that need only a role and a content."""
     from mlflow.types.schema import AnyType, Array, Object
 
     inner = type.dtype if isinstance(type, Array) else None
     if isinstance(inner, Object):
         needed = {entry.name for entry in inner.properties if entry.required}
         return needed <= {"role", "content"} <= {entry.name for entry in inner.properties}
-    return isinstance(inner, AnyType)  # as the Responses API's
+    return isinstance(inner, AnyType)  # the Responses API has this type
 
 
 def _kind(type) -> str:
@@ -194,7 +196,7 @@ def _template(description, folder: Path | None) -> dict:
 
 
 def fitted(value, kind: str):
-    """A parameter's value in the type that a signature asks for, where nothing is lost."""
+    """A parameter's value in the signature's type. If the conversion loses data, the value stays unchanged."""
     if kind in ("long", "integer") and value == int(value):
         return int(value)
     if kind in ("double", "float"):
@@ -205,11 +207,11 @@ def fitted(value, kind: str):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What came back
+# The output
 
 
 def rows_of(output) -> list:
-    """A prediction as one value per row."""
+    """A prediction as a list with one value per row."""
     if hasattr(output, "iloc"):  # a table, or a column
         return output.to_dict(orient="records") if hasattr(output, "columns") else output.tolist()
     if hasattr(output, "tolist"):  # an array
@@ -218,10 +220,13 @@ def rows_of(output) -> list:
 
 
 def answer_of(output) -> dict:
-    """One row's prediction as an answer: a text, a number, or an object of one of OpenAI's and MLflow's schemas.
+    """One row's prediction as an answer.
+
+    The prediction is a text, a number, or an object. The object has one of OpenAI's or MLflow's schemas, a single
+    field, or a field in TEXT_KEYS.
 
     Raises:
-        ValueError: no text is found in it.
+        ValueError: the prediction has no text, or reports an error.
     """
     output = output.model_dump() if hasattr(output, "model_dump") else output
     if not isinstance(output, dict):

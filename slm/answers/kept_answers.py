@@ -1,16 +1,18 @@
-"""Answers kept on disk as they come, so that neither an interrupted run nor an unchanged one generates them again.
+"""Keeps answers on disk as they come. A repeated or resumed run reads them, and does not generate them again.
 
-One file per model and way of generating, in the cache: a JSON line per answer, under a hash of what was asked (the
-messages or the rendered text, the parameters, the repeat), and a line where a run came to its end. Answers that failed
-are not kept. Nothing is scored here, and nothing is evicted: deleting the cache's folder `answers` empties it.
+The cache has one file for each identity, such as a model with its parameters, libraries and machine. The file has one
+JSON line per answer, and one line at the end of each complete run. The key of an answer is a hash over the messages or
+the text, the parameters and the repeat. Failed answers are not kept. Opening a file removes the answers that
+`reuse` excludes from it. No other answers are removed. To remove all answers, delete the folder `answers` in the cache.
+This module scores nothing.
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from filelock import Timeout
 
@@ -21,9 +23,9 @@ Reuse = Literal["all", "interrupted", "none"]
 
 
 class Answers:
-    """An open file of answers. `kept` holds those that may be used again, by what was asked.
+    """An open file of answers. `kept` has the lines of the reusable answers, by their key. Other lines are removed.
 
-    Each has the peak_memory_bytes that the run which answered has noted, 0 where it didn't end.
+    Each line has the peak_memory_bytes of the first run that ended after the answer. It is 0 if no run ended.
     """
 
     def __init__(self, path: Path, reuse: Reuse):
@@ -31,8 +33,9 @@ class Answers:
         ends = [place for place, line in enumerate(lines) if "peak_memory_bytes" in line]
         if reuse == "interrupted" and ends:
             lines = lines[ends[-1] + 1 :]
-        self.kept, peak = {}, 0
-        for line in reversed(lines):  # a run's peak stands below its answers, and the last answer counts
+        self.kept: dict[str, dict[str, Any]] = {}
+        peak = 0
+        for line in reversed(lines):  # the peak comes after its answers, and the last of several answers counts
             peak = line.get("peak_memory_bytes", peak)
             if "asked" in line:
                 self.kept.setdefault(line["asked"], line | {"peak_memory_bytes": peak})
@@ -42,12 +45,12 @@ class Answers:
         mended.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
-    def add(self, asked: str, answer: dict, elapsed: float) -> None:
-        """Appends an answer, and the seconds that passed since the one before it."""
+    def add(self, asked: str, answer: Mapping[str, Any], elapsed: float) -> None:
+        """Appends an answer. `asked` is its key, and `elapsed` the time since the previous answer in seconds."""
         self._write({"asked": asked, "answer": answer, "elapsed": elapsed})
 
     def finish(self, peak_memory_bytes: int) -> None:
-        """Marks that everything a run wanted has been answered, with that many bytes at most."""
+        """Appends the line that ends a complete run, with the run's peak memory in bytes."""
         self._write({"peak_memory_bytes": peak_memory_bytes})
 
     def close(self) -> None:
@@ -55,14 +58,18 @@ class Answers:
 
     def _write(self, line: dict) -> None:
         self._file.write(_line(line))
-        self._file.flush()  # what the kernel has outlives this process
+        self._file.flush()  # data in the kernel stays if this process ends
 
 
 @contextmanager
 def opened(identity: object, reuse: Reuse) -> Iterator[Answers]:
-    """The answers of what `identity` tells apart; a file of this process alone while another one holds the shared one.
+    """Opens the file of answers for `identity`. If another process uses this file, the process gets its own file.
 
-    `reuse`: all that are there; those that were left by a run which did not come to its end; or none.
+    `reuse` says which kept answers are reused: "all", the answers of an "interrupted" run (no run ended after them), or
+    "none".
+
+    Raises:
+        BadInput: the cache belongs to another user, or others may write into it.
     """
     folder = cache.private("answers")
     path = folder / f"{digest(identity)}.jsonl"
@@ -79,13 +86,13 @@ def opened(identity: object, reuse: Reuse) -> Iterator[Answers]:
         finally:
             answers.close()
         if not shared:
-            path.unlink()  # its run is done, and nobody will look for it under this name
+            path.unlink()  # no later run looks for a file with this name
     finally:
         lock.release()
 
 
 def _read(path: Path) -> list[dict]:
-    """The lines of a file, up to one that was cut off or is none of ours."""
+    """The lines of a file, up to the first line that is incomplete or has another format."""
     lines = []
     if path.exists():
         for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):

@@ -1,7 +1,7 @@
-"""Work done in threads that nothing waits for: several at a time, and with a limit to what one piece may take.
+"""Runs calls in several threads at a time, with a time limit for each call.
 
-A thread can't be stopped from outside: what takes too long is left behind, and its result, if it ever comes, is thrown
-away. The threads end with the process.
+A thread can't be stopped from outside. If a call takes too long, its thread goes on, and its result is not used. The
+threads end with the process.
 """
 
 import queue
@@ -9,27 +9,27 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from typing import Any
 
 
 class TookTooLong(Exception):
-    """Nothing came within the limit."""
+    """No result came within the time limit."""
 
     def __init__(self, seconds: float):
         super().__init__(f"no answer within {seconds:g} s (row_timeout)")
 
 
-def answered(
-    function: Callable, items: list, threads: int, seconds: float = 0.0
-) -> Iterator[tuple[int, object | TookTooLong]]:
+def answered(function: Callable, items: list, threads: int, seconds: float = 0.0) -> Iterator[tuple[int, Any]]:
     """Yields (place, function(item)) as they come, `threads` at a time.
 
-    An item that takes longer than `seconds` (0: no limit) gives TookTooLong, and another thread takes its place.
-    `function` must not raise.
+    If a call takes longer than `seconds` (0: no limit), its result is a TookTooLong, and a new thread replaces its
+    thread. `function` must not raise an error.
     """
-    waiting, done = queue.SimpleQueue(), queue.SimpleQueue()
+    waiting: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     for place, item in enumerate(items):
         waiting.put((place, item))
-    begun: dict[int, float] = {}  # places that are worked at -> since when; who takes one out says what became of it
+    begun: dict[int, float] = {}  # place -> start in seconds; the thread that removes a place yields its result
     owned = threading.Lock()
 
     def taken(place: int) -> bool:
@@ -42,7 +42,7 @@ def answered(
                 place, item = waiting.get_nowait()
                 begun[place] = time.monotonic()
                 result = function(item)
-                if not taken(place):  # it took too long, and another thread goes on
+                if not taken(place):  # the call took too long, and a new thread has replaced this thread
                     return
                 done.put((place, result))
 
@@ -65,18 +65,19 @@ def answered(
                         yield place, TookTooLong(seconds)
                         left -= 1
     finally:
-        with suppress(queue.Empty):  # nothing more is asked
+        with suppress(queue.Empty):  # no further call starts
             while True:
                 waiting.get_nowait()
 
 
 def drawn(source: Iterable, seconds: float) -> Iterator:
-    """What `source` yields, drawn in a thread of its own.
+    """Yields the items of `source`, which runs in its own thread. An error of `source` is raised here.
 
     Raises:
-        TookTooLong: nothing came for `seconds`.
+        TookTooLong: no item came within `seconds`.
     """
-    done, end, left_alone = queue.SimpleQueue(), object(), threading.Event()
+    done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    end, left_alone = object(), threading.Event()
 
     def work():
         try:

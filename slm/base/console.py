@@ -4,7 +4,7 @@ On a terminal, a step shows a spinner until it ends, and the bar moves. In a log
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -24,7 +24,7 @@ def step(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[callable]:
+def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
     """Shows a bar over `total` answers. Yields the function that moves the bar by one. A log gets no bar."""
     columns = (
         TextColumn("{task.description}"),

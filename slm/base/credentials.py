@@ -85,13 +85,13 @@ def held_by(text: str) -> bool:
     return scrubbed(text) != text
 
 
-def _without_basic(found: re.Match) -> str:
+def _without_basic(found: re.Match[str]) -> str:
     """Hides the word after `Basic` if the word is base64 of user:password. `Basic arithmetic` stays."""
     try:
         told = base64.b64decode(found[2], validate=True)
     except binascii.Error:
-        return found[0]
-    return f"{found[1]}{SHOWN}" if b":" in told and told.isascii() else found[0]
+        return str(found[0])
+    return f"{found[1]}{SHOWN}" if b":" in told and told.isascii() else str(found[0])
 
 
 def _values() -> list[str]:

@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
@@ -45,7 +46,7 @@ def variables(values: dict[str, str]) -> Iterator[None]:
 
 
 @functools.cache
-def describe() -> dict:
+def describe() -> dict[str, Any]:
     """Machine, Python, installed packages, and this project's code, commit and constraints."""
     installed = {entry.metadata["Name"]: entry.version for entry in importlib.metadata.distributions()}
     needed = closure(map(installed_as, required(REPOSITORY / "requirements.txt")))
@@ -95,7 +96,8 @@ def version(name: str) -> str:
 
 def closure(names: Iterable[str]) -> dict[str, str]:
     """The versions of `names` and of all installed packages that `names` need, without extras."""
-    found, waiting = {}, [canonicalize_name(name) for name in names]
+    found: dict[str, str] = {}
+    waiting: list[str] = [canonicalize_name(name) for name in names]
     while waiting:
         name = waiting.pop()
         if name not in found and (told := _told(name)):

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from slm.base import credentials
 from slm.base.errors import BadInput
@@ -173,7 +174,7 @@ class Parameters(argparse.Namespace):
     allowed_hosts: str
     open_to_all: bool
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name in ABSENT:
             return ABSENT[name]
         raise AttributeError(name)
@@ -186,7 +187,7 @@ ABSENT = {parameter.name: parameter.default for parameter in PARAMETERS} | {"res
 class _Parser(argparse.ArgumentParser):
     """argparse that raises BadInput for a mistake. For an unknown name, the message has the nearest name."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             name = (unknown.split() or [""])[0].split("=")[0].lstrip("-")
@@ -220,7 +221,7 @@ def parse(entry_point: str, description: str, argv: list[str] | None) -> Paramet
     return args
 
 
-def _value(parameter: Parameter, given):
+def _value(parameter: Parameter, given: Any) -> str | int | float | bool:
     kind = type(parameter.default)
     if credentials.held_by(str(given)):
         shown = quoted(credentials.scrubbed(str(given)))
@@ -233,10 +234,10 @@ def _value(parameter: Parameter, given):
     if not (str(given).isprintable() if parameter.name != "stop" else _is_text(given)):
         raise BadInput(f"{parameter.name}: {quoted(given)} holds what can't be printed; remove it")
     if kind is bool:
-        words = {"true": True, "false": False}
-        if str(given).lower() not in words:
+        truth = {"true": True, "false": False}
+        if str(given).lower() not in truth:
             raise BadInput(f"{parameter.name}: {quoted(given)} is neither true nor false")
-        return words[str(given).lower()]
+        return truth[str(given).lower()]
     if kind is str:
         if parameter.choices and given not in parameter.choices:
             near = difflib.get_close_matches(given, parameter.choices, 1)
@@ -244,9 +245,9 @@ def _value(parameter: Parameter, given):
             raise BadInput(f"{parameter.name}: {quoted(given)} is none of {', '.join(parameter.choices)}{hint}")
         if parameter.pattern and given and not re.fullmatch(parameter.pattern, given):
             raise BadInput(f"{parameter.name}: {quoted(given)} can't be one; {parameter.remedy}")
-        return given
+        return str(given)
     try:
-        value = kind(given)
+        value: float = float(given) if kind is float else int(given)
     except ValueError:
         words = "a whole number" if kind is int else "a number"
         raise BadInput(f"{parameter.name}: {quoted(given)} is not {words}") from None
@@ -281,4 +282,4 @@ def stop_strings(stop: str) -> list[str]:
         raise BadInput(f"stop: {quoted(stop)} is nested too deeply; write a list of texts") from None
     if not all(isinstance(text, str) and text and _is_text(text) for text in texts):
         raise BadInput(f"stop: {quoted(stop)} must be a list of non-empty texts")
-    return texts
+    return [str(text) for text in texts]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from select import select
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHELLS = ("bash", "sh", "dash")  # `mlflow run` starts an entry point through a shell
@@ -64,7 +65,7 @@ def within(seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
-def _stop(number, frame):
+def _stop(number: int, frame: object) -> NoReturn:
     for other in SIGNALS:
         signal.signal(other, signal.SIG_IGN)
     raise Stopped(number, _asked_by[0] if _asked_by else "")

@@ -28,7 +28,7 @@ def no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
 
 
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         [(name, _)] = Counter(name for name, _ in pairs).most_common(1)

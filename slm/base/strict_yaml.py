@@ -1,6 +1,7 @@
 """Reads safe YAML, and refuses duplicate keys, aliases and wrong tags, which readers misread."""
 
 from collections.abc import Hashable
+from typing import Any
 
 import yaml
 
@@ -22,14 +23,14 @@ def parse_yaml(text: str) -> object:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             problem = f"the alias *{event.anchor} is not accepted: write the value out"
             raise yaml.composer.ComposerError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)

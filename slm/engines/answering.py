@@ -4,20 +4,20 @@ Each answer is kept on disk as it comes (slm/answers/kept_answers.py), and score
 called here, and no model is loaded.
 """
 
-import gc
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from slm.answers import kept_answers, loading
+from slm.answers.asking import Answer, LoadedModel, ModelFacts, Question, answers
 from slm.base import environment
-from slm.base.hashing import digest
-from slm.prompts.prompt_rows import Prompt, ScorerCall
+from slm.prompts.prompt_rows import Prompt, ScorerCall, conversation
 from slm.prompts.prompt_sets import PromptSet
 from slm.scorers import confined
 from slm.scorers.built_in import Score
 from slm.verdict.estimation import estimate
 from slm.verdict.scored_model import Sample, ScoredModel, metrics_of
+
+ScoreAnswer = Callable[[ScorerCall, Prompt, str], dict[str, Score]]
 
 
 def built_in(call: ScorerCall, prompt: Prompt, text: str) -> dict[str, Score]:
@@ -26,69 +26,68 @@ def built_in(call: ScorerCall, prompt: Prompt, text: str) -> dict[str, Score]:
 
 
 def score(
-    model: loading.LoadedModel,
+    model: LoadedModel,
     prompt_set: PromptSet,
+    asked: list[Question],
     generation: dict,
-    repeats: int = 1,
     reuse: kept_answers.Reuse = "all",
     advance: Callable[[], None] = lambda: None,
-    score_answer: Callable[[ScorerCall, Prompt, str], dict[str, Score]] = built_in,
+    score_answer: ScoreAnswer = built_in,
 ) -> ScoredModel:
-    """Answers every prompt `repeats` times and scores the answers; `advance` is called once for each.
+    """Answers all questions (slm/answers/asking.py) and scores the answers. Calls `advance` once for each answer.
 
-    `reuse` says which answers of earlier runs are taken. Their seconds are those that were measured then, so that
-    speeds are never those of reading a file; "interrupted" makes all but a stopped run's anew, which a comparison of
-    speeds needs. What may have changed unseen, an endpoint, is never reused further.
+    `reuse` says which answers of earlier runs are taken. A kept answer keeps its measured seconds, so a speed is never
+    the speed of reading a file. With "interrupted", only the answers of a stopped run are taken. The comparison of
+    speeds needs that. The answers of an endpoint may have changed unseen, so a finished run's are not taken.
     """
-    wanted = [(prompt, repeat) for prompt in prompt_set.prompts for repeat in range(repeats)]
-    asked = [digest([loading.row_of(model, *one, generation), one[1]]) for one in wanted]
-    if not model.sha256 and reuse == "all":
+    facts = model.facts
+    if not facts.sha256 and reuse == "all":
         reuse = "interrupted"
-    answered: dict[tuple[str, int], dict] = {}
+    answered: dict[tuple[str, int], Answer] = {}
     elapsed = 0.0
-    with kept_answers.opened(identity(model, generation), reuse) as kept:
+    with kept_answers.opened(identity(facts, generation), reuse) as kept:
         missing, peak = [], 0
-        for one, key in zip(wanted, asked, strict=True):
-            if key not in kept.kept:
-                missing.append((one, key))
+        for question in asked:
+            if question.key not in kept.kept:
+                missing.append(question)
                 continue
-            found = kept.kept[key]
-            answered[one[0].id, one[1]] = found["answer"]
+            found = kept.kept[question.key]
+            answered[question.prompt.id, question.repeat] = found["answer"]
             elapsed, peak = elapsed + found["elapsed"], max(peak, found["peak_memory_bytes"])
             advance()
-        keys = {(prompt.id, repeat): key for (prompt, repeat), key in missing}
         before = time.perf_counter()
-        for (prompt, repeat), answer in loading.answers(model, [one for one, _ in missing], generation):
+        for question, answer in answers(model, missing, generation.get("batch_size") or 0):
             now = time.perf_counter()
-            answered[prompt.id, repeat] = answer
+            answered[question.prompt.id, question.repeat] = answer
             if not answer.get("error"):
-                if model.unchanged:
-                    model.unchanged()
-                kept.add(keys[prompt.id, repeat], answer, now - before)
+                model.check_unchanged()
+                kept.add(question.key, answer, now - before)
             elapsed, before = elapsed + now - before, now
             advance()
-        own = loading.peak_memory_bytes() or 0  # the model's: a judge's comes later
+        own = loading.peak_memory_bytes() or 0  # of the model alone: a judge is loaded later
         if missing:
             kept.finish(own)
-        if missing or not peak:  # else nothing was generated now, and this process's says nothing
+        if missing or not peak:  # else nothing was generated now, and this process's memory means nothing
             peak = max(peak, own)
     samples = tuple(
-        _sample(model, prompt, repeat, answered[prompt.id, repeat], score_answer) for prompt, repeat in wanted
+        _sample(facts, question, answered[question.prompt.id, question.repeat], score_answer) for question in asked
     )
     estimates = estimate(samples, prompt_set)
-    metrics = metrics_of(model, samples, estimates)
-    if peak and model.sha256:  # an endpoint's memory is elsewhere
+    metrics = metrics_of(facts, samples, estimates)
+    if peak and facts.sha256:  # the memory of an endpoint is elsewhere
         metrics["peak_memory_bytes"] = float(peak)
     tokens = [sample.output_tokens for sample in samples if sample.error is None]
-    if tokens and None not in tokens and elapsed:  # a stranger's model may not count them
-        metrics["output_tokens_per_second"] = sum(tokens) / elapsed
-    return ScoredModel(model, samples, estimates, metrics, len(wanted) - len(missing))
+    if tokens and None not in tokens and elapsed:  # a model of others may not count tokens
+        metrics["output_tokens_per_second"] = sum(count for count in tokens if count) / elapsed
+    sent = {question.prompt.id: (question.text, question.token_ids) for question in asked if question.repeat == 0}
+    return ScoredModel(facts, samples, estimates, metrics, len(asked) - len(missing), sent=sent)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _sample(model: loading.LoadedModel, prompt: Prompt, repeat: int, answer: dict, score_answer) -> Sample:
+def _sample(facts: ModelFacts, question: Question, answer: Answer, score_answer: ScoreAnswer) -> Sample:
+    prompt = question.prompt
     failed = answer.get("error") or ""
     named: dict[str, Score] = {}
     for call in prompt.scorers:
@@ -96,9 +95,9 @@ def _sample(model: loading.LoadedModel, prompt: Prompt, repeat: int, answer: dic
         named |= unanswered if failed else score_answer(call, prompt, answer["text"])
     return Sample(
         id=prompt.id,
-        repeat=repeat,
-        model=model.uri,
-        messages=list(prompt.messages) if prompt.messages else [{"role": "user", "content": prompt.prompt}],
+        repeat=question.repeat,
+        model=facts.uri,
+        messages=conversation(prompt),
         expected=list(prompt.expected),
         output=answer["text"],
         finish_reason=answer["finish_reason"],
@@ -111,7 +110,7 @@ def _sample(model: loading.LoadedModel, prompt: Prompt, repeat: int, answer: dic
     )
 
 
-def identity(model: loading.LoadedModel, generation: dict) -> list:
+def identity(facts: ModelFacts, generation: dict) -> list:
     """What an answer depends on beside what is asked: the model, how it is run, library versions, the kind of machine.
 
     Folders of answers are moved and shared between machines, and another kind of CPU may round another way.
@@ -119,12 +118,5 @@ def identity(model: loading.LoadedModel, generation: dict) -> list:
     libraries = ("onnxruntime-genai", "onnxruntime", "torch", "transformers", "tokenizers", "jinja2")
     versions = {name: environment.version(name) for name in libraries}
     described = environment.describe()
-    machine = [described[name] for name in ("cpu", "cpu_model", "cpu_flags", "gpus")] if model.sha256 else []
-    return [model.sha256 or model.uri, model.identity, generation, versions, machine]
-
-
-def release(scored: ScoredModel) -> ScoredModel:
-    """The same results without the model, whose memory goes back."""
-    freed = replace(scored, model=replace(scored.model, pyfunc=None, wrapper=None))
-    gc.collect()
-    return freed
+    machine = [described[name] for name in ("cpu", "cpu_model", "cpu_flags", "gpus")] if facts.sha256 else []
+    return [facts.sha256 or facts.uri, facts.identity, generation, versions, machine]

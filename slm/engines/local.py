@@ -1,9 +1,9 @@
 """The engine that answers prompts in this process. Its functions are those of slm/engines/engine.py's Engine."""
 
+import gc
 from contextlib import ExitStack
-from dataclasses import replace
 
-from slm.answers import loading
+from slm.answers import asking, endpoints, loading
 from slm.base import console, environment
 from slm.base.errors import BadInput
 from slm.base.parameters import Parameters
@@ -50,9 +50,10 @@ def read_prompts(args: Parameters) -> PromptSet:
         if downloads.is_address(given):
             path = stack.enter_context(downloads.file(given))
         else:
-            path = checkpoints.located(given)
-            if path is None:
+            located = checkpoints.located(given)
+            if located is None:
                 raise BadInput(f"prompts: {given!r} does not exist, from the repository's root or from here")
+            path = located
         asked = scorer_calls.read(args.scorers, args.judge)
         return scorer_calls.add(asked, read_prompt_set(path, given, scorer_calls.IN_ROWS))
 
@@ -61,15 +62,19 @@ def score(request: Request, prompt_set: PromptSet) -> ScoredModel:
     label, uri, options = request.label, request.uri, request.generation
     with ExitStack() as stack:
         with console.step(f"Loading {label}"):
-            folder = stack.enter_context(registry.local_copy(uri))  # a model of others may read files later on
+            folder = None
+            if not endpoints.is_endpoint(uri):  # the copy stays: a model of others may read files later on
+                folder = stack.enter_context(registry.local_copy(uri))
             settings = {name: options.get(name) for name in ("dtype", "device")} | {"row_timeout": request.row_timeout}
             recorded = registry.recorded_manifests(uri)
             model = loading.load(label, uri, folder, settings, recorded, request.trust_code)
-        with console.progress(f"Scoring {label}", len(prompt_set.prompts) * request.repeats) as advance:
+        asked = asking.questions(model, prompt_set.prompts, options, request.repeats)
+        with console.progress(f"Scoring {label}", len(asked)) as advance:
             score_answer = stack.enter_context(scorer_calls.opened(request.scorers, request.resume))
-            scored = answering.score(model, prompt_set, options, request.repeats, request.reuse, advance, score_answer)
-        sent = {prompt.id: loading.sent(model, prompt, options) for prompt in prompt_set.prompts}
-    return answering.release(replace(scored, sent=sent))
+            scored = answering.score(model, prompt_set, asked, options, request.reuse, advance, score_answer)
+        del model
+    gc.collect()  # the next model needs the memory
+    return scored
 
 
 def differences(candidate: ScoredModel, baseline: ScoredModel, prompt_set: PromptSet) -> dict[str, Difference]:

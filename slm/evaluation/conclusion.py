@@ -4,6 +4,7 @@ import datetime
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from slm.base import console, credentials, environment, parameters
 from slm.base.parameters import Parameters
@@ -13,7 +14,7 @@ from slm.models import manifest
 from slm.prompts import prompt_sets
 from slm.report import summary
 from slm.tracking import earlier_runs, mlflow_client, registry
-from slm.verdict import estimation, gate, reproduction, scored_model
+from slm.verdict import estimation, gate, reproduction, scored_model, statistics
 
 
 def finish(
@@ -48,13 +49,14 @@ def compared(
 ) -> summary.Report:
     """The models compared with the baseline and gated. Earlier runs' figures are looked up."""
     against = None if baseline is None else models[baseline]
-    differences, verdicts = [], []
+    differences: list[dict[str, statistics.Difference]] = []
+    verdicts = []
     for place, scored in enumerate(models):
-        compare = against is not None and place != baseline
-        differences.append(used.differences(scored, against, prompt_set) if compare else {})
+        other = None if place == baseline else against
+        differences.append({} if other is None else used.differences(scored, other, prompt_set))
         gated = () if place == baseline and len(models) > 1 else thresholds
-        figures = against.metrics if compare else None
-        verdicts.append(gate.decide(gated, scored.metrics | scored.estimates, differences[-1], figures))
+        figures: dict[str, Any] = {**scored.metrics, **scored.estimates}
+        verdicts.append(gate.decide(gated, figures, differences[-1], None if other is None else other.metrics))
     machine = environment.describe()
     facts = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -142,7 +144,7 @@ def show(report: summary.Report) -> None:
     """The table, the remarks and the verdict, on the console."""
     console.out.print()
     console.out.print(summary.table(report))
-    for remark in summary.remarks(report):
+    for remark in report.remarks:
         console.out.print(remark, markup=False)
     for check in report.verdict.checks:
         console.out.print(f"  {check.state:12} {check.metric} {check.rule}: {check.reason}", markup=False)

@@ -20,7 +20,9 @@ def promote(uri: str, alias: str, before: str, manifest_sha256: str) -> None:
     Raises:
         Unavailable: somebody else moved it since, or recorded other files.
     """
-    name, version = model_uri.registered_version(uri)
+    registered = model_uri.registered_version(uri)
+    assert registered is not None  # checked before anything was scored
+    name, version = registered
     if set(registry.recorded_manifests(uri)) != {manifest_sha256}:
         raise Unavailable(
             f"alias: {uri} isn't recorded to have the files that were scored ({manifest.TAG} "

@@ -79,7 +79,7 @@ def score_model(
         )
         scored = engine.chosen(args.engine).score(request, prompt_set)
         model, judged = scored.model, bool(scorers.judge)
-        record = reproduction.record(machine, asked, model, scored.sent, scored.samples, scored.reused, judged)
+        record = reproduction.record(machine, asked, scored, judged)
         if scored.reused:
             rows = int(scored.metrics["rows"])
             console.out.print(f"{label}: {scored.reused} of {rows} answers are reused (resume=true)")

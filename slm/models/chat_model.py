@@ -36,6 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from mlflow.exceptions import MlflowException
@@ -102,6 +103,10 @@ class Row:
     seconds: float = 0.0
     tenant: str = ""  # computed keys and values are copied between rows of one tenant only
 
+    def end(self, reason: str) -> None:
+        """Ends the row, for a reason such as stop, length, cancelled or dropped. The first reason stays."""
+        self.finish_reason = self.finish_reason or reason
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters
@@ -132,7 +137,7 @@ def sampling_of(row: dict, params: dict) -> Sampling:
         return row[name] if _given(row.get(name)) else params[name] if _given(params.get(name)) else DEFAULTS[name]
 
     for name in ("frequency_penalty", "presence_penalty", "top_k", "tools", "stream"):
-        asked = row.get(name)
+        asked: Any = row.get(name)
         if _given(asked) and np.size(asked) and np.any(asked):
             hint = "; call predict_stream instead" if name == "stream" else ""
             raise Refused(f"{name} is not supported by this model, got {asked!r}{hint}")
@@ -228,7 +233,8 @@ class Confined:
     def __init__(self, program: str, seconds: float, room: int):
         self._program = f"{program}\n{inspect.getsource(_answer_calls)}\n_answer_calls(FUNCTIONS, {seconds}, {room})\n"
         self._seconds, self._room = seconds, room
-        self._lock, self._child, self._closed = threading.Lock(), None, False
+        self._lock, self._closed = threading.Lock(), False
+        self._child: Any = None  # a subprocess.Popen with two pipes
         atexit.register(self._close)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._leave)
@@ -288,7 +294,7 @@ class Confined:
             left = memoryview(line)
             while left:
                 left = left[self._child.stdin.write(left) :]
-        parts = []
+        parts: list[bytes] = []
         while not parts or not parts[-1].endswith(b"\n"):
             parts.append(self._child.stdout.read(2**20))
             if not parts[-1]:
@@ -334,7 +340,7 @@ def _answer_calls(functions: dict, seconds: float, room: int) -> None:
     try:
         import resource
     except ImportError:  # Windows
-        resource = None
+        resource = None  # type: ignore[assignment]
 
     calls, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDWR)
@@ -509,7 +515,32 @@ def exact_integers(decoder: dict) -> dict[str, str]:
     return {name: exact} if integers_saturate() else {}
 
 
-def onnx_runtime(folder: Path, config: dict):
+class Runtime(Protocol):
+    """What generates tokens: SlotRuntime, OnnxRuntime or TransformersRuntime. One thread at a time may use it."""
+
+    library: str  # its package
+    batch_size: int  # rows that it generates best together
+    refills: bool  # whether the next row takes the place of a row that has ended
+    end_tokens: frozenset[int]
+    context_length: int  # tokens of a prompt and its answer together
+    bytes_per_token: int  # of keys and values
+
+    def steps(self, rows: list[Row], slots: int = 0, take: Callable[[], int] | None = None) -> Iterator[dict[int, int]]:
+        """Yields the next token id of the rows that take part in a step, by their place in `rows`.
+
+        The caller appends the token, and calls `Row.end` for a row that has ended. A row that has ended takes no
+        further part. A runtime that refills has at most `slots` rows under way (0: all). `take` gives the place of the
+        next row, or raises IndexError; only a runtime that refills calls it.
+        """
+
+    def alone_in_batch(self, prompt: list[int]) -> bool:
+        """Whether a prompt can't share a batch."""
+
+    def lanes(self, rows: int) -> list["Runtime"]:
+        """The runtimes that generate so many rows best, side by side, one thread each."""
+
+
+def onnx_runtime(folder: Path, config: dict) -> Runtime:
     """SlotRuntime where it knows the graph (grouped-query attention, on the CPU), else onnxruntime-genai itself."""
     content = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     decoder = content["model"]["decoder"]
@@ -529,7 +560,7 @@ def onnx_runtime(folder: Path, config: dict):
 class Slots:
     """Keys and values of the rows that are generated together, and the prompts that they were computed from."""
 
-    session: object  # the bindings' own
+    session: Any  # the bindings' own
     arrays: dict[tuple[int, str], np.ndarray]  # (layer, key or value): (slots, heads, span, head size)
     prompts: list[np.ndarray]  # by slot: the tokens whose keys and values it begins with
     tenants: list[str]  # by slot: the tenant of that prompt
@@ -569,7 +600,7 @@ class SlotRuntime:
         self.batch_size = max(64, LANE_ROWS * self._threads) if self._small() else 48
         self._session = self._open(self._threads)
         self._opened = self._stamp()
-        self._lanes: list[SlotRuntime] = []
+        self._lanes: list[Runtime] = []
         inputs = {entry.name: entry for entry in self._session.get_inputs()}
         dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         self._names = names = decoder["inputs"] | decoder["outputs"]
@@ -607,7 +638,7 @@ class SlotRuntime:
         found = [(path.name, path.stat()) for path in files]
         return [(name, told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns) for name, told in found]
 
-    def lanes(self, rows: int) -> list["SlotRuntime"]:
+    def lanes(self, rows: int) -> list[Runtime]:
         """What `rows` under way are best stepped by, side by side, a thread each.
 
         Lanes share the weights with each other, and not with the runtime that they are lanes of: so the files are read
@@ -634,7 +665,7 @@ class SlotRuntime:
         take = take or deque(range(len(rows))).popleft
         held = self._slots(count, max(len(row.prompt) + row.room for row in rows))
         lengths, last = np.zeros(count, dtype=np.int64), np.zeros((count, 1), dtype=np.int64)
-        live = []  # by slot: the row that has it
+        live: list[int] = []  # by slot: the place of the row that has it
 
         def begin(slot: int) -> Generator[dict[int, int], None, bool]:
             """Yields the first token of the row that takes the slot, and of those that end with it; whether one did."""
@@ -647,12 +678,13 @@ class SlotRuntime:
                 if row.finish_reason:
                     continue
                 row.started = time.perf_counter()
+                logits = None
                 for logits in self._pieces(held, slot, np.array(row.prompt, dtype=np.int64), row.tenant):
                     if logits is None:
                         yield {}  # another batch may have its turn while a long prompt is read
                     if row.finish_reason:
                         break
-                if row.finish_reason:
+                if row.finish_reason or logits is None:
                     continue
                 token = next_token(logits, row)
                 yield {place: token}
@@ -712,6 +744,7 @@ class SlotRuntime:
     def _read(self, held: Slots, slot: int, prompt: np.ndarray, tenant: str = "") -> np.ndarray:
         """Puts a prompt's keys and values into a slot; the logits that follow it, shape (vocabulary,)."""
         *_, logits = self._pieces(held, slot, prompt, tenant)
+        assert logits is not None
         return logits
 
     def _pieces(self, held: Slots, slot: int, prompt: np.ndarray, tenant: str) -> Iterator[np.ndarray | None]:
@@ -828,7 +861,7 @@ class OnnxRuntime:
         self._vocabulary = int(facts["vocab_size"])
         self._padding = int(facts["pad_token_id"])
 
-    def steps(self, rows: list[Row], slots: int = 0) -> Iterator[dict[int, int]]:
+    def steps(self, rows: list[Row], slots: int = 0, take: Callable[[], int] | None = None) -> Iterator[dict[int, int]]:
         """Yields the next token id of every row by its place, a finished one's too, until all have finished.
 
         Rows are padded on the right, and a graph whose head was pruned gives the logits of the last, padded place.
@@ -864,6 +897,9 @@ class OnnxRuntime:
         """Whether a prompt's last token can't be forced (an end token would end its row), or caches take no padding."""
         return self._windowed or len(prompt) == 1 or prompt[-1] in self.end_tokens
 
+    def lanes(self, rows: int) -> list[Runtime]:
+        return [self]
+
     def _choose(self, generator, chosen: dict[int, int], rows: int) -> None:
         logits = np.full((rows, 1, self._vocabulary), -1e9, dtype=np.float32)
         for place, token in chosen.items():
@@ -891,13 +927,14 @@ class TransformersRuntime:
         # OpenMP keeps a pool of its own for every thread that calls it: from a server's many threads, several times
         # slower than from this one
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch")
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+        network: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES.get(dtype, dtype),
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
-        ).to(device)
+        )
+        self._model = network.to(device)
         self._model.eval()
         if config.get("threads") and device == "cpu":
             torch.set_num_threads(int(config["threads"]))
@@ -911,7 +948,7 @@ class TransformersRuntime:
         width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
         self.bytes_per_token = 8 * settings.num_hidden_layers * heads * width
 
-    def steps(self, rows: list[Row], slots: int = 0) -> Iterator[dict[int, int]]:
+    def steps(self, rows: list[Row], slots: int = 0, take: Callable[[], int] | None = None) -> Iterator[dict[int, int]]:
         """Yields the next token id of every row that hasn't finished, by its place."""
         torch = self._torch
         from transformers import DynamicCache
@@ -948,6 +985,9 @@ class TransformersRuntime:
 
     def alone_in_batch(self, prompt: list[int]) -> bool:
         return False
+
+    def lanes(self, rows: int) -> list[Runtime]:
+        return [self]
 
     def _pack(self) -> None:
         """Lays the weights of linear layers out for oneDNN, once: its product of a few rows is up to four times MKL's.
@@ -1025,7 +1065,7 @@ class SmallLanguageModel(PythonModel):
         self._special_ids = {id for id, token in added.items() if token.special}
         self.template, self.special_tokens = read_chat_template(folder)
         onnx = "onnx" in context.artifacts
-        self._runtime = onnx_runtime(folder, config) if onnx else TransformersRuntime(folder, config)
+        self._runtime: Runtime = onnx_runtime(folder, config) if onnx else TransformersRuntime(folder, config)
         self.batch_size = int(config.get("batch_size") or self._runtime.batch_size)
         self._lock = threading.RLock()  # neither runtime may be entered by two threads at once
 
@@ -1095,9 +1135,9 @@ class SmallLanguageModel(PythonModel):
         together = self._queues if self._runtime.refills else self._batches
         for batch, slots, runtimes in together(waiting, batch_size or self.batch_size):
             with self._lock:
-                for row in self._side_by_side(batch, slots, runtimes):
-                    index, choice = row.index
-                    done[index][choice] = row
+                for ended in self._side_by_side(batch, slots, runtimes):
+                    index, choice = ended.index
+                    done[index][choice] = ended
                     if len(done[index]) == left[index]:
                         yield index, self.choices([done[index][choice] for choice in sorted(done[index])])
 
@@ -1153,11 +1193,11 @@ class SmallLanguageModel(PythonModel):
         """Generates rows that fit together; yields after each step every row that took part, and its new text.
 
         What may still become a stop string, or is half a character, is held back. A row's last text comes with its
-        finish_reason. The caller drops a row by setting its finish_reason between two steps.
+        finish_reason. The caller drops a row between two steps, with `Row.end`.
         """
         sent = {id(row): 0 for row in batch}
         with self._lock:
-            for rows in self._run(batch, len(batch), streamed=True):
+            for rows in self._steps(batch, len(batch), self._runtime, decoded=True):
                 step = []
                 for row in rows:
                     ready = len(row.text)
@@ -1223,7 +1263,7 @@ class SmallLanguageModel(PythonModel):
             for text in (row[key] if isinstance(row.get(key), list | tuple | np.ndarray) else [row.get(key)])
         ]
 
-    def _queues(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int, list]]:
+    def _queues(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int, list[Runtime]]]:
         """Rows, how many each runtime has under way, and the runtimes; slots of one size are for rows of like room.
 
         Neighbours begin alike, so that what they share is computed once.
@@ -1242,7 +1282,7 @@ class SmallLanguageModel(PythonModel):
                 yield sorted(alike, key=lambda row: row.prompt), max(1, room // len(lanes)), lanes
                 alike = []
 
-    def _batches(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int, list]]:
+    def _batches(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int, list[Runtime]]]:
         batch: list[Row] = []
         for row in sorted(rows, key=lambda row: -len(row.prompt)):
             if self._runtime.alone_in_batch(row.prompt):
@@ -1255,16 +1295,16 @@ class SmallLanguageModel(PythonModel):
         if batch:
             yield batch, len(batch), [self._runtime]
 
-    def _side_by_side(self, batch: list[Row], slots: int, runtimes: list) -> Iterator[Row]:
+    def _side_by_side(self, batch: list[Row], slots: int, runtimes: list[Runtime]) -> Iterator[Row]:
         """Generates a batch by several runtimes, a thread each that takes the next row; yields rows as they finish."""
         if len(runtimes) == 1:
-            yield from (row for step in self._run(batch, slots, runtimes[0]) for row in step)
+            yield from self._ended(batch, slots, runtimes[0], None)
             return
-        finished = queue.SimpleQueue()
+        finished: queue.SimpleQueue[Row | BaseException] = queue.SimpleQueue()
 
         def generate(runtime, take: Callable[[], int]) -> None:
             try:
-                for row in (row for step in self._run(batch, slots, runtime, take=take) for row in step):
+                for row in self._ended(batch, slots, runtime, take):
                     finished.put(row)
             except BaseException as error:  # is the caller's
                 finished.put(error)
@@ -1277,7 +1317,7 @@ class SmallLanguageModel(PythonModel):
 
         def stop() -> None:  # a thread ends after its step, once nobody waits for its rows
             for row in batch:
-                row.finish_reason = row.finish_reason or "dropped"
+                row.end("dropped")
             for thread in threads:
                 if thread.ident:
                     thread.join()
@@ -1295,46 +1335,55 @@ class SmallLanguageModel(PythonModel):
             stop()
             atexit.unregister(stop)
 
-    def _run(
-        self, batch: list[Row], slots: int, runtime=None, streamed: bool = False, take: Callable[[], int] | None = None
+    def _steps(
+        self,
+        batch: list[Row],
+        slots: int,
+        runtime: Runtime,
+        decoded: bool = False,
+        take: Callable[[], int] | None = None,
     ) -> Iterator[list[Row]]:
-        """Generates a batch, `slots` rows at once; yields those that finished, after every step that finished some.
+        """Generates a batch, `slots` rows at once; yields after every step the rows that took part.
 
-        `streamed` yields after every step, all rows that took part. With `take`, the batch is shared with others.
+        With `decoded`, every row's text is kept up. With `take`, the batch is shared with other runtimes.
         """
         from tokenizers.decoders import DecodeStream
 
-        start, runtime = time.perf_counter(), runtime or self._runtime
-        streams = {id(row): DecodeStream(skip_special_tokens=True) for row in batch if streamed or row.sampling.stop}
-        for tokens in runtime.steps(batch, slots, take) if take else runtime.steps(batch, slots):
+        start = time.perf_counter()
+        streams = {id(row): DecodeStream(skip_special_tokens=True) for row in batch if decoded or row.sampling.stop}
+        for tokens in runtime.steps(batch, slots, take):
             changed = []
             for place, token in tokens.items():
                 row = batch[place]
-                if row.finish_reason:
-                    continue
-                row.output.append(token)
-                stopped = False
-                if token in runtime.end_tokens:
-                    row.finish_reason = "stop"
-                elif id(row) in streams:
-                    row.text += streams[id(row)].step(self._tokenizer, token) or ""
-                    cut = min((at for at in map(row.text.find, row.sampling.stop) if at >= 0), default=-1)
-                    stopped = cut >= 0
-                    if stopped:
-                        row.text, row.finish_reason = row.text[:cut], "stop"
-                if not row.finish_reason and len(row.output) >= row.room:
-                    row.finish_reason = "length"
-                if row.finish_reason:
-                    row.seconds = time.perf_counter() - (row.started or start)
-                    if not stopped:
-                        ended = row.output[-1] in runtime.end_tokens
-                        row.text = self._tokenizer.decode(
-                            row.output[: len(row.output) - ended], skip_special_tokens=True
-                        )
-                if row.finish_reason or streamed:
+                if not row.finish_reason:
+                    self._append(row, token, streams.get(id(row)), runtime.end_tokens)
+                    if row.finish_reason:
+                        row.seconds = time.perf_counter() - (row.started or start)
                     changed.append(row)
-            if changed or streamed:
-                yield changed
+            yield changed
+
+    def _ended(self, batch: list[Row], slots: int, runtime: Runtime, take: Callable[[], int] | None) -> Iterator[Row]:
+        """Generates a batch; yields each row when it has ended."""
+        for step in self._steps(batch, slots, runtime, take=take):
+            yield from (row for row in step if row.finish_reason)
+
+    def _append(self, row: Row, token: int, stream: Any, end_tokens: frozenset[int]) -> None:
+        """Appends a token, and ends the row at an end token, a stop string or its last token."""
+        row.output.append(token)
+        ended = token in end_tokens
+        if ended:
+            row.end("stop")
+        elif stream is not None:
+            row.text += stream.step(self._tokenizer, token) or ""
+            cut = min((at for at in map(row.text.find, row.sampling.stop) if at >= 0), default=-1)
+            if cut >= 0:
+                row.text = row.text[:cut]
+                row.end("stop")
+                return
+        if len(row.output) >= row.room:
+            row.end("length")
+        if row.finish_reason:
+            row.text = self._tokenizer.decode(row.output[: len(row.output) - ended], skip_special_tokens=True)
 
 
 def usage(prompt_tokens: int, output_tokens: int) -> dict[str, int]:

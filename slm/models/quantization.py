@@ -45,6 +45,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -99,7 +100,8 @@ class Graph:
         self.file = folder / self.facts["filename"]
         self.model = onnx.load(self.file, load_external_data=False)
         self.tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
-        self.producers, self.consumers = {}, defaultdict(list)
+        self.producers: dict[str, Any] = {}
+        self.consumers: dict[str, list[Any]] = defaultdict(list)
         for node in self.model.graph.node:
             self.producers |= dict.fromkeys(filter(None, node.output), node)
             for name in node.input:
@@ -135,7 +137,7 @@ class Graph:
             return None
         made = self.producers.get(node.input[0])
         tied = made is not None and made.op_type == "Transpose"  # of the head's weights
-        name = made.input[0] if tied else node.input[0]
+        name = made.input[0] if made is not None and tied else node.input[0]
         if name not in self.tensors:
             return None
         rows = self.array(name).T if tied else self.array(name)
@@ -147,9 +149,10 @@ class Writer:
 
     def __init__(self, data, location: str):
         self._data, self._location = data, location
-        self.nodes, self.tensors = [], {}
+        self.nodes: list[Any] = []
+        self.tensors: dict[str, Any] = {}
 
-    def tensor(self, name: str, array: np.ndarray) -> str:
+    def tensor(self, name: str, array: np.ndarray | np.generic) -> str:
         from onnx import TensorProto, helper, numpy_helper
 
         if array.size < 256:
@@ -306,7 +309,7 @@ def _pairs(array: np.ndarray) -> np.ndarray:
     return array[..., ::2] | array[..., 1::2] << 4
 
 
-def _in_parts(work: Callable, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+def _in_parts(work: Callable, rows: np.ndarray) -> Any:
     """The arrays that `work` gives for parts of the rows, from their first to past their last, on all cores; joined."""
     step = max(SLICE // rows.shape[1], 1)
     begins = range(0, len(rows), step)
@@ -420,7 +423,8 @@ def nibbles(
         return *taken, scales.reshape(-1).astype(np.float32)
 
     integers, steps, offsets, scales = _in_parts(part, rows)
-    return *(array.transpose(1, 2, 0) for array in (integers, steps, offsets)), scales
+    integers, steps, offsets = (array.transpose(1, 2, 0) for array in (integers, steps, offsets))
+    return integers, steps, offsets, scales
 
 
 def _channel_scales(values: np.ndarray) -> np.ndarray:

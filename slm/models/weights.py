@@ -14,6 +14,7 @@ only if the hub's cache has the file's SHA-256. After logging, the manifest find
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from slm.base import cache, strict_json
 from slm.base.errors import BadInput
@@ -92,7 +93,7 @@ def _check_kind(path: Path) -> None:
             raise BadInput(f"model: {path} should be text, but is not; remove it from the model's folder")
 
 
-def read_json(path: Path) -> object:
+def read_json(path: Path) -> Any:
     """The content of a JSON file in a model's folder.
 
     Raises:

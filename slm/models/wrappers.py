@@ -16,10 +16,11 @@ import tempfile
 import time
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 from slm.base import cache
 from slm.base.errors import BadInput, exhausted
@@ -35,18 +36,57 @@ TRIES = 3  # of loading, where somebody else's link to the same files counts as 
 REMEDY = "set trust_code=true if you trust the code's author"
 
 
+class Row(Protocol):
+    """One text that a wrapper generates: chat_model.Row, or the Row of the copy that was logged."""
+
+    prompt: list[int]
+    output: list[int]
+    room: int
+    finish_reason: str
+
+
+class Wrapper(Protocol):
+    """chat_model.SmallLanguageModel, or that of the copy that was logged. Copies of 0.1.0 lack `cache_share`."""
+
+    name: str
+    batch_size: int
+    template: str
+    special_tokens: dict[str, str]
+    _runtime: Any
+
+    def render(self, messages: list[dict[str, str]]) -> str: ...
+
+    def prepare(self, row: dict[str, Any], params: dict[str, Any] | None = None, index: int = 0) -> list[Any]: ...
+
+    def answers(self, rows: list[dict[str, Any]], params: dict[str, Any], batch_size: int) -> Iterator[Any]: ...
+
+    def stream(self, batch: list[Any]) -> Generator[list[tuple[Any, str]]]: ...
+
+    def fits(self, batch: list[Any], row: Any, batch_size: int = 0) -> bool: ...
+
+    def cache_share(self, batch: list[Any]) -> float: ...
+
+
 @dataclass(frozen=True)
 class Opened:
     """A model of this project in memory."""
 
-    wrapper: object  # chat_model.SmallLanguageModel, or that of the copy that was logged
-    description: object  # MLflow's Model
+    wrapper: Wrapper
+    description: Any  # MLflow's Model
     manifest: manifests.Manifest
     code_sha256: str  # of the wrapper that runs
     settings: dict  # it was opened with
     providers: tuple[str, ...] | None  # that an ONNX folder lists; None for a checkpoint of transformers
     load_seconds: float  # without the checks before
     unchanged: Callable[[], None]  # raises BadInput once its files are others than those that were checked
+
+
+def end(row: Row, reason: str) -> None:
+    """Ends a row between two steps. The Row of 0.1.0 has no method for that."""
+    if hasattr(row, "end"):
+        row.end(reason)
+    else:
+        row.finish_reason = row.finish_reason or reason
 
 
 def is_ours(description) -> bool:
@@ -108,7 +148,7 @@ def _opened(
         found = manifests.check(folder, recorded)
     except ValueError as error:
         raise BadInput(f"{uri}: {error}") from None
-    metadata, known = description.metadata, (description.flavors.get("python_function") or {}).get("config")
+    metadata, known = description.metadata or {}, (description.flavors.get("python_function") or {}).get("config")
     if not isinstance(known, dict) or metadata.get("schema") not in ("chat", "prompt") or not description.signature:
         raise BadInput(f"{uri}: its MLmodel lacks entries that this project writes; log the model again")
     settings = known | {name: value for name, value in override.items() if value and name in known}
@@ -234,7 +274,7 @@ def _module(uri: str, folder: Path, description, trust_code: bool) -> tuple[type
     # the wrapper reads its own source: that of the bytes that were checked, whatever lies in the folder then
     linecache.cache[module.__file__] = (len(code), None, code.decode().splitlines(True), module.__file__)
     exec(compile(code, module.__file__, "exec"), module.__dict__)
-    module.render = _bounded_render(module)
+    module.__dict__["render"] = _bounded_render(module)
     return module, sha256
 
 
@@ -263,5 +303,5 @@ def own_sha256() -> str:
 
 
 def own_code() -> bytes:
-    loader, path = chat_model.__spec__.loader, chat_model.__file__
-    return loader.get_data(path)
+    loader: Any = chat_model.__loader__
+    return loader.get_data(chat_model.__file__)

@@ -1,5 +1,5 @@
-"""What is a prompt set? Rows, the one validator of rows, the file formats and the hash of a set.
+"""What is a prompt set? Rows, the single check of rows, the file formats, and the hash of a prompt set.
 
-This room imports `base` only.
-Start with `prompt_rows.py`; a new file format goes into `readers.py`.
+This room imports only `base`.
+Start with `prompt_rows.py`. A new file format goes into `readers.py`.
 """

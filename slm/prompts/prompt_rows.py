@@ -1,9 +1,10 @@
-"""One row of a prompt set, checked: the only validator, whatever the format and wherever the row is read."""
+"""Checks a row of a prompt set. All file formats and both engines use this check."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from slm.base.errors import BadInput
 from slm.base.wording import did_you_mean, quoted
@@ -12,19 +13,19 @@ ROW_BYTES = 2**20
 FIELDS = ("id", "messages", "prompt", "expected", "scorers", "cluster", "tags")
 ROLES = ("system", "user", "assistant")
 
-# by the name of a scorer that rows may ask for: what is wrong with these expected texts and options, None where nothing
-KnownScorers = Mapping[str, Callable[[tuple[str, ...], dict], str | None]]
+# scorer name -> a check of a row's expected texts and options, which returns the fault, or None without a fault
+KnownScorers = Mapping[str, Callable[[tuple[str, ...], dict[str, Any]], str | None]]
 
 
 @dataclass(frozen=True)
 class ScorerCall:
     name: str
-    options: dict
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row. Either `messages` ({"role", "content"} each) or `prompt` is given, the other is None."""
+    """One row. It has either `messages` (each {"role", "content"}) or `prompt`. The other field is None."""
 
     id: str
     messages: tuple[dict[str, str], ...] | None
@@ -35,13 +36,24 @@ class Prompt:
     tags: tuple[str, ...]
 
 
-def canonical_rows(prompts: Iterable[Prompt]) -> list[dict]:
-    """The rows as plain data in one fixed form. Written as JSONL they read back as the same prompts."""
+def conversation(prompt: Prompt) -> list[dict[str, str]]:
+    """The prompt as messages. A plain prompt becomes one message of the user."""
+    if prompt.messages is not None:
+        return [dict(message) for message in prompt.messages]
+    return [{"role": "user", "content": prompt.prompt or ""}]
+
+
+def canonical_rows(prompts: Iterable[Prompt]) -> list[dict[str, Any]]:
+    """The rows as plain data in one fixed form. If they are written as JSONL, reading gives the same prompts."""
     return [_canonical_row(prompt) for prompt in prompts]
 
 
 def read_row(row: object, where: str, known_scorers: KnownScorers) -> Prompt:
-    """One row, which stands at `where`, as a checked prompt. Raises BadInput."""
+    """Checks one row and returns it as a prompt. Error messages name the row's place, `where`.
+
+    Raises:
+        BadInput: a field is unknown, missing or wrong, or the row is longer than 1 MiB.
+    """
     if not isinstance(row, dict):
         raise BadInput(f"{where}: is {quoted(row)}; write a mapping with {', '.join(FIELDS)}")
     if "inputs" in row or "expectations" in row:
@@ -65,12 +77,12 @@ def read_row(row: object, where: str, known_scorers: KnownScorers) -> Prompt:
         raise BadInput(f"{where}: is {size / 2**20:.1f} MiB long; at most 1 MiB is read: shorten it")
     if prompt.id:
         return prompt
-    # Only what is asked and expected: a new tag or scorer leaves the id as it was.
+    # The id depends only on the prompt and the expected texts, so a new tag or scorer does not change the id.
     content = {key: canonical[key] for key in ("messages", "prompt", "expected") if key in canonical}
     return replace(prompt, id=f"row-{hashlib.sha256(_canonical_json(content)).hexdigest()[:12]}")
 
 
-def _from_mlflow(row: dict, where: str) -> dict:
+def _from_mlflow(row: dict[str, Any], where: str) -> dict[str, Any]:
     _known_fields(row, ("inputs", "expectations", "id", "scorers", "cluster", "tags"), where)
     plain = {field: value for field, value in row.items() if field not in ("inputs", "expectations")}
     pairs = (("inputs", "messages", "messages"), ("expectations", "expected_response", "expected"))
@@ -84,7 +96,7 @@ def _from_mlflow(row: dict, where: str) -> dict:
     return plain
 
 
-def _known_fields(given: dict, known: tuple[str, ...], where: str, what: str = "field") -> None:
+def _known_fields(given: dict[str, Any], known: tuple[str, ...], where: str, what: str = "field") -> None:
     for field in given:
         if field not in known:
             guess = did_you_mean(field, known)
@@ -96,7 +108,7 @@ def _text(value: object, field: str, where: str) -> str:
         raise BadInput(f"{where}: `{field}` is {quoted(value)}, not text; write text, in quotes, or leave it out")
     if not value.strip():
         raise BadInput(f"{where}: `{field}` is {quoted(value)}, an empty text; write something or leave it out")
-    if "\0" in value:  # onnxruntime-genai encodes what is before it, without a word
+    if "\0" in value:  # onnxruntime-genai drops the text after a NUL without an error
         raise BadInput(f"{where}: `{field}` is {quoted(value)} with a NUL character in it; remove it")
     try:
         value.encode()
@@ -130,7 +142,7 @@ def _messages(value: object, where: str) -> tuple[dict[str, str], ...]:
 
 
 def _scorers(value: object, expected: tuple[str, ...], where: str, known: KnownScorers) -> tuple[ScorerCall, ...]:
-    calls: dict[str, dict] = {}
+    calls: dict[str, dict[str, Any]] = {}
     for item in value if isinstance(value, list) else [value]:
         if not isinstance(item, str | dict):
             raise BadInput(f"{where}: `scorers` holds {quoted(item)}; write names, or {{name: options}}")
@@ -146,7 +158,7 @@ def _scorers(value: object, expected: tuple[str, ...], where: str, known: KnownS
     return tuple(ScorerCall(name, options) for name, options in calls.items())
 
 
-def _options(name: str, options: object, where: str) -> dict:
+def _options(name: str, options: object, where: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise BadInput(f"{where}: the options of scorer {name} are {quoted(options)}; write {{option: value}}")
     try:
@@ -157,7 +169,7 @@ def _options(name: str, options: object, where: str) -> dict:
     return options
 
 
-def _canonical_row(prompt: Prompt) -> dict:
+def _canonical_row(prompt: Prompt) -> dict[str, Any]:
     row = {
         "id": prompt.id,
         "messages": None if prompt.messages is None else [dict(message) for message in prompt.messages],

@@ -1,9 +1,9 @@
-"""Reading a prompt set: JSONL, CSV or YAML into checked, frozen records with stable ids and one hash.
+"""Reads a prompt set from JSONL, CSV or YAML. The result has checked, frozen records, stable ids and one hash.
 
-Everything that is wrong with a file is said here, in one line with the place, the value and the remedy, before any
-model is loaded: a row that is misread silently becomes a wrong score. MLflow's own dataset rows,
-`{inputs: {messages}, expectations: {expected_response}}`, are read as well. Nothing is downloaded, no chat template
-is applied and no answer is scored here.
+A row that is misread without an error becomes a wrong score. So every fault in a file is an error before any model is
+loaded. The error has one line with the place, the value and the remedy. Rows of MLflow's datasets,
+`{inputs: {messages}, expectations: {expected_response}}`, are read too. This module downloads nothing, applies no chat
+template and scores no answer.
 """
 
 import hashlib
@@ -21,7 +21,10 @@ ROWS = 100_000
 
 @dataclass(frozen=True)
 class PromptSet:
-    """`source` is what the user named it by; `sha256` is taken over the canonical rows, whatever the file format."""
+    """A checked prompt set.
+
+    `source` is the name that the user gave. `sha256` is over the canonical rows, so it is the same in all formats.
+    """
 
     name: str
     source: str
@@ -30,19 +33,27 @@ class PromptSet:
 
 
 def read_prompt_set(path: Path, source: str, known_scorers: KnownScorers) -> PromptSet:
-    """Read the prompt set in `path` by its suffix: .jsonl, .csv, .yaml or .yml. Raises BadInput.
+    """Reads the prompt set in `path`. The suffix gives the format: .jsonl, .csv, .yaml or .yml.
 
-    A row without `id` gets one made of its content; a row with `expected` and without `scorers` is scored by
-    `contains`. `known_scorers` has the scorers that a row may ask for, and how each checks its options.
+    A row without `id` gets an id from its content. A row with `expected` and without `scorers` gets the scorer
+    `contains`. `known_scorers` has the scorers that a row may name, and each scorer's check of its options.
+
+    Raises:
+        BadInput: the file can't be read, is too large or empty, or a row is wrong.
     """
-    prompts, places = [], {}
+    prompts: list[Prompt] = []
+    places: dict[str, str] = {}
     rows = READERS.get(path.suffix.lower())
     if rows is None:
         raise BadInput(f"{path.name}: a prompt set is a {', '.join(READERS)} file; rename or convert it")
     for place, row in rows(_text_of(path), path.name):
         prompt = read_row(row, f"{path.name} {place}", known_scorers)
         if prompt.id in places:
-            remedy = "ids are unique: change one" if "id" in row else "remove one, or give each an `id`"
+            remedy = (
+                "ids are unique: change one"
+                if isinstance(row, dict) and "id" in row
+                else "remove one, or give each an `id`"
+            )
             problem = f"`id` {quoted(prompt.id)} is that of {places[prompt.id]} too"
             raise BadInput(f"{path.name} {place}: {problem}; {remedy}")
         places[prompt.id] = place
@@ -55,7 +66,7 @@ def read_prompt_set(path: Path, source: str, known_scorers: KnownScorers) -> Pro
 
 
 def with_scorers(prompt_set: PromptSet, calls: Iterable[ScorerCall]) -> PromptSet:
-    """The same prompts with these calls added to each one's own; a scorer that a row asks for itself stays its own."""
+    """The same prompts with `calls` added to each row. If a row already names a scorer, the row's own call stays."""
     changed = []
     for prompt in prompt_set.prompts:
         own = {call.name for call in prompt.scorers}

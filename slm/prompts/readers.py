@@ -1,6 +1,6 @@
-"""The formats of prompt sets: each reader gives rows as plain data, with their place in the file.
+"""Reads the file formats of prompt sets. Each reader yields rows as plain data, with their places in the file.
 
-To add a format, write a function that takes the text and the file's name, and put the function into READERS.
+To add a format, write a function that takes the text and the file's name. Then put the function into READERS.
 """
 
 import csv
@@ -15,8 +15,8 @@ from slm.base.wording import quoted
 from slm.prompts.prompt_rows import FIELDS, ROW_BYTES, _known_fields
 
 FILE_BYTES = 64 * 2**20
-YAML_BYTES = 4 * 2**20  # PyYAML takes minutes and gigabytes over more
-LINE_BYTES = 8 * ROW_BYTES  # JSON may spend six characters on one
+YAML_BYTES = 4 * 2**20  # for larger files, PyYAML needs minutes and gigabytes of memory
+LINE_BYTES = 8 * ROW_BYTES  # JSON may write one character as six, such as \u0041
 
 
 def _text_of(path: Path) -> str:
@@ -45,7 +45,7 @@ def _text_of(path: Path) -> str:
 
 
 def _jsonl_rows(text: str, name: str) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also cut at U+2028, legal inside JSON
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028, which JSON allows
         if len(line) > LINE_BYTES:
             raise BadInput(
                 f"{name} line {number}: is {len(line) / 2**20:.1f} MiB long; at most 1 MiB is read: shorten it"
@@ -69,10 +69,11 @@ def _yaml_rows(text: str, name: str) -> Iterator[tuple[str, object]]:
 
 def _csv_rows(text: str, name: str) -> Iterator[tuple[str, object]]:
     csv.field_size_limit(max(csv.field_size_limit(), ROW_BYTES))
-    reader, place, header = csv.reader(io.StringIO(text, newline=""), strict=True), "line 1", None
+    reader, place = csv.reader(io.StringIO(text, newline=""), strict=True), "line 1"
+    header: list[str] = []
     try:
         while (cells := next(reader, None)) is not None:
-            if cells and header is None:
+            if cells and not header:
                 header = [cell.strip() for cell in cells]
                 _known_fields(dict.fromkeys(header), FIELDS, f"{name} line 1", "column")
                 if (twice := next((c for c in header if header.count(c) > 1), None)) is not None:
@@ -83,7 +84,7 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[str, object]]:
                     raise BadInput(f"{name} {place}: {problem}; put a text with a comma in it in double quotes")
                 row = {column: cell for column, cell in zip(header, cells, strict=True) if cell}
                 yield place, {column: _csv_cell(column, cell, f"{name} {place}") for column, cell in row.items()}
-            place = f"line {reader.line_num + 1}"  # where the next row starts: a quoted cell may span lines
+            place = f"line {reader.line_num + 1}"  # a quoted cell may have several lines
     except csv.Error as error:
         raise BadInput(f"{name} {place}: not CSV: {error}") from None
 

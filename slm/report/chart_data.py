@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from slm.report.summary import MISSING, Report
 from slm.verdict import estimation
@@ -140,7 +141,7 @@ class Trend:
 
     def unbroken(self) -> list[list[int]]:
         """The places of moments that follow one another with a value; a line is drawn through each such part."""
-        parts = [[]]
+        parts: list[list[Any]] = [[]]
         for place, moment in enumerate(self.moments):
             if math.isnan(moment.mean):
                 parts.append([])
@@ -198,7 +199,7 @@ def score_rows(report: Report) -> list[Row]:
 def tag_rows(report: Report) -> list[Row]:
     """Per tag, each model's overall score over the prompts that have it; a prompt counts under each of its tags."""
     clusters = {prompt.id: prompt.cluster for prompt in report.prompt_set.prompts}
-    overall = [estimation.values_by_scorer(model.samples).get(OVERALL, {}) for model in report.models]
+    overall = [model.values.get(OVERALL, {}) for model in report.models]
     rows, with_tag = [], defaultdict(list)
     for prompt in report.prompt_set.prompts:
         for tag in dict.fromkeys(prompt.tags):

@@ -101,7 +101,7 @@ def headline(report: Report) -> str:
     if unknown:
         place, check = unknown[0]
         return f"Inconclusive: {_whose(report, place)}{check.metric}: {check.reason}"
-    needed = max(check.prompts_needed for _, check in concerned)
+    needed = max(check.prompts_needed or 0 for _, check in concerned)
     asked = getattr(report.prompt_set, "rows", len(report.prompt_set.prompts))  # of many, a sample is at hand
     return f"Inconclusive: it takes about {needed:,} prompts, and {asked:,} were asked"
 
@@ -167,7 +167,7 @@ def flips(report: Report) -> dict[int, list[dict]]:
     for place, model in enumerate(report.models):
         if place == report.baseline:
             continue
-        ours, theirs = (estimation.values_by_scorer(each.samples).get(OVERALL, {}) for each in (model, baseline))
+        ours, theirs = (each.values.get(OVERALL, {}) for each in (model, baseline))
         changed: dict[str, dict] = {}
         asked_for = {name for sample in model.samples for name in sample.scores}
         for name, flipped in estimation.flips(model, baseline).items():
@@ -285,5 +285,5 @@ def _safe_json(data: object):
 
 def _script_hash(source: str) -> str:
     """For the content security policy: only this script runs, whatever an answer holds."""
-    script = re.search("<script>(.*?)</script>", source, re.DOTALL)[1]
+    [script] = re.findall("<script>(.*?)</script>", source, re.DOTALL)
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -26,7 +26,7 @@ def figures(report: Report) -> dict[str, Figure]:
     if scores:
         axis = chart_data.score_axis(scores)
         drawn["scores"] = _intervals(report, scores, axis, "mean score and its 95 % interval")
-    if gaps:
+    if gaps and report.baseline is not None:
         baseline = summary.visible(chart_data.short_label(report.models[report.baseline].model.label))
         axis = chart_data.gap_axis(gaps)
         drawn["differences"] = _intervals(report, gaps, axis, f"difference to {baseline} and its 95 % interval")

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from xml.etree import ElementTree
 
 from rich.table import Table
@@ -53,6 +54,14 @@ class Report:
     history: tuple[dict[str, tuple[Point, ...]], ...]
     facts: dict[str, str]  # what is told of the run beside its figures: date, run id, commit, machine
 
+    @cached_property
+    def remarks(self) -> list[str]:
+        """Sentences on each comparison: the overall score, other differences beyond chance, the flips.
+
+        Each sentence is one line that a terminal shows as it is, whatever ids and labels hold.
+        """
+        return [_one_line(remark) for remark in _remarks(self)]
+
 
 @dataclass(frozen=True)
 class Line:
@@ -95,14 +104,6 @@ def lines(models: Sequence[ScoredModel]) -> list[Line]:
     ]
 
 
-def remarks(report: Report) -> list[str]:
-    """What is to be told of each comparison, in sentences: the overall score, what else is beyond chance, the flips.
-
-    Each is one line that a terminal shows as it is, whatever ids and labels hold.
-    """
-    return [_one_line(remark) for remark in _remarks(report)]
-
-
 def _remarks(report: Report) -> list[str]:
     told = [
         f"{model.model.label} was not given {', '.join(model.model.ignored)}: not declared by it"
@@ -110,7 +111,7 @@ def _remarks(report: Report) -> list[str]:
         if model.model.ignored
     ]
     for model in report.models:
-        reproducible = (model.record or {}).get("reproducible", "")
+        reproducible = model.record.get("reproducible", "")
         if reproducible.startswith(reproduction.COMPARABLE):
             told.append(f"{model.model.label}, done again: {reproducible}")
     for model in report.models:
@@ -173,7 +174,7 @@ def markdown(report: Report) -> str:
             for check in report.verdict.checks
         ),
     ]
-    said = map(escaped, remarks(report))
+    said = map(escaped, report.remarks)
     return "\n\n".join([f"# {escaped(report.title)}", body, *said, "\n".join(told)]) + "\n"
 
 
@@ -205,7 +206,7 @@ def junit(report: Report) -> str:
         listed = [sample for sample in model.samples if sample.error]
         failed = max(len(listed), int(model.metrics.get("rows_failed", 0)))  # a sample may list none
         if failed:
-            text = "; ".join(f"{sample.id}: {sample.error['message']}" for sample in listed[:20])
+            text = "; ".join(f"{sample.id}: {(sample.error or {}).get('message')}" for sample in listed[:20])
             ElementTree.SubElement(case, "error", type="rows_failed", message=_plain(f"{failed} rows: {text}"))
         suite.set("tests", str(len(verdict.checks) + 1))
         suite.set("failures", str(sum(check.state != "pass" for check in verdict.checks)))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from slm.base.wording import one_line
 from slm.prompts.prompt_rows import Prompt
@@ -100,8 +101,10 @@ def _trace(
     from mlflow.entities import Span, TraceInfo, TraceLocation, TraceState
 
     trace_id = f"tr-{secrets.token_hex(16)}"
-    counts = {"input_tokens": sample.prompt_tokens, "output_tokens": sample.output_tokens}
-    usage = {} if None in counts.values() else counts | {"total_tokens": sum(counts.values())}
+    usage = {}
+    if sample.prompt_tokens is not None and sample.output_tokens is not None:
+        usage = {"input_tokens": sample.prompt_tokens, "output_tokens": sample.output_tokens}
+        usage["total_tokens"] = sum(usage.values())
     output = _storable(sample.output)
     message = {"role": "assistant", "content": output}
     answer = {"choices": [{"index": 0, "message": message, "finish_reason": sample.finish_reason}]}
@@ -152,7 +155,7 @@ def _assessments(sample: Sample, trace_id: str, run_id: str) -> list:
     """A feedback for each scorer, and what was expected. Unscored is an error of the feedback, and never a value."""
     from mlflow.entities import AssessmentError, AssessmentSource, Expectation, Feedback
 
-    assessments = []
+    assessments: list[Any] = []
     for name, value in sample.scores.items():
         reason = _storable(sample.reasons.get(name, ""))
         assessments.append(

@@ -114,7 +114,7 @@ def number(output: str, expected: tuple[str, ...], tolerance: int | float = 0.0)
     numbers = _numbers(output)
     if not numbers:
         return Score(0.0, f"expected {_any_of(expected)}, found no number in {quoted(output)}")
-    with decimal.localcontext(prec=60, traps=[]):
+    with decimal.localcontext(decimal.Context(prec=60, traps=[])):
         near = [x for x in wanted if x == numbers[-1] or abs(x - numbers[-1]) <= decimal.Decimal(str(tolerance))]
     return _verdict("is", map(str, near), str(numbers[-1]), expected)
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 from slm.base.wording import did_you_mean, quoted
 from slm.scorers.built_in import BUILT_IN, Score
@@ -129,10 +130,13 @@ def _confined():
     return Confined(program, SECONDS, ROOM)
 
 
-def confined_functions() -> dict[str, tuple[Callable, tuple]]:
+def confined_functions() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """The child's functions by name, each with arguments for a first call. The first call imports heavy libraries."""
-    checks = {"pattern": (_pattern_error, ("1",)), "schema": (_schema_error, ({},))}
-    options = {"json_schema": {"schema": {}}}
+    checks: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        "pattern": (_pattern_error, ("1",)),
+        "schema": (_schema_error, ({},)),
+    }
+    options: dict[str, Any] = {"json_schema": {"schema": {}}}
     return checks | {
         name: (functools.partial(_score_as_data, name), ("1", ["1"], options.get(name, {}))) for name in BUILT_IN
     }

@@ -8,7 +8,7 @@ import numbers
 import re
 
 from slm.base.wording import quoted
-from slm.prompts.prompt_rows import Prompt
+from slm.prompts.prompt_rows import Prompt, conversation
 from slm.scorers.built_in import Score
 
 METRIC_NAME = re.compile(r"[\w.\- ]{1,100}", re.ASCII)  # MLflow's characters without the slash
@@ -17,10 +17,9 @@ REASON_CHARACTERS = 500
 
 def arguments_of(prompt: Prompt, output: str) -> dict:
     """The keyword arguments of an MLflow scorer, for one answer. The trace is None."""
-    messages = prompt.messages or ({"role": "user", "content": prompt.prompt},)
     expected = {"expected_response": prompt.expected[0], "expected": list(prompt.expected)} if prompt.expected else {}
     return {
-        "inputs": {"messages": [dict(message) for message in messages]},
+        "inputs": {"messages": conversation(prompt)},
         "outputs": output,
         "expectations": expected,
         "trace": None,
@@ -76,6 +75,6 @@ def _plain_score(name: str, value: object) -> Score:
         if word in ("yes", "no"):
             return Score(float(word == "yes"), f"{name} gave {word}")
         return Score(None, f"{name} gave {quoted(str(value))}, which is neither yes nor no")
-    if isinstance(value, numbers.Real) and 0 <= value <= 1:  # NaN is not
+    if isinstance(value, numbers.Real) and 0 <= float(value) <= 1:  # NaN is not
         return Score(float(value), f"{name} gave {quoted(value)}")
     return Score(None, f"{name} gave {quoted(value)}, which is not a number from 0 to 1")

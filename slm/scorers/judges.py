@@ -199,7 +199,8 @@ class Judge:
             # A refused request (the prompt is too long) or an answer that is no JSON does not predict the next call
             from_mlflow = isinstance(error, MlflowException)
             refused = getattr(error.__cause__, "status_code", None) == 400
-            failed = from_mlflow and not refused and error.error_code != "BAD_REQUEST"
+            code = error.error_code if isinstance(error, MlflowException) else ""
+            failed = from_mlflow and not refused and code != "BAD_REQUEST"
             self._failures = self._failures + 1 if failed else 0
             text = str(error) if from_mlflow else f"{type(error).__name__}: {error}"
             return Score(None, f"{call.name} got no judgement: {feedback.one_line(text)}")

@@ -51,7 +51,8 @@ def read(scorers_parameter: str = "", judge_parameter: str = "") -> Asked:
         Unavailable: the judge doesn't answer.
     """
     judge = judges.find(judge_parameter) if judge_parameter else None
-    added, own = [], {}
+    added: list[ScorerCall] = []
+    own: dict[str, users.UserScorer] = {}
     for item in filter(None, (item.strip() for item in scorers_parameter.split(","))):
         name = item
         if users.is_spec(item):
@@ -105,6 +106,7 @@ def opened(asked: Asked, resume: bool = True) -> Iterator[ScoreAnswer]:
                 return {call.name: confined.score(call.name, output, prompt.expected, call.options)}
             if call.name in asked.user_scorers:
                 return users.score(asked.user_scorers[call.name], prompt, output)
+            assert judge is not None  # without a judge, no row can ask for one
             return {call.name: judge.score(call, prompt, output)}
 
         yield score_answer

@@ -108,14 +108,15 @@ def _checked(function: object, attribute: str, spec: str) -> tuple[str, tuple[st
     if not callable(function) or isinstance(function, type):
         kind = "a class" if isinstance(function, type) else quoted(function)
         raise BadInput(f"scorers: {spec} is {kind}; name a function")
-    of_mlflow = isinstance(function, Scorer)
-    name = function.name if of_mlflow else attribute
+    name = function.name if isinstance(function, Scorer) else attribute
     if not feedback.METRIC_NAME.fullmatch(name):
         raise BadInput(f"scorers: {spec} is called {quoted(name)}, which can't name a metric; use letters and digits")
     if inspect.iscoroutinefunction(function):
         raise BadInput(f"scorers: {spec} is an async function; write a plain one")
     try:
-        parameters = inspect.signature(function.__call__ if of_mlflow else function).parameters.values()
+        parameters = inspect.signature(
+            function.__call__ if isinstance(function, Scorer) else function
+        ).parameters.values()
     except (TypeError, ValueError):  # some functions that are written in C have no signature
         raise BadInput(f"scorers: {spec} doesn't say which arguments it takes; wrap it in a function") from None
     by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

@@ -4,13 +4,14 @@ import asyncio
 import threading
 import time
 import traceback
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import prometheus_client
 
+from slm.models import wrappers
 from slm.serving.protocol import PROMPT_TOKENS, SECONDS_PER_TOKEN, ApiError, Limits
 
 MOST_BATCHES = 2  # batches that run at once for throughput
@@ -42,7 +43,7 @@ class Ticket:
 class Place:
     """One text of a request. The text waits or is in a batch."""
 
-    row: object  # a Row from the copy of slm.chat_model in the logged model
+    row: wrappers.Row
     ticket: Ticket
 
     def tokens(self) -> float:
@@ -57,7 +58,7 @@ class Place:
 @dataclass(eq=False)
 class Batch:
     places: list[Place]
-    steps: Iterator[list[tuple]]
+    steps: Generator[list[tuple[wrappers.Row, str]]]
     share: float  # of the cache that one batch may take
 
     def live(self) -> int:
@@ -77,14 +78,14 @@ def fair_order(waiting: Iterable[Place], running: Iterable[Place]) -> list[Place
     def alone(place: Place) -> float:
         return place.ticket.arrived + SECONDS_PER_TOKEN * place.tokens()
 
-    ahead: Counter = Counter()  # by client: the tokens before the client's next text
+    ahead: defaultdict[str, float] = defaultdict(float)  # by client: the tokens before the client's next text
     for place in running:
         ahead[place.ticket.client] += place.left()
     ends = {}
     for place in sorted(waiting, key=alone):
         ends[place] = alone(place) + SECONDS_PER_TOKEN * ahead[place.ticket.client]
         ahead[place.ticket.client] += place.tokens()
-    return sorted(ends, key=ends.get)
+    return sorted(ends, key=lambda place: ends[place])
 
 
 class Metrics:
@@ -114,7 +115,7 @@ class Metrics:
 class Worker:
     """The thread that owns the model. The event loop calls `submit` and `drop`."""
 
-    def __init__(self, model, limits: Limits):
+    def __init__(self, model: wrappers.Wrapper, limits: Limits):
         self.model, self.limits = model, limits
         self.waiting: deque[Place] = deque()
         self.running: list[Batch] = []
@@ -231,8 +232,8 @@ class Worker:
     def _step(self, batch: Batch) -> list[tuple[Ticket, object]]:
         """Generates one more token for each text of a batch. Returns the events for the requests."""
         for place in batch.places:
-            if place.ticket.dropped and not place.row.finish_reason:
-                place.row.finish_reason = "cancelled"
+            if place.ticket.dropped:
+                wrappers.end(place.row, "cancelled")
         if not batch.live():
             return []
         step = next(batch.steps, None)

@@ -50,7 +50,7 @@ class Guarded(H11Protocol):
         others = [other for other in self.connections if other is not self and not other.transport.is_closing()]
         if len(others) < most_connections():
             return
-        unfinished = [other for other in others if other.awaits_client()]
+        unfinished = [other for other in others if isinstance(other, Guarded) and other.awaits_client()]
         if unfinished:
             min(unfinished, key=lambda other: other.since).transport.abort()
         elif len(others) < most_connections() + ROOM:

@@ -32,12 +32,14 @@ import json
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import prometheus_client
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from slm.answers import endpoints
 from slm.base.errors import BadInput
 from slm.models import wrappers
 from slm.serving.batching import Worker
@@ -259,13 +261,15 @@ def _event(content: dict) -> str:
 # The model
 
 
-def load(uri: str, trust_code: bool = False) -> tuple[object, dict]:
+def load(uri: str, trust_code: bool = False) -> tuple[wrappers.Wrapper, dict[str, Any]]:
     """The wrapper of the model that `uri` names, and the parameters that were logged with the model.
 
     Raises:
         BadInput: this project did not log it as a chat model, its files were changed, or its code isn't trusted.
     """
     mlflow = mlflow_client.quiet_mlflow()
+    if endpoints.is_endpoint(uri):
+        raise BadInput(f"model_uri: {uri} is an endpoint, which serves already; name a logged model")
     uri = registry.resolve(uri, trust_code)
     with registry.local_copy(uri) as folder:
         try:

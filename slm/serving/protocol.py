@@ -74,7 +74,7 @@ class Message(BaseModel):
         where = f"messages.{place}"
         if self.role not in ("system", "developer", "user", "assistant"):
             raise ApiError(400, f"{where}.role: {self.role!r:.40} is none of system, user, assistant", param="messages")
-        for name, value in self.model_extra.items():
+        for name, value in (self.model_extra or {}).items():
             if value and name != "name":  # clients send back the fields that they got, including empty fields
                 raise ApiError(400, f"{where}.{name} is not supported by this model", param="messages")
         parts = [{"type": "text", "text": self.content}] if isinstance(self.content, str) else self.content or []
@@ -118,7 +118,7 @@ class ChatRequest(BaseModel):
         if self.model and self.model != name:
             text = f"model: {self.model!r:.80} is not served here; {name!r} is"
             raise ApiError(404, text, param="model", code="model_not_found")
-        for field_name, value in self.model_extra.items():
+        for field_name, value in (self.model_extra or {}).items():
             if value is None or field_name in IGNORED or value in NEUTRAL.get(field_name, ()):
                 continue
             known = field_name in NEUTRAL

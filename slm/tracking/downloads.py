@@ -98,6 +98,7 @@ def _watched(process: subprocess.Popen, scratch: Path, limit: int, end: float) -
             return {"error": "it takes too long; try again, or download the file yourself", "unavailable": True}
         with suppress(subprocess.TimeoutExpired):
             process.wait(POLL)
+    assert process.stdout is not None  # a pipe
     lines = process.stdout.read().decode(errors="replace").splitlines()
     if _size(scratch) > limit:
         return {"error": TOO_LARGE}

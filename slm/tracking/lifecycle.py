@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from slm.base import cache, console, credentials, environment, stopping
 from slm.base.errors import BadInput, Unavailable, exhausted
@@ -48,7 +49,7 @@ def exit_code(story: Callable[[], str]) -> int:
 
 
 @contextmanager
-def run(name: str, args: Parameters) -> Iterator["object"]:
+def run(name: str, args: Parameters) -> Iterator[Any]:
     """The MLflow run of this process: the run that `mlflow run` made, or a new run. The block's end ends the run."""
     mlflow = quiet_mlflow()
     cache.check()
@@ -73,14 +74,14 @@ def run(name: str, args: Parameters) -> Iterator["object"]:
 
 
 @contextmanager
-def child_run(name: str) -> Iterator["object"]:
+def child_run(name: str) -> Iterator[Any]:
     """A child run of the active run, for one scored model."""
     with _ending(quiet_mlflow().start_run(run_name=name, nested=True, tags=runs.tags())) as active:
         yield active
 
 
 @contextmanager
-def _ending(active) -> Iterator["object"]:
+def _ending(active) -> Iterator[Any]:
     """Ends a run as FINISHED, FAILED or KILLED. MLflow's own context manager never sets KILLED."""
     import mlflow
 

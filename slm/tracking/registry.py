@@ -13,16 +13,13 @@ from slm.tracking.mlflow_client import download, is_infrastructure, quiet_mlflow
 
 
 @contextmanager
-def local_copy(uri: str) -> Iterator[Path | None]:
-    """A logged model's folder on this machine. None for an endpoint.
+def local_copy(uri: str) -> Iterator[Path]:
+    """A logged model's folder on this machine.
 
     The end of the block removes a downloaded copy. A folder of a store on this machine stays.
     """
     import tempfile
 
-    if endpoints.is_endpoint(uri):
-        yield None
-        return
     with tempfile.TemporaryDirectory(prefix="phi3-mlflow-") as scratch:
         before, tempfile.tempdir = tempfile.tempdir, scratch  # MLflow puts its copies there
         try:

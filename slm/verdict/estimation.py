@@ -1,20 +1,19 @@
-"""A model's scores as estimates, and two models' scores as differences: per scorer, over prompts, with intervals.
+"""Computes estimates of one model's scores, and differences between two models, for each scorer over the prompts.
 
-A prompt's repeats are averaged first. Unscored answers take no part.
+The scores of a prompt's repeats are averaged first. Unscored answers are left out.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from slm.prompts.prompt_sets import PromptSet
 from slm.verdict import statistics
-from slm.verdict.scored_model import OVERALL, Sample, ScoredModel
+from slm.verdict.scored_model import OVERALL, Sample, ScoredModel, values_by_scorer
 
 
 def estimate(samples: tuple[Sample, ...], prompt_set: PromptSet) -> dict[str, statistics.Estimate]:
-    """Each scorer's mean over prompts (a prompt's repeats averaged first), and that of a prompt's scorers."""
+    """The estimate of every name in `values_by_scorer`, over prompts. Rows of a cluster count as dependent."""
     clusters = {prompt.id: prompt.cluster for prompt in prompt_set.prompts}
     return {
         name: statistics.mean_estimate(list(values.values()), [clusters[key] for key in values])
@@ -22,46 +21,12 @@ def estimate(samples: tuple[Sample, ...], prompt_set: PromptSet) -> dict[str, st
     }
 
 
-def values_by_scorer(samples: tuple[Sample, ...]) -> dict[str, dict[str, float]]:
-    """Scorer -> prompt id -> score, averaged over repeats; what wasn't scored is not there.
-
-    OVERALL is one of them, and so are `<scorer>/pass_at_k` and `<scorer>/pass_hat_k` of scorers that say yes or no,
-    where prompts were answered k times or more: k = 2, 4, 8, … and the number of repeats.
-    """
-    collected: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    repeats = 1
-    for sample in samples:
-        repeats = max(repeats, sample.repeat + 1)
-        scored = {name: value for name, value in sample.scores.items() if value is not None}
-        for name, value in scored.items():
-            collected[name][sample.id].append(value)
-        if scored:
-            collected[OVERALL][sample.id].append(sum(scored.values()) / len(scored))
-    means = {name: {key: sum(values) / len(values) for key, values in rows.items()} for name, rows in collected.items()}
-    for name, rows in collected.items():
-        if all(value in (0, 1) for values in rows.values() for value in values):
-            for k in _ks(repeats):
-                enough = {key: (len(values), int(sum(values))) for key, values in rows.items() if len(values) >= k}
-                if enough:
-                    means[f"{name}/pass_at_{k}"] = {
-                        key: statistics.pass_at_k(*counts, k) for key, counts in enough.items()
-                    }
-                    means[f"{name}/pass_hat_{k}"] = {
-                        key: statistics.pass_hat_k(*counts, k) for key, counts in enough.items()
-                    }
-    return means
-
-
-def _ks(repeats: int) -> list[int]:
-    return sorted({2**power for power in range(1, repeats.bit_length()) if 2**power < repeats} | {repeats} - {1})
-
-
 def differences(
     candidate: ScoredModel, baseline: ScoredModel, prompt_set: PromptSet
 ) -> dict[str, statistics.Difference]:
-    """Per scorer, candidate minus baseline on the prompts that both answered."""
+    """For each scorer, candidate minus baseline over the prompts with scores of both models."""
     clusters = {prompt.id: prompt.cluster for prompt in prompt_set.prompts}
-    ours, theirs = values_by_scorer(candidate.samples), values_by_scorer(baseline.samples)
+    ours, theirs = candidate.values, baseline.values
     compared = {}
     for name in sorted(ours.keys() & theirs.keys()):
         both = [key for key in ours[name] if key in theirs[name]]
@@ -76,15 +41,15 @@ def differences(
 
 @dataclass(frozen=True)
 class Flips:
-    """Ids of the prompts whose score by one scorer fell or rose against the baseline, in the prompt set's order."""
+    """The ids of the prompts whose score by one scorer fell (`worse`) or rose (`better`), in the prompt set's order."""
 
     worse: tuple[str, ...]
     better: tuple[str, ...]
 
 
 def flips(candidate: ScoredModel, baseline: ScoredModel) -> dict[str, Flips]:
-    """Per scorer, the prompts that both answered and on which they differ."""
-    ours, theirs = values_by_scorer(candidate.samples), values_by_scorer(baseline.samples)
+    """For each scorer, the prompts whose scores differ between the models. Both models must have a score."""
+    ours, theirs = candidate.values, baseline.values
     found = {}
     for name in sorted(ours.keys() & theirs.keys()):
         gaps = {key: round(ours[name][key] - theirs[name][key], 12) for key in ours[name] if key in theirs[name]}
@@ -95,7 +60,11 @@ def flips(candidate: ScoredModel, baseline: ScoredModel) -> dict[str, Flips]:
 
 
 def holm_p_values(compared: dict[str, statistics.Difference]) -> dict[str, float]:
-    """Each scorer's p-value corrected for there being several; OVERALL, which is made of them, stands by itself."""
+    """Each scorer's p-value with Holm's correction for several scorers.
+
+    OVERALL is made of the other scorers, so its p-value stays uncorrected. Other p-values are left out if they are not
+    finite.
+    """
     family = [name for name, gap in compared.items() if name != OVERALL and math.isfinite(gap.p_value)]
     adjusted = dict(zip(family, statistics.holm([compared[name].p_value for name in family]).tolist(), strict=True))
     return adjusted | {OVERALL: compared[OVERALL].p_value} if OVERALL in compared else adjusted
@@ -109,7 +78,7 @@ def difference_metrics(compared: dict[str, statistics.Difference]) -> dict[str, 
 
 
 def graded(samples: Iterable[Sample]) -> set[str]:
-    """The scorers that say more than yes or no here, which leaves them without pass@k everywhere."""
+    """The scorers that give a sample another score than 0 or 1. They have no pass@k in the whole prompt set."""
     found = set()
     for sample in samples:
         scored = {name: value for name, value in sample.scores.items() if value is not None}

@@ -1,11 +1,13 @@
-"""The gate: thresholds against measured metrics give pass, regress or inconclusive, and never a pass by accident.
+"""Checks measured metrics against the thresholds of a gate. The result is pass, regress or inconclusive.
 
-A score is judged on its 95 % interval and not on its mean: it passes where the whole interval keeps the rule,
-regresses where the whole interval breaks it, and is inconclusive in between. What is missing (a metric, a baseline,
-any scored answer) is inconclusive as well. Plain figures such as `rows_failed` are judged on their value, and may be
-held against the baseline's, measured in the same run, by their ratio. Several thresholds are each held at 95 %,
-uncorrected: all of them must pass, so more of them make a false pass rarer.
-Nothing is read, logged or promoted here.
+The gate uses a score's 95 % interval, and not its mean. The score passes if the whole interval keeps the rule. The
+score regresses if the whole interval breaks the rule. Otherwise, the result is inconclusive. A missing metric, a
+missing baseline, or no scored answer is inconclusive too. So no pass is an accident.
+
+A plain figure such as `rows_failed` is checked by its value. A ratio rule divides the value by the baseline's value
+from the same run. Each rule is checked at 95 %, without a correction for several rules. All rules must pass, so more
+rules make a false pass less likely.
+This module reads no files, and logs and promotes nothing.
 """
 
 import math
@@ -23,11 +25,12 @@ GATE_CHARACTERS = 100_000
 KEYWORDS = ("min", "max", "max_drop", "min_ratio", "max_ratio")
 
 State = Literal["pass", "regress", "inconclusive", "none"]
+FROM_BEST: tuple[State, ...] = ("pass", "inconclusive", "regress")
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """What one metric must keep to; `max_drop` and the ratios (value / baseline's value) are against the baseline."""
+    """The rules for one metric. `max_drop` and the ratios (value / baseline's value) compare with the baseline."""
 
     metric: str
     min: float | None = None
@@ -39,7 +42,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Check:
-    """One rule of one threshold, such as `min 0.6`, and what came of it."""
+    """One checked rule of a threshold, such as `min 0.6`, with its result and the reason."""
 
     metric: str
     rule: str
@@ -50,14 +53,18 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The worst state among the checks; `none` only where there was no threshold."""
+    """The worst state of all checks. The state is `none` only if there are no rules."""
 
     state: State
     checks: tuple[Check, ...]
 
 
 def read_thresholds(text: str, name: str) -> tuple[Threshold, ...]:
-    """Thresholds from YAML such as `exact_match/mean: {min: 0.60}`. `name` is the file's, for BadInput's one line."""
+    """Thresholds from YAML such as `exact_match/mean: {min: 0.60}`. `name` is the file's name, for error messages.
+
+    Raises:
+        BadInput: the text is not a gate, or a rule is unknown or has an impossible limit.
+    """
     if len(text) > GATE_CHARACTERS:
         raise BadInput(f"{name}: is longer than {GATE_CHARACTERS:,} characters; is it a gate?")
     try:
@@ -77,11 +84,11 @@ def decide(
     differences: Mapping[str, Difference],
     baseline: Mapping[str, float] | None = None,
 ) -> Verdict:
-    """Judge every rule of every threshold.
+    """Checks every rule of every threshold.
 
-    `metrics` holds an Estimate under a scorer's name, which a threshold calls `<scorer>/mean`, and plain numbers under
-    their own names. `differences`, candidate minus baseline, go by the scorer's name, and are empty without a baseline;
-    `baseline` holds its plain figures.
+    `metrics` has estimates by the scorer's name, and plain figures by the metric's name. A threshold names an estimate
+    as `<scorer>/mean`. `differences` (candidate minus baseline) has the scorers' names too. Without a baseline,
+    `differences` is empty. `baseline` has the baseline's plain figures.
     """
     named = {f"{name}/mean" if isinstance(value, Estimate) else name: value for name, value in metrics.items()}
     compared = {f"{name}/mean": difference for name, difference in differences.items()}
@@ -92,9 +99,7 @@ def decide(
             if limit is not None:
                 outcome = _outcome(threshold.metric, keyword, limit, named, compared, baseline)
                 checks.append(Check(threshold.metric, f"{keyword} {limit:g}", *outcome))
-    states = {check.state for check in checks}
-    worst = next((state for state in ("regress", "inconclusive", "pass") if state in states), "none")
-    return Verdict(worst, tuple(checks))
+    return _verdict(tuple(checks))
 
 
 def _threshold(metric: object, rules: object, name: str) -> Threshold:
@@ -109,12 +114,12 @@ def _threshold(metric: object, rules: object, name: str) -> Threshold:
             raise BadInput(f"{where}: unknown keyword {quoted(keyword)}{guess}; there are {', '.join(KEYWORDS)}")
         if isinstance(limit, bool) or not isinstance(limit, int | float):
             raise BadInput(f"{where}: `{keyword}` is {quoted(limit)}, not a number; {_as_number(limit)}")
-        if not -1e300 < limit < 1e300:  # nor NaN, nor an integer too long for a float
+        if not -1e300 < limit < 1e300:  # also refuses NaN, and integers that are too large for a float
             raise BadInput(f"{where}: `{keyword}` is {quoted(limit)}; write a finite number")
     drop = rules.get("max_drop", 0)
     if drop < 0:
         raise BadInput(f"{where}: `max_drop` is {drop}, below zero; write how much may be lost, such as 0.02")
-    if drop >= 1:  # a drop of 2 on a scale of 0 to 1 would let everything pass
+    if drop >= 1:  # scores go from 0 to 1, so every candidate would pass
         raise BadInput(f"{where}: `max_drop` is {drop}, more than a score can fall; write 0.02 for two points in 100")
     for low, high in (("min", "max"), ("min_ratio", "max_ratio")):
         if low in rules and high in rules and rules[low] > rules[high]:
@@ -125,7 +130,7 @@ def _threshold(metric: object, rules: object, name: str) -> Threshold:
 
 
 def _as_number(limit: object) -> str:
-    """The remedy for YAML 1.1's habit of reading 1e-1 as text, and for numbers in quotes."""
+    """The remedy for a number that YAML reads as text: 1e-1 (YAML 1.1), or a number in quotes."""
     try:
         number = Decimal(limit) if isinstance(limit, str) and len(limit) < 20 else Decimal("NaN")
     except InvalidOperation:
@@ -141,7 +146,7 @@ def _outcome(
     compared: Mapping[str, Difference],
     baseline: Mapping[str, float] | None,
 ) -> tuple[State, str] | tuple[State, str, int | None]:
-    """The state, the reason and, where known, the number of prompts that it would take."""
+    """The state, the reason and, if known, the number of prompts that give a clear result."""
     if named.get("rows") == 0:
         return "inconclusive", "the prompt set is empty"
     if metric not in named and metric not in compared:
@@ -215,7 +220,15 @@ def _it_takes(prompts: int | None) -> str:
 
 
 def worst(verdicts: Sequence[Verdict]) -> Verdict:
-    """One verdict over several models: the worst state, and every check."""
+    """One verdict for several models: the worst state, and all checks."""
     checks = tuple(check for verdict in verdicts for check in verdict.checks)
+    return _verdict(checks)
+
+
+def _verdict(checks: tuple[Check, ...]) -> Verdict:
     states = {check.state for check in checks}
-    return Verdict(next((s for s in ("regress", "inconclusive", "pass") if s in states), "none"), checks)
+    worst: State = "none"
+    for state in FROM_BEST:
+        if state in states:
+            worst = state
+    return Verdict(worst, checks)

@@ -1,28 +1,40 @@
-"""What it takes to do a run again, as plain values; and what two such records differ in, causes before effects.
+"""Records what a repeat of a run needs, as plain values, and lists the changes between two records.
 
-A run's record (environment.json) keeps apart what was asked, from which the fingerprint is made and which is known
-before anything runs (code, packages, model, template, prompts, parameters, scorers); what it ran on (machine, used);
-and what came out (inputs as rendered, outputs). Files, MLflow and clocks are not touched here. Not compared: seconds,
-memory, traces, reports, and the addresses under which models were logged.
+A run's record (environment.json) has three parts:
+
+- the inputs: code, packages, model, template, prompts, parameters, scorers. They are known before the run generates
+  anything, and the fingerprint is made from them.
+- what the run used: machine, used
+- the results: the rendered inputs, outputs
+
+Changes are listed with causes before effects. This module uses no files, no MLflow and no clock. Not compared:
+seconds, memory, traces, reports, and the addresses of logged models.
 """
 
 import json
 import shlex
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
 
 from slm.base.hashing import digest
 from slm.prompts.prompt_rows import canonical_rows
 from slm.prompts.prompt_sets import PromptSet
 
+if TYPE_CHECKING:  # these import scipy, and `compare` needs neither
+    from slm.answers.asking import ModelFacts
+    from slm.verdict.scored_model import ScoredModel
+
+Record = dict[str, Any]  # plain data, as in environment.json
+
 IDENTICAL = "byte-identical on the same kind of CPU"
 COMPARABLE = "statistically comparable"
 ASKED = ("code", "environment", "model", "template", "prompts", "parameters", "scorers")
 CAUSES = ("code", "environment", "machine", "model", "template", "prompts", "parameters", "scorers", "used")
-TOLD = ("git_commit", "git_dirty")  # beside the hash of the code, which alone decides
-SHOWN = 3  # answers of which both texts are shown
-IDS = 5  # ids shown in a line
-WIDTH = 60  # characters of a text that are shown
+TOLD = ("git_commit", "git_dirty")  # recorded for the reader; only the hash of the code is compared
+SHOWN = 3  # number of differing answers whose texts are shown
+IDS = 5  # most ids in a line
+WIDTH = 60  # most characters that are shown of a text
 ABSENT = "absent"
 
 
@@ -30,10 +42,10 @@ ABSENT = "absent"
 # Recording
 
 
-def asked(described: dict, prompt_set: PromptSet, generation: dict, repeats: int, scorers_sha256: str) -> dict:
+def asked(described: Record, prompt_set: PromptSet, generation: Record, repeats: int, scorers_sha256: str) -> Record:
     """All that is asked of a model, and of whatever asks it: known before a model is loaded.
 
-    `described` is environment.describe(); `scorers_sha256` stands for users' scorers and the judge.
+    `described` is environment.describe(). `scorers_sha256` is the hash of the user's scorers and the judge.
     """
     rows = canonical_rows(prompt_set.prompts)
     texts = [_put(row) for row in rows]
@@ -51,38 +63,36 @@ def asked(described: dict, prompt_set: PromptSet, generation: dict, repeats: int
     }
 
 
-def fingerprint(asked: dict, model_identity: str) -> str:
-    """One hash over what a result depends on, the machine left out. `asked` is what the function of that name gives."""
+def fingerprint(asked: Record, model_identity: str) -> str:
+    """One hash over everything that a result depends on, except the machine. `asked` is the result of `asked()`."""
     code = {name: value for name, value in asked["code"].items() if name not in TOLD}
     return digest([asked | {"code": code}, model_identity])
 
 
-def as_json(record: dict) -> str:
-    """A record as the text of environment.json."""
+def as_json(record: Record) -> str:
+    """The text of environment.json for a record."""
     return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
 
-def whole_fingerprint(fingerprints: list[str], baseline: int | None, thresholds: list[dict]) -> str:
-    """That of an evaluation: over its models' own, the one that is the baseline, and the gate."""
+def whole_fingerprint(fingerprints: list[str], baseline: int | None, thresholds: list[Record]) -> str:
+    """An evaluation's fingerprint: one hash over its models' fingerprints, the baseline's place and the gate."""
     return digest([fingerprints, baseline, thresholds])
 
 
 def record(
-    described: dict,
-    asked: dict,
-    model,
-    sent: dict[str, tuple[str, list[int] | None]],
-    samples,
-    reused: int,
+    described: Record,
+    asked: Record,
+    scored: "ScoredModel",
     judged: bool,
-) -> dict:
-    """A scored model's environment.json. `model` is loading.LoadedModel, `sent` the text and token ids by prompt id."""
+) -> Record:
+    """A scored model's environment.json. `judged` means that a judge scored the answers."""
+    model, samples, sent = scored.model, scored.samples, scored.sent
     outputs: dict[str, list[str]] = {}
     for sample in samples:
         outputs.setdefault(sample.id, []).append(digest([sample.output, sample.finish_reason, sample.error]))
     first = {sample.id: sample for sample in reversed(samples)}
     ids = [None if tokens is None else [key, tokens] for key, (_, tokens) in sent.items()]
-    facts, used = model.facts, dict(model.facts.get("used", {}))
+    facts, used = model.record, dict(model.record.get("used", {}))
     if used and asked["parameters"]["batch_size"]:
         used["batch_size"] = asked["parameters"]["batch_size"]
     reason = _not_identical(model, judged)
@@ -102,7 +112,7 @@ def record(
             "rendered.sha256": digest([[key, text] for key, (text, _) in sent.items()]),
             "token_ids.sha256": None if None in ids else digest(ids),
         },
-        "outputs": {"sha256": digest(outputs), "answers": len(samples), "reused": reused},
+        "outputs": {"sha256": digest(outputs), "answers": len(samples), "reused": scored.reused},
         "known_as": {"label": model.label, "uri": model.uri, "sha256": model.sha256} | facts.get("origin", {}),
         "platform": described["platform"],
         "packages": described["packages"],
@@ -119,8 +129,13 @@ def record(
     }
 
 
-def whole_record(described: dict, models: list[tuple[str, dict]], baseline: int | None, thresholds: list[dict]) -> dict:
-    """An evaluation's environment.json, from its models' run ids and records."""
+def whole_record(
+    described: Record,
+    models: list[tuple[str, Record]],
+    baseline: int | None,
+    thresholds: list[Record],
+) -> Record:
+    """An evaluation's environment.json. `models` has the run id and the record of each model."""
     records = [one for _, one in models]
     worst = next((one["reproducible"] for one in records if one["reproducible"] != IDENTICAL), IDENTICAL)
     return {
@@ -140,15 +155,22 @@ def whole_record(described: dict, models: list[tuple[str, dict]], baseline: int 
     }
 
 
-def again(tags: dict, given: dict, defaults: dict, records: list[dict], baseline: int | None) -> str:
+def again(
+    tags: Record,
+    given: Record,
+    defaults: Record,
+    records: list[Record],
+    baseline: int | None,
+) -> str:
     """The command that does a run again, from its tags and parameters: what they resolved to, and nothing promoted.
 
-    Answers that the first run left are not reused. A run that no git URL was given for is done again in a clone.
+    The command names the resolved versions and the commit. It registers and promotes no model, and it reuses no kept
+    answers. Without a git URL, the command is `mlflow run .`, for a clone of the repository.
     """
     chosen = {name: value for name, value in given.items() if value != defaults.get(name)}
     for name in ("alias", "registered_model_name", "slot", "force"):
         chosen.pop(name, None)
-    if chosen.get("model_uris"):  # an alias may have moved since
+    if chosen.get("model_uris"):  # an alias may point to another version now
         uris = [one["known_as"]["uri"] for one in records]
         chosen["model_uris"] = ",".join(uri for place, uri in enumerate(uris) if place != baseline)
         if baseline is not None:
@@ -163,13 +185,13 @@ def again(tags: dict, given: dict, defaults: dict, records: list[dict], baseline
     return shlex.join([*command, *(word for name, value in chosen.items() for word in ("-P", f"{name}={value}"))])
 
 
-def machine(described: dict) -> dict:
+def machine(described: Record) -> Record:
     return {name: described[name] for name in ("cpu", "cpu_model", "cpu_flags", "cores", "gpus")}
 
 
-def _not_identical(model, judged: bool) -> str:
-    """Why the same bytes can't be promised, even on the same kind of CPU; "" where they can."""
-    used = model.facts.get("used", {})
+def _not_identical(model: "ModelFacts", judged: bool) -> str:
+    """Why a repeat may give other bytes, even on the same kind of CPU. "" if the bytes are the same."""
+    used = model.record.get("used", {})
     device = used.get("device") or used.get("execution_provider") or ""
     if not model.sha256:
         return "an endpoint answered"
@@ -179,12 +201,12 @@ def _not_identical(model, judged: bool) -> str:
         return f"it ran on {device}"
     if used["dtype"] in ("bf16", "fp16"):
         return f"{used['dtype']} rounds with the company a prompt is answered in"
-    if model.facts["template"]["tells_date"]:
+    if model.record["template"]["tells_date"]:
         return "its chat template tells the date"
     return "a judge scored the answers" if judged else ""
 
 
-def _put(row: dict) -> list:
+def _put(row: Record) -> list[Any]:
     return [row["id"], row.get("messages") or row.get("prompt")]
 
 
@@ -198,19 +220,19 @@ def _short(content: object) -> str:
 
 @dataclass(frozen=True)
 class Scored:
-    """A scored model as its run left it: environment.json, and samples.jsonl's lines."""
+    """The files of a scored model's run: environment.json, and the lines of samples.jsonl."""
 
-    record: dict
-    samples: list[dict]
+    record: Record
+    samples: list[Record]
 
     @property
     def label(self) -> str:
-        return self.record["known_as"]["label"]
+        return str(self.record["known_as"]["label"])
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing in which two runs differ, and each one's value, shortened."""
+    """One change between two runs: what changed, and the shortened value of each run."""
 
     what: str
     first: str
@@ -219,27 +241,33 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`differences` begins with the causes, in the order of CAUSES, and ends with the effects, answers and scores.
+    """The changes between two runs.
 
-    `same` says whether every answer and score is the same, bytes and all; seconds and the model's address may differ.
+    `differences` has the causes in the order of CAUSES, then the rendered prompts and token ids, then answers and
+    scores. `asked_alike` means that the fingerprints are equal. `same` means that all lines of samples.jsonl are equal,
+    except the seconds and the model's address.
     """
 
     differences: tuple[Difference, ...]
     asked_alike: bool
     same: bool
-    answers: int  # of the first run
+    answers: int  # number of answers in the first run
     conclusion: str
 
 
 def compare(first: Scored, second: Scored) -> Comparison:
-    """What two scored models' runs differ in."""
+    """The changes between the runs of two scored models."""
     ours, theirs = first.record, second.record
     causes = []
     for group in CAUSES:
         causes += _group(group, ours, theirs)
     rows = [{row["id"]: row for row in one["rows"]} for one in (ours, theirs)]
     inputs = [
-        Difference(f"{what} ({_ids(*rows, key)})", _shown(ours["inputs"].get(name)), _shown(theirs["inputs"].get(name)))
+        Difference(
+            f"{what} ({_ids(rows[0], rows[1], key)})",
+            _shown(ours["inputs"].get(name)),
+            _shown(theirs["inputs"].get(name)),
+        )
         for what, key, name in (
             ("rendered prompts", "rendered", "rendered.sha256"),
             ("token ids", "token_ids", "token_ids.sha256"),
@@ -252,12 +280,12 @@ def compare(first: Scored, second: Scored) -> Comparison:
     return Comparison((*causes, *inputs, *effects), alike, same, len(first.samples), conclusion)
 
 
-def gate_differences(first: dict, second: dict) -> list[Difference]:
-    """What two evaluations' own records differ in, beside their models."""
+def gate_differences(first: Record, second: Record) -> list[Difference]:
+    """The changes between the gates of two evaluations: the baseline's place and the thresholds."""
     return _group("gate", first, second)
 
 
-def _group(name: str, first: dict, second: dict) -> list[Difference]:
+def _group(name: str, first: Record, second: Record) -> list[Difference]:
     ours, theirs = _flat(first.get(name, {})), _flat(second.get(name, {}))
     found = []
     for key in [*ours, *(key for key in theirs if key not in ours)]:
@@ -268,13 +296,13 @@ def _group(name: str, first: dict, second: dict) -> list[Difference]:
             values = [_commit(value, side) for value, side in zip(values, (ours, theirs), strict=True)]
         if what == "prompts.sha256":
             rows = [{row["id"]: row for row in one["rows"]} for one in (first, second)]
-            what = f"{what} ({_ids(*rows, 'asked')})"
+            what = f"{what} ({_ids(rows[0], rows[1], 'asked')})"
         found.append(Difference(what, *values))
     return found
 
 
 def _answers(first: Scored, second: Scored) -> tuple[list[Difference], bool]:
-    """The differing answers, the first of them with both texts, and scores; and whether there are none of either."""
+    """The changes in answers and scores, and whether all samples are equal. The first SHOWN answers have both texts."""
     ours, theirs = ({(line["id"], line["repeat"]): line for line in one.samples} for one in (first, second))
     both = [key for key in ours if key in theirs]
     answer = [key for key in both if any(ours[key][name] != theirs[key][name] for name in ("output", "finish_reason"))]
@@ -289,7 +317,7 @@ def _answers(first: Scored, second: Scored) -> tuple[list[Difference], bool]:
     scores = [key for key in both if ours[key]["scores"] != theirs[key]["scores"]]
     if scores:
         means = [_mean_score(one.samples) for one in (first, second)]
-        gap = "" if None in means else f", {means[1] - means[0]:+.3f}"
+        gap = "" if means[0] is None or means[1] is None else f", {means[1] - means[0]:+.3f}"
         what = f"score ({len(scores)} answers scored differently{gap})"
         found.append(Difference(what, *("n/a" if mean is None else f"{mean:.3f}" for mean in means)))
     same = kept[0] == kept[1]
@@ -298,8 +326,8 @@ def _answers(first: Scored, second: Scored) -> tuple[list[Difference], bool]:
     return found, same
 
 
-def _mean_score(samples: list[dict]) -> float | None:
-    """The mean over prompts of the mean of each answer's scores, as score/mean is."""
+def _mean_score(samples: list[Record]) -> float | None:
+    """The mean over prompts of each answer's mean score, as in the metric score/mean. None if nothing was scored."""
     rows: dict[str, list[float]] = {}
     for line in samples:
         scored = [value for value in line["scores"].values() if value is not None]
@@ -309,7 +337,7 @@ def _mean_score(samples: list[dict]) -> float | None:
     return sum(means) / len(means) if means else None
 
 
-def _conclusion(ours: dict, theirs: dict, causes: list[Difference], effects: list[Difference], same: bool) -> str:
+def _conclusion(ours: Record, theirs: Record, causes: list[Difference], effects: list[Difference], same: bool) -> str:
     if same and not causes:
         return f"asked alike (fingerprint {ours['fingerprint'][:12]}), and the answers and scores are byte-identical"
     if same:
@@ -321,15 +349,15 @@ def _conclusion(ours: dict, theirs: dict, causes: list[Difference], effects: lis
     return f"first difference: {effects[0].what}; all else is alike, {why}"
 
 
-def _flat(content: dict, before: str = "") -> dict:
-    found = {}
+def _flat(content: Record, before: str = "") -> Record:
+    found: Record = {}
     for key, value in content.items():
         found |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
     return found
 
 
-def _ids(ours: dict, theirs: dict, key: str) -> str:
-    """`2 of 24: a, b`: the prompts of which a row's `key` differs, those of one side alone among them."""
+def _ids(ours: Record, theirs: Record, key: str) -> str:
+    """`2 of 24: a, b`: the ids of the rows with different `key`. A row of only one side counts as different."""
     every = [*ours, *(one for one in theirs if one not in ours)]
     found = [one for one in every if ours.get(one, {}).get(key) != theirs.get(one, {}).get(key)]
     return f"{len(found)} of {len(every)}: {_listed(found)}" if found else "in their order"
@@ -340,7 +368,7 @@ def _listed(ids: list[str]) -> str:
 
 
 def _texts(first: str, second: str) -> tuple[str, str]:
-    """Both texts from shortly before they part, cut to WIDTH."""
+    """Both texts, cut to WIDTH characters. They start shortly before the first different character."""
     part = next(
         (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )
@@ -353,7 +381,7 @@ def _texts(first: str, second: str) -> tuple[str, str]:
     return cut(first), cut(second)
 
 
-def _commit(value: str, code: dict) -> str:
+def _commit(value: str, code: Record) -> str:
     commit = code.get("git_commit", "")[:10]
     return value + (f" ({commit}{' and changes' if code.get('git_dirty') else ''})" if commit else "")
 

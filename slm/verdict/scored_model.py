@@ -1,23 +1,26 @@
-"""One answer with its scores, and a scored model: what the numbers are computed from."""
+"""Holds one answer with its scores, and a scored model. All figures are computed from these records."""
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
 
-from slm.answers import loading
+from slm.answers.asking import ModelFacts
 from slm.verdict import statistics
 
-OVERALL = "score"  # the mean of a row's scorers, over rows
+OVERALL = "score"  # the overall score: the mean of a row's scores, and then the mean over rows
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer, as it stands in samples.jsonl."""
+    """One answer with its scores: a line of samples.jsonl."""
 
     id: str
     repeat: int
     model: str
-    messages: list[dict]
+    messages: list[dict[str, str]]
     expected: list[str]
     output: str
     finish_reason: str  # stop | length | error
@@ -31,22 +34,30 @@ class Sample:
 
 @dataclass(frozen=True)
 class ScoredModel:
-    """A model's samples and what they sum up to."""
+    """A model's samples, with the estimates and metrics that are computed from them."""
 
-    model: loading.LoadedModel
+    model: ModelFacts
     samples: tuple[Sample, ...]
-    estimates: dict[str, statistics.Estimate]  # by scorer, and OVERALL
+    estimates: dict[str, statistics.Estimate]  # by scorer; OVERALL is one of the names
     metrics: dict[str, float]
-    reused: int  # answers that earlier runs had left
-    record: dict | None = None  # what it takes to do it again, as environment.json has it
-    sent: dict | None = None  # by prompt id: text and token ids that reached the model, as loading.sent has them
+    reused: int  # number of answers that were taken from earlier runs
+    record: dict[str, Any] = field(default_factory=dict)  # the content of environment.json, for repeating the run
+    # prompt id -> the text and the token ids that the model got
+    sent: dict[str, tuple[str, list[int] | None]] = field(default_factory=dict)
+
+    @cached_property
+    def values(self) -> dict[str, dict[str, float]]:
+        """Scorer -> prompt id -> score, as `values_by_scorer` has it."""
+        return values_by_scorer(self.samples)
 
     def sample_lines(self) -> list[str]:
         return [json.dumps(asdict(sample), ensure_ascii=False) for sample in self.samples]
 
 
-def metrics_of(model: loading.LoadedModel, samples: tuple[Sample, ...], estimates: dict) -> dict[str, float]:
-    """Counts, estimates and latencies under their metrics' names."""
+def metrics_of(
+    model: ModelFacts, samples: tuple[Sample, ...], estimates: dict[str, statistics.Estimate]
+) -> dict[str, float]:
+    """Counts, estimates and latencies, by the name of the metric. Values that are not finite are left out."""
     answered = [sample for sample in samples if sample.error is None]
     latencies = [sample.latency_seconds for sample in answered]
     metrics = {
@@ -54,10 +65,45 @@ def metrics_of(model: loading.LoadedModel, samples: tuple[Sample, ...], estimate
         "rows_failed": len(samples) - len(answered),
         "rows_unscored": sum(not any(value is not None for value in sample.scores.values()) for sample in answered),
         "model_load_seconds": model.load_seconds,
-    } | ({"model_bytes": model.bytes} if model.bytes else {})  # an endpoint doesn't say
+    } | ({"model_bytes": model.bytes} if model.bytes else {})  # the size of an endpoint's model is unknown
     for name, entry in estimates.items():
-        for field in ("mean", "stderr", "ci95_low", "ci95_high"):
-            metrics[f"{name}/{field}"] = getattr(entry, field)
+        for figure in ("mean", "stderr", "ci95_low", "ci95_high"):
+            metrics[f"{name}/{figure}"] = getattr(entry, figure)
     if latencies:
         metrics |= {f"latency_seconds/p{q}": statistics.percentile(latencies, q) for q in (50, 95)}
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+
+
+def values_by_scorer(samples: tuple[Sample, ...]) -> dict[str, dict[str, float]]:
+    """Scorer -> prompt id -> mean score over repeats. Unscored prompts are left out.
+
+    OVERALL is one of the scorers: the mean of an answer's scores. If all scores are 0 or 1, the scorer also has
+    `<scorer>/pass_at_k` and `<scorer>/pass_hat_k`. k is 2, 4, 8, … and the number of repeats. These entries have the
+    prompts with at least k scored answers.
+    """
+    collected: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    repeats = 1
+    for sample in samples:
+        repeats = max(repeats, sample.repeat + 1)
+        scored = {name: value for name, value in sample.scores.items() if value is not None}
+        for name, value in scored.items():
+            collected[name][sample.id].append(value)
+        if scored:
+            collected[OVERALL][sample.id].append(sum(scored.values()) / len(scored))
+    means = {name: {key: sum(values) / len(values) for key, values in rows.items()} for name, rows in collected.items()}
+    for name, rows in collected.items():
+        if all(value in (0, 1) for values in rows.values() for value in values):
+            for k in _ks(repeats):
+                enough = {key: (len(values), int(sum(values))) for key, values in rows.items() if len(values) >= k}
+                if enough:
+                    means[f"{name}/pass_at_{k}"] = {
+                        key: statistics.pass_at_k(*counts, k) for key, counts in enough.items()
+                    }
+                    means[f"{name}/pass_hat_{k}"] = {
+                        key: statistics.pass_hat_k(*counts, k) for key, counts in enough.items()
+                    }
+    return means
+
+
+def _ks(repeats: int) -> list[int]:
+    return sorted({2**power for power in range(1, repeats.bit_length()) if 2**power < repeats} | {repeats} - {1})

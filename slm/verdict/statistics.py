@@ -1,10 +1,12 @@
-"""Means, paired differences and how sure one may be of them, on arrays of scores.
+"""Computes means and paired differences of scores, with their 95 % intervals.
 
-Every figure comes with a 95 % interval, because a handful of prompts proves little: none is ever of zero width just
-because no answer differed. Unscored answers are the caller's to drop and count; NaN is refused. Rows that share a
-cluster (variants of one question) are not independent and are not counted as if they were. Scores that are too many
-to hold come as sums. Nothing here knows of prompts, models, files or MLflow. No Bayesian models, no bootstrap, no
-comparison of more than two models at once beyond Holm's correction.
+Every mean and every difference has a 95 % interval, because a few prompts prove little. The interval never has zero
+width, even if no answer differs. The caller drops and counts unscored answers: NaN is an error. Rows that share a
+cluster (variants of one question) are not independent, and do not count as independent rows. Sums replace the scores if
+there are too many scores for the memory.
+
+This module does not use prompts, models, files or MLflow. Not covered: Bayesian models, the bootstrap, and comparisons
+of more than two models beyond Holm's correction.
 
 [Miller] Adding Error Bars to Evals, 2024, arXiv:2411.00640. [Wilson] JASA 22:209, 1927. [Tango] Statistics in
 Medicine 17:891, 1998. [McNemar] Psychometrika 12:153, 1947. [Pratt] JASA 54:655, 1959. [Korn] Korn and Graubard,
@@ -21,16 +23,16 @@ from scipy import optimize, special
 
 Z_95 = float(special.ndtri(0.975))  # two-sided 5 %, or one-sided 2.5 %
 Z_80 = float(special.ndtri(0.80))  # 80 % power
-FEW_PAIRS = 10  # below this many differing pairs the central limit theorem is no guide
-EXACT_PAIRS = 16  # up to here all 2**16 sign patterns are counted
-FEW_VALUES = 1000  # up to here counted values are written out
+FEW_PAIRS = 10  # with fewer differing pairs, the central limit theorem does not hold well enough
+EXACT_PAIRS = 16  # up to this number, all sign patterns (at most 2**16) are counted
+FEW_VALUES = 1000  # up to this number, counted values are written out one by one
 
 Clusters = Sequence[Hashable | None]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean of `n` scores. All fields but n are NaN where nothing was scored; stderr is NaN for a single cluster."""
+    """A mean of `n` scores. With no scores, all fields except n are NaN. With a single cluster, stderr is NaN."""
 
     mean: float
     stderr: float
@@ -41,9 +43,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean of `n` paired differences, candidate minus baseline, so that a drop is negative.
+    """A mean of `n` paired differences, candidate minus baseline. A drop is negative.
 
-    `detectable` is the smallest true difference that this many pairs find with 80 % power at a two-sided 5 %.
+    `detectable` is the smallest true difference that `n` pairs find with 80 % power at a two-sided 5 % level.
     """
 
     mean: float
@@ -58,12 +60,17 @@ class Difference:
 def mean_estimate(values: Sequence[float], clusters: Clusters | None = None) -> Estimate:
     """Mean, standard error and 95 % interval of scores.
 
-    stderr = sqrt(G/(G-1) * sum over clusters of (sum of residuals)^2) / n, over G clusters: [Miller] eq. 4 with the
-    finite-sample factor of Stata and statsmodels; without clusters G = n, and it is the usual sd/sqrt(n). A cluster
-    of None stands for itself.
-    Interval: for 0/1 scores [Wilson], under clusters with the effective number of rows; otherwise Student's t with
-    G-1 degrees of freedom, cut to [0, 1] if all scores lie there. Scores in [0, 1] that are all equal show no spread
-    to reckon with and are given Wilson's interval too, the widest that their mean allows.
+    `values` and `clusters` have one entry per row. A row with the cluster None is a cluster of its own.
+
+    stderr = sqrt(G/(G-1) * sum over clusters of (sum of residuals)^2) / n, with G clusters and n rows. This is [Miller]
+    eq. 4 with the finite-sample factor of Stata and statsmodels. Without clusters, G = n, and stderr is sd/sqrt(n).
+
+    Interval of 0/1 scores: [Wilson]. With clusters, the effective number of rows replaces n.
+    Interval of other scores: Student's t with G-1 degrees of freedom, cut to [0, 1] if all scores are in [0, 1].
+    Equal scores in [0, 1] have no spread. Their interval is Wilson's, the widest interval that their mean allows.
+
+    Raises:
+        ValueError: a score is NaN or infinite, or the two lengths differ.
     """
     scores, codes = _checked(values, clusters)
     n = scores.size
@@ -77,22 +84,30 @@ def mean_estimate(values: Sequence[float], clusters: Clusters | None = None) -> 
 def paired_difference(
     candidate: Sequence[float], baseline: Sequence[float], clusters: Clusters | None = None
 ) -> Difference:
-    """Mean of candidate - baseline over the same rows in the same order, with standard error as in `mean_estimate`.
+    """Mean of candidate - baseline over the same rows in the same order. `mean_estimate` has the standard error.
 
-    Interval: for 0/1 scores [Tango]'s, under clusters with the effective number of rows; where no pair differs it is
-    +- z^2/(n + z^2), Wilson's upper bound on the rate of differing pairs (about 3.7/n, a two-sided rule of three).
-    Other scores in [0, 1]: Student's t, cut to [-1, 1]; with fewer than 10 differing pairs widened to take in
-    Tango's interval, in which each of them counts in full, since a few pairs show little of the spread there is.
-    p: exact [McNemar] for 0/1 scores; otherwise the signed-rank test with [Pratt]'s zeros, and under clusters the
-    same test on the clusters' sums. 1 where nothing differs.
-    detectable = (z_0.975 + z_0.8) * stderr; where Tango's interval is used, its half width / z_0.975 stands in for a
-    smaller stderr, which is 0 where no pair differs.
+    Interval of 0/1 scores: [Tango]. With clusters, the effective number of rows replaces n. If no pair differs, the
+    interval is +- z^2/(n + z^2). This is Wilson's upper bound on the rate of differing pairs: about 3.7/n, a two-sided
+    rule of three.
+    Interval of other scores: Student's t, cut to [-1, 1] if all scores are in [0, 1]. A few differing pairs show little
+    of the true spread. So for scores in [0, 1] with fewer than 10 differing pairs, the interval is widened. It then
+    includes Tango's interval, in which each differing pair counts in full. If no pair differs, Tango's interval is
+    used.
+
+    p of 0/1 scores: exact [McNemar]. p of other scores: the signed-rank test with [Pratt]'s zeros. With clusters, p
+    is that signed-rank test on the sums of the clusters. If nothing differs, p is 1.
+
+    detectable = (z_0.975 + z_0.8) * stderr. If Tango's interval is used and (half the final interval) / z_0.975 is
+    larger than stderr, this value replaces stderr. Without a differing pair, stderr is 0.
+
+    Raises:
+        ValueError: a score is NaN or infinite, or the lengths differ.
     """
     new, codes = _checked(candidate, clusters)
     old, _ = _checked(baseline, clusters)
     if new.size != old.size:
         raise ValueError(f"{new.size} candidate and {old.size} baseline scores: pair them first")
-    n, gaps = new.size, np.round(new - old, 12)  # so that 0.3 - 0.1 and 0.2 - 0 are ties
+    n, gaps = new.size, np.round(new - old, 12)  # else 0.3 - 0.1 and 0.2 - 0 would not be ties
     if n == 0:
         return Difference(math.nan, math.nan, math.nan, math.nan, math.nan, 0, math.nan)
     mean, stderr = float(gaps.mean()), _standard_error(gaps, codes)
@@ -104,11 +119,13 @@ def paired_difference(
 
 @dataclass(frozen=True)
 class Sums:
-    """What `n` scores (or differences) in `groups` clusters add up to: enough for a mean and how sure it is.
+    """Sums over `n` scores (or differences) in `groups` clusters. They are enough for a mean and its interval.
 
-    Where cluster g has n_g rows that add up to S_g, `group_squares` is the sum of S_g^2, `group_products` of n_g S_g
-    and `group_sizes` of n_g^2; a row without a cluster is a cluster. `low` and `high` are the extremes. `binary` says
-    that all scores (of differences, both sides') are 0 or 1, `unit` that they lie from 0 to 1.
+    `total` is the sum of the values, and `squares` the sum of their squares. `low` and `high` are the extremes.
+    Cluster g has n_g rows with the sum S_g. `group_squares` is the sum of S_g^2 over the clusters, `group_products` the
+    sum of n_g S_g, and `group_sizes` the sum of n_g^2. A row without a cluster is a cluster of its own.
+    `binary` means that all scores are 0 or 1, and `unit` that all scores lie from 0 to 1. For differences, both mean
+    the scores of both models.
     """
 
     n: int
@@ -125,7 +142,7 @@ class Sums:
 
 
 def estimate_from_sums(sums: Sums) -> Estimate:
-    """`mean_estimate` of scores that are too many to hold; equal to it but for rounding."""
+    """`mean_estimate` from sums, for scores that don't fit in memory. The results are equal except for rounding."""
     if sums.n == 0:
         return Estimate(math.nan, math.nan, math.nan, math.nan, 0)
     mean, stderr, rows = _figures(sums)
@@ -134,10 +151,11 @@ def estimate_from_sums(sums: Sums) -> Estimate:
 
 
 def difference_from_sums(sums: Sums, better: int, worse: int, counts: Sequence[tuple[float, int]]) -> Difference:
-    """`paired_difference` of pairs that are too many to hold; equal to it but for rounding.
+    """`paired_difference` from sums, for pairs that don't fit in memory. The results are equal except for rounding.
 
-    `sums` are over the differences, rounded to 12 decimals as there: `better` are above and `worse` below zero.
-    `counts` says how many clusters (without clusters, how many rows) have each sum of differences.
+    `sums` are over the differences, which are rounded to 12 decimals. `better` differences are above zero, and `worse`
+    differences are below zero. `counts` has pairs (sum of a cluster's differences, number of clusters with this sum).
+    Without clusters, each row counts as a cluster.
     """
     if sums.n == 0:
         return Difference(math.nan, math.nan, math.nan, math.nan, math.nan, 0, math.nan)
@@ -147,10 +165,12 @@ def difference_from_sums(sums: Sums, better: int, worse: int, counts: Sequence[t
 
 
 def prompts_needed(difference: Difference, margin: float) -> int | None:
-    """How many prompts show that the candidate loses less than `margin`, at a one-sided 2.5 % with 80 % power.
+    """The number of prompts that show that the candidate loses less than `margin` (one-sided 2.5 %, 80 % power).
 
-    n * ((z_0.975 + z_0.8) * stderr / margin)^2, if in truth the two are equally good. Where that many were already
-    asked, the true difference is taken to be the one seen instead. None where no number of prompts would tell.
+    The number is n * ((z_0.975 + z_0.8) * stderr / margin)^2 if the two models are equally good. Here, stderr is
+    `detectable` / (z_0.975 + z_0.8). The run may already have this number of prompts, or the formula may have no
+    result. Then the observed difference counts as the true difference (`prompts_to_settle`). None means that no number
+    below 10^9 is enough.
     """
     error = difference.detectable / (Z_95 + Z_80)
     needed = _prompts_to_tell(difference.n, error, margin)
@@ -160,9 +180,11 @@ def prompts_needed(difference: Difference, margin: float) -> int | None:
 
 
 def prompts_to_settle(estimate: Estimate, bound: float) -> int | None:
-    """How many prompts put the 95 % interval on one side of `bound` with 80 % power, if the mean stays as it is.
+    """The number of prompts that put the 95 % interval on one side of `bound` with 80 % power, if the mean stays equal.
 
-    n * ((z_0.975 + z_0.8) * stderr / (mean - bound))^2, and more than were asked; None where the mean is the bound.
+    The number is n * ((z_0.975 + z_0.8) * stderr / (mean - bound))^2, and at least n + 1. If half the interval's width
+    divided by z_0.975 is larger than stderr, this value replaces stderr. The result is None if the mean equals the
+    bound, if stderr is not finite, or if the number is 10^9 or more.
     """
     error = float(np.fmax(estimate.stderr, (estimate.ci95_high - estimate.ci95_low) / 2 / Z_95))
     needed = _prompts_to_tell(estimate.n, error, abs(estimate.mean - bound))
@@ -170,7 +192,11 @@ def prompts_to_settle(estimate: Estimate, bound: float) -> int | None:
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
-    """[Holm]'s adjusted p-values, in the order given: they hold the chance of any false alarm among them."""
+    """[Holm]'s adjusted p-values, in the given order. They limit the chance of one or more false alarms in the family.
+
+    Raises:
+        ValueError: a p-value is NaN, or is not between 0 and 1.
+    """
     p = np.asarray(p_values, dtype=float)
     if not np.all((p >= 0) & (p <= 1)):
         raise ValueError("p-values lie between 0 and 1, and a missing one must be left out")
@@ -181,23 +207,33 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that at least one of k answers is right, when c of n were: 1 - C(n-c, k) / C(n, k) [Chen]."""
+    """The chance that at least one of k answers is right, if c of n are right: 1 - C(n-c, k) / C(n, k) [Chen].
+
+    k <= n.
+    """
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def pass_hat_k(n: int, c: int, k: int) -> float:
-    """The chance that all of k answers are right, when c of n were: C(c, k) / C(n, k) [Yao]."""
+    """The chance that all of k answers are right, if c of n are right: C(c, k) / C(n, k) [Yao].
+
+    k <= n.
+    """
     return math.comb(c, k) / math.comb(n, k)
 
 
 def percentile(values: Sequence[float], q: float) -> float:
-    """The q-th percentile (0 to 100), interpolated linearly as numpy does; NaN where there are no values."""
+    """The q-th percentile (0 to 100), with numpy's linear interpolation. NaN if there are no values.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
     array, _ = _checked(values, None)
     return float(np.percentile(array, q)) if array.size else math.nan
 
 
 def _checked(values: Sequence[float], clusters: Clusters | None) -> tuple[np.ndarray, np.ndarray]:
-    """The values, and for each the number of its cluster, counted from 0."""
+    """The values, and the number of each value's cluster. Clusters are counted from 0."""
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or not np.all(np.isfinite(array)):
         raise ValueError("a flat list of finite numbers is needed: drop and count unscored answers first")
@@ -213,7 +249,7 @@ def _checked(values: Sequence[float], clusters: Clusters | None) -> tuple[np.nda
 def _estimate(
     n: int, mean: float, stderr: float, groups: int, rows: float, binary: bool, unit: bool, even: bool
 ) -> Estimate:
-    """`rows` is the effective number of rows; `even` says that all scores are equal."""
+    """An estimate. `rows` is the effective number of rows, and `even` means that all scores are equal."""
     if binary or (unit and even):
         low, high = _wilson(mean, rows)
     else:
@@ -248,7 +284,7 @@ def _difference(
 
 
 def _figures(sums: Sums) -> tuple[float, float, float]:
-    """Mean, standard error and effective number of rows, as from the scores themselves."""
+    """Mean, standard error and effective number of rows. They equal the figures from single scores."""
     n, groups, mean = sums.n, sums.groups, sums.total / sums.n
     even = sums.low == sums.high
     plain = _spread(n, n, sums.squares - mean * sums.total, even)
@@ -276,16 +312,17 @@ def _standard_error(values: np.ndarray, codes: np.ndarray) -> float:
     if groups < 2:
         return math.nan
     if np.ptp(values) == 0:
-        return 0.0  # rounding would leave 1e-17
+        return 0.0  # rounding errors would give about 1e-17
     sums = np.bincount(codes, weights=values - values.mean())
     return float(np.sqrt(groups / (groups - 1) * np.sum(sums**2)) / values.size)
 
 
 def _effective_rows(values: np.ndarray, codes: np.ndarray) -> float:
-    """The number of independent rows that would leave the standard error as large as the clusters do.
+    """The number of independent rows that would give the same standard error as the clusters.
 
-    n * (plain stderr / clustered stderr)^2 (Kish's design effect), times (t_{n-1} / t_{G-1})^2 because G clusters
-    tell their own spread badly [Korn]; between 1 and n. Without any spread, the number of clusters.
+    The number is n * (plain stderr / clustered stderr)^2 (Kish's design effect) * (t_{n-1} / t_{G-1})^2. The last
+    factor is needed because G clusters estimate their spread badly [Korn]. The result lies between 1 and n. Without
+    spread, the result is the number of clusters.
     """
     n, groups = values.size, int(codes.max()) + 1
     return _independent_rows(n, groups, _standard_error(values, np.arange(n)), _standard_error(values, codes))
@@ -299,7 +336,7 @@ def _independent_rows(n: int, groups: int, plain: float, clustered: float) -> fl
 
 
 def _wilson(p: float, n: float) -> tuple[float, float]:
-    """(p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) [Wilson]."""
+    """The interval (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) [Wilson]."""
     z2 = Z_95**2
     centre, half = p + z2 / (2 * n), math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
     low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
@@ -307,7 +344,7 @@ def _wilson(p: float, n: float) -> tuple[float, float]:
 
 
 def _student(mean: float, stderr: float, degrees: int) -> tuple[float, float]:
-    """mean -+ t * stderr; unbounded where there is no spread to learn from."""
+    """The interval mean -+ t * stderr. Without a known spread, the interval has no bounds."""
     if degrees < 1 or stderr == 0:
         return -math.inf, math.inf
     half = float(special.stdtrit(degrees, 0.975)) * stderr
@@ -317,7 +354,7 @@ def _student(mean: float, stderr: float, degrees: int) -> tuple[float, float]:
 def _tango_upper(better: float, worse: float, n: float) -> float:
     """The upper limit of [Tango]'s score interval: the gap g at which (better - worse - n g) / sqrt(v(g)) = -z.
 
-    v(g) = n (2q + g (1-g)); q, the rate of worse pairs under g, is the root of 2n q^2 + B q - worse g (1-g) = 0 with
+    v(g) = n (2q + g (1-g)). q is the rate of worse pairs under g: the root of 2n q^2 + B q - worse g (1-g) = 0.
     B = (2n - better + worse) g - better - worse.
     """
 
@@ -333,7 +370,7 @@ def _tango_upper(better: float, worse: float, n: float) -> float:
 def _p_value(gaps: np.ndarray, codes: np.ndarray, binary: bool) -> float:
     from scipy import stats
 
-    if codes.max() + 1 < gaps.size:  # rows of a cluster are not independent; their sums are
+    if codes.max() + 1 < gaps.size:  # the rows of a cluster are not independent, but the sums of clusters are
         gaps, binary = np.round(np.bincount(codes, weights=gaps), 12), False
     differing = np.count_nonzero(gaps)
     if differing == 0:
@@ -342,17 +379,19 @@ def _p_value(gaps: np.ndarray, codes: np.ndarray, binary: bool) -> float:
         return float(stats.binomtest(int(np.sum(gaps > 0)), int(differing), 0.5).pvalue)
     if differing > EXACT_PAIRS:
         return float(stats.wilcoxon(gaps, zero_method="pratt").pvalue)
-    # scipy goes over to the normal curve as soon as there are ties or zeros, which is too bold for a few pairs.
+    # With ties or zeros, scipy uses the normal approximation. For a few pairs, its p-values are too small.
     ranks = stats.rankdata(np.abs(gaps))[gaps != 0]
     signs = 1 - 2 * (np.arange(2**differing)[:, None] >> np.arange(differing) & 1)
     return float(np.mean(np.abs(signs @ ranks) >= abs(np.sign(gaps[gaps != 0]) @ ranks) - 1e-9))
 
 
 def _p_from_counts(counts: Sequence[tuple[float, int]], binary: bool) -> float:
-    """`_p_value` of values that are given with how often each is there.
+    """`_p_value` of values that come with their counts.
 
-    Up to FEW_VALUES they are written out. Beyond, the signed-rank test's normal curve is reckoned from the counts, as
-    scipy has it: ranks with [Pratt]'s zeros, a variance corrected for ties, no correction for continuity.
+    0/1 scores without clusters get the exact [McNemar] test. Up to FEW_VALUES other values are written out one by one.
+    Above FEW_VALUES, the signed-rank test uses the counts. With EXACT_PAIRS or fewer differing values, the test counts
+    all sign patterns. With more, the test uses the normal approximation in scipy's form: ranks with [Pratt]'s zeros, a
+    variance corrected for ties, and no continuity correction.
     """
     from scipy import stats
 

@@ -1,20 +1,40 @@
 """Answers that a later run takes over, and those that it does not."""
 
+from dataclasses import dataclass
+
 import pytest
-from support.scored import GENERATION, model, prompts
+from support.scored import GENERATION, facts, prompts
 
-from slm.answers import kept_answers
+from slm.answers import asking, kept_answers
+from slm.answers.asking import ModelFacts
 from slm.engines import answering
+from slm.verdict.scored_model import ScoredModel
 
 
-def counting(asked: list):
-    def ask(model, rows, batch_size):
+@dataclass(frozen=True)
+class Counting:
+    """A model that says yes, and notes what it is asked."""
+
+    facts: ModelFacts
+    asked: list[str]
+
+    def sent(self, row):
+        return row["row"]["prompt"], None
+
+    def check_unchanged(self):
+        pass
+
+    def replies(self, rows, batch_size):
         for place, row in enumerate(rows):
-            asked.append(row["row"]["prompt"])
+            self.asked.append(row["row"]["prompt"])
             answer = {"text": "yes", "finish_reason": "stop", "prompt_tokens": 1, "output_tokens": 1}
             yield place, answer | {"seconds": 0.1, "error": ""}
 
-    return ask
+
+def score(asked: list[str], prompt_set, repeats: int = 1, **changes) -> ScoredModel:
+    model = Counting(facts(**changes), asked)
+    questions = asking.questions(model, prompt_set.prompts, GENERATION, repeats)
+    return answering.score(model, prompt_set, questions, GENERATION)
 
 
 @pytest.fixture
@@ -25,7 +45,7 @@ def cache(tmp_path, monkeypatch):
 def test_answers_of_an_endpoint_are_not_taken_by_a_later_run(cache):
     asked: list[str] = []
     for _ in range(2):
-        found = answering.score(model(counting(asked)), prompts(3), GENERATION)
+        found = score(asked, prompts(3))
         assert found.reused == 0
     assert len(asked) == 6
 
@@ -33,16 +53,16 @@ def test_answers_of_an_endpoint_are_not_taken_by_a_later_run(cache):
 def test_answers_of_a_model_whose_files_are_known_are_taken_by_a_later_run(cache):
     asked: list[str] = []
     for reused in (0, 3):
-        found = answering.score(model(counting(asked), sha256="a" * 64), prompts(3), GENERATION)
+        found = score(asked, prompts(3), sha256="a" * 64)
         assert found.reused == reused
     assert len(asked) == 3
 
 
 def test_each_repeat_of_a_prompt_is_an_answer_of_its_own(cache):
     asked: list[str] = []
-    found = answering.score(model(counting(asked), sha256="b" * 64), prompts(2), GENERATION, repeats=3)
+    found = score(asked, prompts(2), 3, sha256="b" * 64)
     assert len(asked) == 6 and [sample.repeat for sample in found.samples] == [0, 1, 2] * 2
-    again = answering.score(model(counting(asked), sha256="b" * 64), prompts(2), GENERATION, repeats=4)
+    again = score(asked, prompts(2), 4, sha256="b" * 64)
     assert again.reused == 6 and len(asked) == 8
 
 

@@ -16,7 +16,7 @@ from support import echo_models
 from support.commands import REPOSITORY, entry_point, free_port, running, without_gpu
 from support.python_models import signature
 
-from slm.answers import endpoints, loading
+from slm.answers import asking, endpoints, loading
 from slm.base.errors import BadInput, Unavailable
 from slm.prompts import prompt_rows
 from slm.tracking import mlflow_client, registry
@@ -40,11 +40,16 @@ TURNS = prompt("turns", "user: Hi", "assistant: Hello", "user: Bye")
 BAD = prompt("bad", "user: fail")
 
 
-def asked(model: loading.LoadedModel, wanted, generation=GENERATION) -> dict[str, dict]:
+def answers_of(model: asking.LoadedModel, prompts, generation):
+    """Each prompt, asked once, with its answer."""
+    questions = asking.questions(model, prompts, generation, 1)
+    for question, answer in asking.answers(model, questions, generation.get("batch_size") or 0):
+        yield question.prompt, answer
+
+
+def asked(model: asking.LoadedModel, wanted, generation=GENERATION) -> dict[str, dict]:
     """The answers by prompt id, each with its six fields."""
-    answers = {
-        prompt.id: answer for (prompt, _), answer in loading.answers(model, [(p, 0) for p in wanted], generation)
-    }
+    answers = {prompt.id: answer for prompt, answer in answers_of(model, wanted, generation)}
     fields = {"text", "finish_reason", "prompt_tokens", "output_tokens", "seconds", "error"}
     assert {frozenset(answer) for answer in answers.values()} == {frozenset(fields)}
     return answers
@@ -75,7 +80,7 @@ def log_echo(store, folder: Path, code: str, **log) -> str:
     return store[1].pyfunc.log_model(name="echo", python_model=str(path), pip_requirements=[], **log).model_uri
 
 
-def load(uri: str, **settings) -> loading.LoadedModel:
+def load(uri: str, **settings) -> asking.LoadedModel:
     uri = registry.resolve(uri, trust_code=True)
     folder = None if endpoints.is_endpoint(uri) else mlflow_client.download(uri)
     return loading.load("label", uri, folder, settings, trust_code=True)
@@ -157,12 +162,12 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_model_that_was_not_logged_here_is_asked_in_its_own_form(store, tmp_path, case, batch_size):
     model = load(log_echo(store, tmp_path, case.code, **case.log))
-    assert model.ignored == case.ignored
+    assert model.facts.ignored == case.ignored
     answers = asked(model, [PLAIN, BRIEF, TURNS], GENERATION | {"batch_size": batch_size})
     assert [answer["text"] for answer in answers.values()] == case.texts
     assert {(a["finish_reason"], a["prompt_tokens"], a["output_tokens"]) for a in answers.values()} == {case.rest}
     assert {answer["error"] for answer in answers.values()} == {""}
-    sent = loading.row_of(model, BRIEF, 0, GENERATION)
+    sent = asking.row_of(model.facts, BRIEF, 0, GENERATION)
     assert json.loads(json.dumps(sent)) == sent
 
 
@@ -290,7 +295,7 @@ def test_a_transformers_pipeline_logged_by_mlflow_answers_greedily(store, tiny_p
         log = {"signature": infer_signature("a", "b", params=log["params"])}
     logged = store[1].transformers.log_model(tiny_pipeline, name="tiny", pip_requirements=[], **log)
     model = load(logged.model_uri)
-    assert model.ignored == ignored
+    assert model.facts.ignored == ignored
     answers = asked(model, [PLAIN, BRIEF, TURNS], GREEDY)
     for wanted in (PLAIN, BRIEF, TURNS):
         messages = list(wanted.messages or [{"role": "user", "content": wanted.prompt}])
@@ -427,8 +432,13 @@ AT = {
 @pytest.mark.parametrize(("path", "frozen", "sent", "ignored"), AT.values(), ids=AT)
 def test_an_openai_address_is_asked_for_every_row(server, path, frozen, sent, ignored):
     model = load(server.address + path)
-    assert (model.uri, model.sha256, model.bytes, model.model_id) == (server.address + frozen, "", 0, None)
-    assert (model.is_chat, model.wrapper, model.ignored) == (True, None, ignored)
+    assert (model.facts.uri, model.facts.sha256, model.facts.bytes, model.facts.model_id) == (
+        server.address + frozen,
+        "",
+        0,
+        None,
+    )
+    assert (model.facts.is_chat, model.facts.is_ours, model.facts.ignored) == (True, False, ignored)
     server.asked.clear()
     answers = asked(model, [PLAIN, BRIEF])
     assert [answers["plain"]["text"], answers["brief"]["text"]] == [f"Hello {sent}", f"Hi {sent}"]
@@ -437,9 +447,9 @@ def test_an_openai_address_is_asked_for_every_row(server, path, frozen, sent, ig
     }
     assert {body["model"] for body in server.asked} == {frozen.split("#")[1]}
     assert sorted(len(body["messages"]) for body in server.asked) == [1, 2]
-    content = loading.row_of(model, PLAIN, 0, GENERATION)
+    content = asking.row_of(model.facts, PLAIN, 0, GENERATION)
     assert json.loads(json.dumps(content)) == content
-    assert content["to"] == model.uri
+    assert content["to"] == model.facts.uri
 
 
 WRONG = {
@@ -515,19 +525,19 @@ def test_a_row_that_is_dropped_fails_alone_where_no_models_are_listed(server, mo
 def test_a_server_that_dies_ends_the_run_and_the_answers_so_far_are_kept(server, monkeypatch):
     monkeypatch.setattr(endpoints, "RETRIES", 0)
     model = load(f"{server.address}/one/v1")
-    wanted = [(prompt(text, f"user: {text}"), 0) for text in ("one", "gone", "two", "three")]
+    wanted = [prompt(text, f"user: {text}") for text in ("one", "gone", "two", "three")]
     kept = []
     with pytest.raises(Unavailable, match="can't be reached"):
-        for (row, _), _ in loading.answers(model, wanted, GENERATION | {"batch_size": 1}):
+        for row, _ in answers_of(model, wanted, GENERATION | {"batch_size": 1}):
             kept.append(row.id)
     assert kept == ["one", "gone"]
 
 
 def test_answers_come_in_the_order_they_finish_and_rows_are_asked_side_by_side(server):
     model = load(f"{server.address}/one/v1")
-    wanted = [(prompt(f"{place}", f"user: {text}"), 0) for place, text in enumerate(["slow", "fast", *["slow"] * 6])]
+    wanted = [prompt(f"{place}", f"user: {text}") for place, text in enumerate(["slow", "fast", *["slow"] * 6])]
     start = time.perf_counter()
-    order = [row.id for (row, _), _ in loading.answers(model, wanted, GENERATION)]
+    order = [row.id for row, _ in answers_of(model, wanted, GENERATION)]
     assert time.perf_counter() - start < 2  # and not 7 times half a second
     assert order[0] == "1" and sorted(order) == [str(place) for place in range(8)]
 
@@ -601,8 +611,8 @@ def test_a_model_that_was_logged_to_run_on_a_gpu_says_in_one_line_that_there_is_
 def test_nothing_more_is_asked_once_the_caller_has_gone(server):
     model = load(f"{server.address}/one/v1")
     server.asked.clear()
-    wanted = [(prompt(f"{place}", "user: slow"), 0) for place in range(20)]
-    rows = loading.answers(model, wanted, GENERATION | {"batch_size": 2})
+    wanted = [prompt(f"{place}", "user: slow") for place in range(20)]
+    rows = answers_of(model, wanted, GENERATION | {"batch_size": 2})
     next(rows)
     rows.close()
     time.sleep(1.2)
@@ -613,7 +623,7 @@ def test_nothing_more_is_asked_once_the_caller_has_gone(server):
 def test_an_endpoint_of_the_deployments_api_is_asked(server, monkeypatch, name, is_chat):
     monkeypatch.setenv("MLFLOW_DEPLOYMENTS_TARGET", server.address)
     model = load(f"endpoints:/{name}")
-    assert (model.uri, model.is_chat, model.ignored) == (f"endpoints:/{name}", is_chat, ())
+    assert (model.facts.uri, model.facts.is_chat, model.facts.ignored) == (f"endpoints:/{name}", is_chat, ())
     answers = asked(model, [PLAIN, BRIEF, BAD])
     texts = ["Hello", "Hi" if is_chat else "Be brief.\n\nHi"]
     assert [answers["plain"]["text"], answers["brief"]["text"]] == [f"{text} {SENT}" for text in texts]
@@ -672,7 +682,7 @@ def test_our_own_server_answers_as_the_model_that_it_serves(store, int4_export):
     here = asked(load(logged), [PLAIN, BRIEF, TURNS], GREEDY)
     with serving((store[0], {"chat": logged})) as (_, address):
         model = load(f"{address}/v1")
-        assert (model.uri, model.ignored) == (f"{address}/v1#{NAME}", ())
+        assert (model.facts.uri, model.facts.ignored) == (f"{address}/v1#{NAME}", ())
         there = asked(model, [PLAIN, BRIEF, TURNS], GREEDY)
     for id, answer in here.items():
         assert {**there[id], "seconds": 0} == {**answer, "seconds": 0}

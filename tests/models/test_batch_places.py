@@ -84,7 +84,7 @@ def test_a_row_that_was_dropped_leaves_its_slot_to_the_next(wrapper):
     dropped, kept = (wrapper.prepare(row)[0] for row in rows)
     for step, _ in enumerate(wrapper._run([dropped, kept], 1, streamed=True)):
         if step == 2:
-            dropped.finish_reason = "cancelled"
+            dropped.end("cancelled")
     assert (len(dropped.output), kept.text) == (3, expected)
 
 
@@ -127,7 +127,7 @@ def test_a_row_that_is_dropped_before_its_turn_is_not_begun(wrapper, monkeypatch
     rows = [wrapper.prepare({"messages": PLACES[at:], "max_tokens": 2})[0] for at in (0, 1, 0)]
     for step, _ in enumerate(wrapper._run(rows, 3, streamed=True)):
         if step == 0:  # the first row's first token
-            rows[1].finish_reason = "cancelled"
+            rows[1].end("cancelled")
     assert ([len(row.output) for row in rows], len(begun)) == ([2, 0, 2], 2)
 
 

@@ -223,7 +223,7 @@ def stored(model_id: str) -> Path:
     return Path(urlsplit(mlflow.get_logged_model(model_id).artifact_location).path)
 
 
-def load(uri: str, folder: Path | None = None, trust_code: bool = False) -> loading.LoadedModel:
+def load(uri: str, folder: Path | None = None, trust_code: bool = False) -> loading.OwnModel | loading.OthersModel:
     """A model as `evaluate` loads it."""
     uri = registry.resolve(uri, trust_code)
     recorded = registry.recorded_manifests(uri)
@@ -254,9 +254,9 @@ def fit_manifest(folder: Path) -> None:
 def test_a_model_is_loaded_from_what_was_logged(logged):
     uri, folder = logged
     model = load(uri)
-    assert model.code_sha256 == cache.file_sha256(REPOSITORY / "slm" / "models" / "chat_model.py")
-    assert model.pyfunc is None and isinstance(model.wrapper, chat_model.SmallLanguageModel)
-    assert registry.recorded_manifests(uri) == (model.manifest_sha256,)
+    assert model.facts.code_sha256 == cache.file_sha256(REPOSITORY / "slm" / "models" / "chat_model.py")
+    assert isinstance(model, loading.OwnModel) and isinstance(model.wrapper, chat_model.SmallLanguageModel)
+    assert registry.recorded_manifests(uri) == (model.facts.manifest_sha256,)
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
         *manifest.check(folder).files,
         *manifest.ADDED,
@@ -391,7 +391,7 @@ def test_what_is_loaded_is_what_was_checked(logged, monkeypatch, restored):
 
 @pytest.mark.fault("models: weights that are written while the model answers")
 def test_no_answer_is_kept_of_a_model_that_was_changed_while_it_answered(logged, tmp_path, monkeypatch):
-    from slm.answers import kept_answers
+    from slm.answers import asking, kept_answers
     from slm.engines import answering
     from slm.prompts import prompt_sets
 
@@ -399,14 +399,14 @@ def test_no_answer_is_kept_of_a_model_that_was_changed_while_it_answered(logged,
     uri, folder = logged
     model = load(uri)
     os.link(folder / "artifacts" / "onnx" / "model.onnx.data", tmp_path / "another link")
-    model.unchanged()  # a link to a file is no change of it
+    model.check_unchanged()  # a link to a file is no change of it
     rewrite(folder / "artifacts" / "onnx" / "model.onnx.data", b"other weights")
     rows = tmp_path / "set.jsonl"
     rows.write_text('{"id": "a", "prompt": "Hi", "expected": "x"}\n')
     with pytest.raises(BadInput, match="its files were changed while it answered"):
-        answering.score(
-            model, prompt_sets.read_prompt_set(rows, "set", CHECKS), GENERATION | {"batch_size": 0}, 1, "all"
-        )
+        prompt_set = prompt_sets.read_prompt_set(rows, "set", CHECKS)
+        asked = asking.questions(model, prompt_set.prompts, GENERATION, 1)
+        answering.score(model, prompt_set, asked, GENERATION, "all")
     [kept] = (tmp_path / "cache" / "answers").glob("*.jsonl")
     assert kept_answers._read(kept) == []
 
@@ -517,7 +517,7 @@ def test_a_wrapper_of_no_released_version_is_refused(logged, tmp_path, monkeypat
     assert marker.exists()
     monkeypatch.setitem(wrappers.RELEASED, "0.0.9", sha256)
     model = load(str(tmp_path / "model"))
-    assert model.code_sha256 == sha256
+    assert model.facts.code_sha256 == sha256
     [(_, [answer])] = model.wrapper.answers([{"messages": [{"role": "user", "content": "Hi"}]}], {"max_tokens": 2})
     assert answer.output_tokens == 2
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from slm.answers import forms
-from slm.answers.loading import LoadedModel
+from slm.answers.asking import ModelFacts
 from slm.prompts.prompt_rows import Prompt, ScorerCall
 from slm.prompts.prompt_sets import PromptSet
 from slm.report import chart_data, html_page, plots, summary
@@ -56,7 +56,7 @@ def sample(asked: Prompt, model: str, scores: dict, **changes) -> scored_model.S
 
 
 def scored(label: str, samples: list, prompt_set: PromptSet, **metrics) -> scored_model.ScoredModel:
-    model = LoadedModel(**dict.fromkeys(field.name for field in fields(LoadedModel)) | {"label": label, "uri": label})
+    model = ModelFacts(**dict.fromkeys(field.name for field in fields(ModelFacts)) | {"label": label, "uri": label})
     failed = sum(answer.error is not None for answer in samples)
     told = {"rows": float(len(samples)), "rows_failed": float(failed), "rows_unscored": 0.0} | metrics
     return scored_model.ScoredModel(model, tuple(samples), estimation.estimate(tuple(samples), prompt_set), told, 0)
@@ -533,7 +533,7 @@ def test_no_text_breaks_the_xml():
 
 @pytest.mark.fault("reports: a terminal's escape as id, and a very long one")
 def test_a_remark_is_one_short_line_without_a_terminal_s_escapes():
-    told = summary.remarks(told_of("\x1b[2J\nerror: no" + "x" * 10_000))
+    told = told_of("\x1b[2J\nerror: no" + "x" * 10_000).remarks
     assert "1 better ([U+001B][2J error: noxxx" in told[-1]
     assert all(len(line) < 400 and line.isprintable() for line in told)
 

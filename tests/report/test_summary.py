@@ -18,10 +18,10 @@ def test_a_single_scorer_is_told_by_its_corrected_p_and_not_by_its_own():
     pair = [scored(values, prompt_set) for values in (ours, theirs)]
     compared = estimation.differences(*pair, prompt_set)
     assert compared["contains"].p_value < 0.05 < estimation.holm_p_values(compared)["contains"]
-    said = summary.remarks(report(pair, prompt_set, gate.Verdict("none", ()), compared))
+    said = report(pair, prompt_set, gate.Verdict("none", ()), compared).remarks
     assert not any(", contains:" in line or ", regex:" in line for line in said)
     alone = {name: compared[name] for name in ("contains", "score")}
-    said = summary.remarks(report(pair, prompt_set, gate.Verdict("none", ()), alone))
+    said = report(pair, prompt_set, gate.Verdict("none", ()), alone).remarks
     assert any(", contains:" in line and "after Holm" in line for line in said)
 
 

@@ -77,7 +77,7 @@ def test_a_long_prompt_is_read_in_pieces_between_which_others_have_their_turn(mo
     model._runtime._idle.clear()  # else the second one begins where the first one ended
     steps = model.stream([dropped])
     assert next(steps) == []
-    dropped.finish_reason = "cancelled"
+    dropped.end("cancelled")
     assert next(steps, None) is None and not dropped.output
 
 

@@ -1,9 +1,9 @@
 """Prompt sets, scored models and reports, made without a model."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
+from slm.answers.asking import ModelFacts
 from slm.answers.forms import Form
-from slm.answers.loading import LoadedModel
 from slm.prompts.prompt_rows import Prompt, ScorerCall
 from slm.prompts.prompt_sets import PromptSet
 from slm.report import summary
@@ -29,10 +29,9 @@ def prompts(count: int, clusters: int = 0) -> PromptSet:
     return PromptSet("set", "set.jsonl", made, "0" * 64)
 
 
-def model(ask=None, **changes) -> LoadedModel:
-    told = dict.fromkeys(field.name for field in fields(LoadedModel)) | {"label": "m", "uri": "http://host/v1"}
-    form = Form("prompt", False)
-    return LoadedModel(**told | {"form": form, "ask": ask, "sha256": "", "identity": "", "load_seconds": 0.0} | changes)
+def facts(**changes) -> ModelFacts:
+    uri = "http://host/v1"
+    return replace(ModelFacts("m", uri, uri, Form("prompt", False), load_seconds=0.0, identity=""), **changes)
 
 
 def scored(values: list[dict], prompt_set: PromptSet, **changes) -> scored_model.ScoredModel:
@@ -55,8 +54,8 @@ def scored(values: list[dict], prompt_set: PromptSet, **changes) -> scored_model
         for prompt, scores in zip(prompt_set.prompts, values, strict=True)
     )
     estimates = estimation.estimate(samples, prompt_set)
-    metrics = scored_model.metrics_of(model(), samples, estimates)
-    return replace(scored_model.ScoredModel(model(), samples, estimates, metrics, 0), **changes)
+    metrics = scored_model.metrics_of(facts(), samples, estimates)
+    return replace(scored_model.ScoredModel(facts(), samples, estimates, metrics, 0), **changes)
 
 
 def report(models: list, prompt_set: PromptSet, verdict: gate.Verdict, compared: dict | None = None) -> summary.Report:

@@ -21,7 +21,8 @@ def greedy(runtime, prompts: list[list[int]], max_tokens: list[int], slots: int 
             if not row.finish_reason:
                 row.output.append(token)
                 ended = token in runtime.end_tokens
-                row.finish_reason = "stop" if ended else "length" if len(row.output) == row.room else ""
+                if ended or len(row.output) == row.room:
+                    row.end("stop" if ended else "length")
         if all(row.finish_reason for row in batch):
             return [row.output for row in batch]
     raise AssertionError("the runtime ended before its rows")

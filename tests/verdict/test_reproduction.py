@@ -17,6 +17,7 @@ from entrypoints import compare, evaluate
 from slm.base import environment
 from slm.models import model_logging
 from slm.verdict import reproduction
+from slm.verdict.scored_model import ScoredModel
 
 ROWS = [
     {"id": name, "prompt": f"What is the capital of {name}?", "expected": city, "scorers": ["contains"]}
@@ -251,14 +252,16 @@ def test_compare_tells_a_mistake_in_one_line(tmp_path, run_ids, line):
 
 
 def model(sha256="0" * 64, **used):
-    facts = {"used": {"device": "cpu", "dtype": "fp32"} | used, "template": {"tells_date": False}}
-    return SimpleNamespace(label="pipeline", uri="models:/m-1", sha256=sha256, identity="", code_sha256="", facts=facts)
+    record = {"used": {"device": "cpu", "dtype": "fp32"} | used, "template": {"tells_date": False}}
+    return SimpleNamespace(
+        label="pipeline", uri="models:/m-1", sha256=sha256, identity="", code_sha256="", record=record
+    )
 
 
 def promised(model, judged=False) -> str:
     described = environment.describe()
     asked = {"code": {}, "environment": {}, "prompts": {}, "parameters": {"batch_size": 0}, "scorers": {}}
-    return reproduction.record(described, asked, model, {}, [], 0, judged)["reproducible"]
+    return reproduction.record(described, asked, ScoredModel(model, (), {}, {}, 0), judged)["reproducible"]
 
 
 @pytest.mark.parametrize(
@@ -270,7 +273,7 @@ def promised(model, judged=False) -> str:
         (model(sha256=""), "an endpoint answered"),
         (SimpleNamespace(**vars(model()) | {"facts": {}}), "the model runs code of its own"),
         (
-            SimpleNamespace(**vars(model()) | {"facts": model().facts | {"template": {"tells_date": True}}}),
+            SimpleNamespace(**vars(model()) | {"record": model().record | {"template": {"tells_date": True}}}),
             "its chat template tells the date",
         ),
     ],

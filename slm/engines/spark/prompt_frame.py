@@ -10,6 +10,7 @@ import urllib.parse
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from slm.base import strict_json
 from slm.base.errors import BadInput
@@ -35,7 +36,7 @@ VALIDATED = (
 class SparkPromptSet(PromptSet):
     """`prompts` are those whose answers the driver holds: all, or a sample; `frame` holds all, validated."""
 
-    frame: object
+    frame: Any
     rows: int
     buckets: int
     last_shown: tuple[int, str] | None  # of the sample: hash and id of its last prompt in that order
@@ -172,7 +173,7 @@ def _validated(batches: Iterable, kind: str, before: dict, spec: tuple, title: s
         yield pyarrow.RecordBatch.from_pylist(found, schema)
 
 
-def _places(batches: Iterable, kind: str, before: dict) -> Iterator[tuple]:
+def _places(batches: Iterable, kind: str, before: dict) -> Iterator[tuple[str, int, str, object, str | None]]:
     """(file, row number, where, row, what is wrong) of everything in Spark's batches."""
     records = (record for batch in batches for record in batch.to_pylist())
     if kind == "csv":
@@ -235,8 +236,9 @@ def _parquet_row(value: object) -> object:
         return value
     row = {key: _parquet_row(item) for key, item in value.items() if item is not None}
     for field in ("messages", "scorers"):
-        if isinstance(row.get(field), str) and row[field].startswith("["):
-            row[field] = strict_json.parse(row[field])
+        text = row.get(field)
+        if isinstance(text, str) and text.startswith("["):
+            row[field] = strict_json.parse(text)
     return row
 
 
@@ -259,7 +261,7 @@ def _checked(file: str, number: int, where: str, row: object, error: str | None,
     [canonical] = prompt_rows.canonical_rows(prompt_sets.with_scorers(one, asked.added).prompts)
     return found | {
         "id": prompt.id,
-        "own_id": "id" in row,
+        "own_id": isinstance(row, dict) and "id" in row,
         "hash": int(hashlib.sha256(prompt.id.encode()).hexdigest()[:12], 16),
         "canonical": json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False),
         "unscorable": unscorable,
@@ -292,6 +294,7 @@ def _scorer_spec(parameter: str) -> tuple:
         if user_scorers.is_spec(item):
             given, _, attribute = item.rpartition(":")
             path = checkpoints.located(given)
+            assert path is not None  # scorer_calls.read has found the file
             spec.append((path.name, attribute, path.read_bytes()))
         else:
             spec.append(("", item, b""))

@@ -16,7 +16,8 @@ answered anew. What users' scorers import beside their file has to be on the wor
 import json
 from dataclasses import replace
 
-from slm.answers import kept_answers, loading
+from slm.answers import kept_answers
+from slm.answers.asking import ModelFacts
 from slm.base.errors import BadInput
 from slm.engines.spark.job import Job
 from slm.engines.spark.prompt_frame import SparkPromptSet
@@ -30,7 +31,7 @@ from slm.verdict import estimation, scored_model
 # Answering
 
 
-def described(prompt_set: SparkPromptSet, job: Job) -> loading.LoadedModel:
+def described(prompt_set: SparkPromptSet, job: Job) -> ModelFacts:
     """The model as a worker loads it, without its memory.
 
     Raises:
@@ -46,7 +47,7 @@ def described(prompt_set: SparkPromptSet, job: Job) -> loading.LoadedModel:
 
 def score(
     job: Job,
-    model: loading.LoadedModel,
+    model: ModelFacts,
     prompt_set: SparkPromptSet,
     run_id: str,
     fingerprint: str,
@@ -70,8 +71,8 @@ def score(
         found = tasks.mapInArrow(lambda batches: _answered(batches, told), ANSWERED).collect()
     markers = [json.loads(row.content) for row in found if row.kind == "bucket"]
     places = {prompt.id: place for place, prompt in enumerate(prompt_set.prompts)}
-    samples = (scored_model.Sample(**json.loads(row.content)) for row in found if row.kind == "sample")
-    samples = tuple(sorted(samples, key=lambda sample: (places[sample.id], sample.repeat)))
+    listed = (scored_model.Sample(**json.loads(row.content)) for row in found if row.kind == "sample")
+    samples = tuple(sorted(listed, key=lambda sample: (places[sample.id], sample.repeat)))
     buckets = tuple(sorted(marker["bucket"] for marker in markers))
     if prompt_set.is_whole:
         estimates = estimation.estimate(samples, prompt_set)

@@ -70,7 +70,7 @@ def session(master: str):
             signal.signal(signal.SIGINT, interrupt)  # pyspark puts its own in the place of ours
     if active is None:
         spark.sparkContext.setLogLevel("FATAL")  # what a task died of is told in one line
-    if not spark.sparkContext.master.startswith("local"):
+    if not str(spark.sparkContext.master).startswith("local"):
         uri = mlflow.get_tracking_uri()
         if uri.startswith(LOCAL_STORES):
             raise BadInput(f"engine: workers can't reach the tracking store {uri}; set MLFLOW_TRACKING_URI to a server")

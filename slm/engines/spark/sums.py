@@ -1,7 +1,7 @@
 """Estimates and differences from sums, where the answers are too many for the driver."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from slm.engines.spark.job import Job, job
 from slm.engines.spark.prompt_frame import SparkPromptSet
@@ -18,7 +18,7 @@ class SparkScoredModel(scored_model.ScoredModel):
 
     run_id: str = ""
     buckets: tuple[int, ...] = ()
-    prompt_set: SparkPromptSet | None = None
+    prompt_set: SparkPromptSet = field(kw_only=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def _gaps(job: Job, runs: tuple[str, str], buckets: Iterable[int]) -> Iterator[l
     for bucket in buckets:
         (ours, clusters), (theirs, _) = (_read(job, run_id, bucket) for run_id in runs)
         graded = estimation.graded(ours) | estimation.graded(theirs)
-        new, old = estimation.values_by_scorer(ours), estimation.values_by_scorer(theirs)
+        new, old = scored_model.values_by_scorer(ours), scored_model.values_by_scorer(theirs)
         rows = []
         for name in new.keys() & old.keys():
             for id in new[name].keys() & old[name].keys():

@@ -10,13 +10,12 @@ import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
-from slm.answers import kept_answers, loading
+from slm.answers import asking, kept_answers, loading
 from slm.base import cache, environment
 from slm.base.errors import BadInput
-from slm.base.hashing import digest
 from slm.engines import answering
 from slm.engines.spark.job import Job
 from slm.engines.spark.prompt_frame import _asked, _prompt
@@ -31,9 +30,9 @@ ANSWERED = "kind string, content string"  # a bucket's marker; of what is shown,
 VALUES = "name string, cluster string, value double, binary boolean, unit boolean, graded boolean"
 
 
-def _described(job: Job) -> tuple[loading.LoadedModel | None, str]:
+def _described(job: Job) -> tuple[asking.ModelFacts | None, str]:
     try:
-        return replace(_model(job)[0], pyfunc=None, wrapper=None, ask=None, unchanged=None), ""
+        return _model(job)[0].facts, ""
     except BadInput as error:
         return None, str(error)
 
@@ -53,10 +52,11 @@ def _answered(batches: Iterable, job: Job) -> Iterator:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="phi3-mlflow-"))
         # answers go to a folder of the bucket's own: the host's cache is shared, and would be read for every bucket
         stack.enter_context(environment.variables({"PHI3_MLFLOW_CACHE": scratch}))
+        asked = asking.questions(model, bucket_set.prompts, job.generation, job.repeats)
         if bucket in earlier:
-            _take_over(job, earlier[bucket], bucket, bucket_set, model, Path(scratch))
+            _take_over(job, earlier[bucket], bucket, asked, model.facts, Path(scratch))
         with scorer_calls.opened(_asked(job.scorers), False) as score_answer:
-            scored = answering.score(model, bucket_set, job.generation, job.repeats, "all", score_answer=score_answer)
+            scored = answering.score(model, bucket_set, asked, job.generation, "all", score_answer=score_answer)
         file = Path(scratch) / _file_name(bucket)
         clusters = {prompt.id: prompt.cluster for prompt in bucket_set.prompts}
         _write(scored.samples, clusters, file)
@@ -70,7 +70,7 @@ def _answered(batches: Iterable, job: Job) -> Iterator:
             "output_tokens": tokens,
             "elapsed": tokens / speed if speed else 0.0,
             "peak_memory_bytes": scored.metrics.get("peak_memory_bytes", 0.0),
-            "model_load_seconds": model.load_seconds,
+            "model_load_seconds": model.facts.load_seconds,
             "model_fetched": fetched,
             "worker": f"{socket.gethostname()} {os.getpid()}",
         }
@@ -87,7 +87,7 @@ def _answered(batches: Iterable, job: Job) -> Iterator:
     ]
     ids = {prompt.id for prompt in shown}
     lines = zip(scored.samples, scored.sample_lines(), strict=True)
-    sent = ([prompt.id, *loading.sent(model, prompt, job.generation)] for prompt in shown)
+    sent = ([prompt.id, *scored.sent[prompt.id]] for prompt in shown)
     found = [{"kind": "bucket", "content": json.dumps(marker)}]
     found += [{"kind": "sample", "content": line} for sample, line in lines if sample.id in ids]
     found += [{"kind": "sent", "content": json.dumps(content)} for content in sent]
@@ -96,12 +96,14 @@ def _answered(batches: Iterable, job: Job) -> Iterator:
     )
 
 
-def _take_over(job: Job, run_id: str, bucket: int, bucket_set: PromptSet, model, scratch: Path) -> None:
+def _take_over(
+    job: Job, run_id: str, bucket: int, asked: list[asking.Question], facts: asking.ModelFacts, scratch: Path
+) -> None:
     """Puts an earlier run's answers where `scoring.score` finds them; a file that isn't whole is left alone."""
     import pyarrow.parquet
 
     mlflow = mlflow_client.quiet_mlflow()
-    wanted = {(prompt.id, repeat): prompt for prompt in bucket_set.prompts for repeat in range(job.repeats)}
+    keys = {(question.prompt.id, question.repeat): question.key for question in asked}
     try:
         folder = scratch / "earlier"
         folder.mkdir()
@@ -115,18 +117,17 @@ def _take_over(job: Job, run_id: str, bucket: int, bucket_set: PromptSet, model,
         seconds, peak = told["elapsed"] / max(told["rows"], 1), int(told["peak_memory_bytes"])
     except (mlflow.exceptions.MlflowException, OSError, ValueError, KeyError):
         return
-    with kept_answers.opened(answering.identity(model, job.generation), "none") as kept:
+    with kept_answers.opened(answering.identity(facts, job.generation), "none") as kept:
         for row in rows:
-            prompt = wanted.get((row["id"], row["repeat"]))
-            if prompt is None or row["error"] is not None:
+            key = keys.get((row["id"], row["repeat"]))
+            if key is None or row["error"] is not None:
                 continue
-            asked = digest([loading.row_of(model, prompt, row["repeat"], job.generation), row["repeat"]])
             answer = {name: row[name] for name in ("finish_reason", "prompt_tokens", "output_tokens")}
-            kept.add(asked, answer | {"text": row["output"], "seconds": row["latency_seconds"], "error": ""}, seconds)
+            kept.add(key, answer | {"text": row["output"], "seconds": row["latency_seconds"], "error": ""}, seconds)
         kept.finish(peak)
 
 
-def _model(job: Job) -> tuple[loading.LoadedModel, bool]:
+def _model(job: Job) -> tuple[asking.LoadedModel, bool]:
     """The job's model, loaded once in this process; and whether this process fetched it."""
     settings = {name: job.generation.get(name) for name in ("dtype", "device")}
     settings |= {"threads": job.threads, "row_timeout": job.row_timeout}
@@ -137,7 +138,7 @@ def _model(job: Job) -> tuple[loading.LoadedModel, bool]:
 @functools.lru_cache(maxsize=1)  # the next model's loading frees this one
 def _loaded(
     label: str, uri: str, model_key: str, settings: tuple, recorded: tuple[str, ...], trust_code: bool
-) -> tuple[loading.LoadedModel, bool]:
+) -> tuple[asking.LoadedModel, bool]:
     folder, fetched = _fetched(uri, model_key)
     return loading.load(label, uri, folder, dict(settings), recorded, trust_code), fetched
 
@@ -224,7 +225,7 @@ def _values(job: Job, buckets: Iterable[int]) -> Iterator[list[dict]]:
         graded = estimation.graded(samples)
         rows = [
             _value(name, id, clusters, value, value in (0, 1), 0 <= value <= 1, name in graded)
-            for name, values in estimation.values_by_scorer(samples).items()
+            for name, values in scored_model.values_by_scorer(samples).items()
             for id, value in values.items()
         ]
         seconds = (sample.latency_seconds for sample in samples if sample.error is None)
