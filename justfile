@@ -6,14 +6,14 @@ run:
 
 # Every test
 test:
-    python -m pytest
+    python -m pytest -n 2
 
 # The tests that start no server, export no model and build no environment
 test-fast:
-    python -m pytest -m "not slow"
+    python -m pytest -n 2 -m "not slow"
 
 lint:
-    ruff check . && ruff format --check .
+    ruff check . && ruff format --check . && mypy
 
 format:
     ruff check --fix . && ruff format .

@@ -22,14 +22,14 @@ def resident_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
-def growth_bytes(model, calls: int) -> int:
-    """Resident memory after `calls` calls, less that after the first 100."""
+def growth_bytes(model, calls: int, first: int = 100) -> int:
+    """Resident memory after `calls` calls, less that after the `first` calls before them."""
 
     def ask(number: int) -> None:
         question = f"What is {number} plus {number % 7}?" + " Take your time." * (number % 5)
         model.predict({"messages": [{"role": "user", "content": question}], "max_tokens": 1 + number % 2})
 
-    for number in range(100):
+    for number in range(first):
         ask(number)
     before = resident_bytes()
     for number in range(calls):

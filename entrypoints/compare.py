@@ -51,7 +51,7 @@ def compare(first_id: str, second_id: str) -> str:
 
     # Model by model, then the gate
     compared = [reproduction.compare(ours, theirs) for ours, theirs in zip(*models, strict=True)]
-    show([model.label for model in models[0]], compared, reproduction.gate_differences(first, second))
+    show([model.label for model in models[0]], compared, reproduction.gate_changes(first, second))
     return "pass" if all(one.same for one in compared) else "regress"
 
 
@@ -92,13 +92,13 @@ def show(labels: list[str], compared: list, gate: list) -> None:
     from slm.base import console
 
     table = Table("differs", "first run", "second run", header_style="bold")
-    shared = [one for one in compared[0].differences if all(one in other.differences for other in compared)]
+    shared = [one for one in compared[0].changes if all(one in other.changes for other in compared)]
     shared = [one for one in shared if len(compared) > 1] + gate
     for one in shared:
         table.add_row(*map(Text, (one.what, one.first, one.second)))
     for label, comparison in zip(labels, compared, strict=True):
         table.add_section()
-        for one in comparison.differences:
+        for one in comparison.changes:
             if one not in shared:
                 what = one.what if len(compared) == 1 or one.what.startswith(" ") else f"{label}: {one.what}"
                 table.add_row(*map(Text, (what, one.first, one.second)))

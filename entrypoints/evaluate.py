@@ -74,7 +74,7 @@ def evaluate(args: parameters.Parameters) -> str:
         verdict = conclusion.finish(subject, results, args, prompt_set, thresholds, baseline)
         if args.alias and verdict.state == "pass":
             promotion.promote(named[0][1], args.alias, before, results[0][0].model.manifest_sha256)
-        schedule.conclude(args, verdict.state)
+        schedule.mark_done(args, verdict.state)
         if args.traces:
             conclusion.show_answers(results, prompt_set)
         return verdict.state

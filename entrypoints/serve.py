@@ -27,7 +27,7 @@ def parse_args(argv: list[str] | None) -> parameters.Parameters:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return lifecycle.exit_code(lambda: serve(parse_args(argv)))
+    return lifecycle.exit_code(lambda: serve(parse_args(argv)), kept="")
 
 
 def serve(args: parameters.Parameters) -> str:

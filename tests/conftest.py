@@ -8,6 +8,8 @@ import shutil
 import socket
 import subprocess
 import time
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -17,7 +19,10 @@ from support.questions import GENERATION
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub
 os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # no model logged here may need it
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")  # the waits before them are MLflow's
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
 
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 FAULTS = pytest.StashKey[dict[str, dict[str, str]]]()  # fault -> test -> outcome
 
 
@@ -36,17 +41,26 @@ class FaultTable:
 
 
 def pytest_configure(config):
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and len(CORES) > 1:  # each worker of `pytest -n` has a core, so that none waits for the other's threads
+        os.sched_setaffinity(0, {CORES[int(worker.removeprefix("gw")) % len(CORES)]})
     config.stash[FAULTS] = {}
     config.pluginmanager.register(FaultTable(config.stash[FAULTS]))
 
 
 def pytest_collection_modifyitems(config, items):
-    """Notes which faults the tests cover, each in one to many tests."""
+    """Notes which fault a test shows, one at most; puts files with slow tests first."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])  # so that no worker has a long file left at the end
     for item in items:
-        for marker in item.iter_markers("fault"):
-            for name in marker.args:
-                item.user_properties.append(("fault", name))
-                config.stash[FAULTS].setdefault(name, {})[item.nodeid] = "not run"
+        names = [name for marker in item.iter_markers("fault") for name in marker.args]
+        if len(names) > 1:
+            raise pytest.UsageError(
+                f"{item.nodeid} shows {len(names)} faults; give each fault a test, or a case, of its own"
+            )
+        for name in names:
+            item.user_properties.append(("fault", name))
+            config.stash[FAULTS].setdefault(name, {})[item.nodeid] = "not run"
 
 
 def pytest_deselected(items):
@@ -65,6 +79,29 @@ def pytest_terminal_summary(terminalreporter, config):
             state = "passed" if outcomes == {"passed"} else ", ".join(sorted(outcomes - {"passed"}))
             terminalreporter.write_line(f"{state:8} {name}")
         terminalreporter.write_line(f"faults: {len(survived)} of {len(table)}")
+
+
+@contextmanager
+def unpinned():
+    """This thread, and what it starts, may use all cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, CORES)
+    yield
+    os.sched_setaffinity(0, before)
+
+
+@pytest.fixture
+def all_cores():
+    """For a test of what several cores do."""
+    with unpinned():
+        yield
+
+
+@pytest.fixture(scope="module")
+def all_cores_for_module():
+    """For the tests of a module whose servers have many threads."""
+    with unpinned():
+        yield
 
 
 @pytest.fixture(autouse=True)

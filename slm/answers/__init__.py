@@ -1,5 +1,5 @@
-"""How does a logged model or an endpoint answer prompts? Input forms, endpoints, loading, and answers kept on disk.
+"""How is any logged model or endpoint asked? Questions, input forms, endpoints, loading, and answers kept on disk.
 
 This room imports `models` and the rooms below.
-Start with `loading.py`.
+Start with `asking.py`, then read `loading.py`.
 """

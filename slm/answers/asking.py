@@ -51,7 +51,7 @@ class ModelFacts:
     @property
     def ignored(self) -> tuple[str, ...]:
         """The generation parameters that the model does not take. The model is not given these parameters."""
-        return tuple(name for name in forms.NAMES if name not in self.form.slots)
+        return tuple(name for name in forms.NAMES if name not in self.form.fields)
 
 
 class Answer(TypedDict):
@@ -153,13 +153,13 @@ def row_of(model: ModelFacts, prompt: Prompt, repeat: int, generation: dict[str,
         return {"refused": str(refusal)}
     row: dict[str, Any] = {form.column: content} | form.fixed
     params: dict[str, Any] = {}
-    for name, slot in form.slots.items():
+    for name, place in form.fields.items():
         value = generation["seed"] + repeat if name == "seed" else generation[name]
         if name == "temperature":
             value = max(value, form.lowest_temperature)
         if name == "stop" and not value and not model.is_ours:
             continue  # asks for nothing
-        (params if slot.is_param else row)[slot.name] = forms.fitted(value, slot.kind)
+        (params if place.is_param else row)[place.name] = forms.fitted(value, place.kind)
     if form.do_sample:
         params["do_sample"] = generation["temperature"] > 0
     if model.is_ours:

@@ -203,7 +203,11 @@ def _failure(uri: str, error: Exception) -> BadInput | Unavailable:
         return error
     status, reason = _status(error), _reason(error)
     if status in (401, 403):
-        given = "refuses the key in OPENAI_API_KEY" if os.environ.get("OPENAI_API_KEY") else "wants OPENAI_API_KEY"
+        given = (
+            "refuses the key in OPENAI_API_KEY"
+            if os.environ.get("OPENAI_API_KEY")
+            else "needs a key: set OPENAI_API_KEY"
+        )
         return Unavailable(f"{uri} {given} ({status}): {reason}")
     if isinstance(error, ValueError) and status is None:
         return BadInput(f"{uri} does not answer in OpenAI's form: {reason}")

@@ -37,7 +37,7 @@ GREEDY = 1e-6  # transformers refuses temperature 0. With its fp32 logits, 1e-6 
 
 
 @dataclass(frozen=True)
-class Slot:
+class Field:
     """The field where a model takes a generation parameter."""
 
     name: str
@@ -51,7 +51,7 @@ class Form:
 
     column: str  # the column of the conversation or the text; "" for a list of texts without a column
     is_chat: bool
-    slots: dict[str, Slot] = field(default_factory=dict)  # generation parameter -> field
+    fields: dict[str, Field] = field(default_factory=dict)  # generation parameter -> field
     fixed: dict = field(default_factory=dict)  # fields that have the same value in every row
     template: str = ""
     special_tokens: dict[str, str] = field(default_factory=dict)
@@ -104,29 +104,29 @@ def form_of(uri: str, description, folder: Path | None) -> Form:
     params = {spec.name: spec for spec in (description.signature.params or ())}
     if wrappers.is_ours(description):
         column = "messages" if "messages" in columns else "prompt"
-        slots = {name: Slot(name) for name in NAMES}
-        return Form(column, column == "messages", slots, **_template(description, folder))
-    slots = {}
+        fields = {name: Field(name) for name in NAMES}
+        return Form(column, column == "messages", fields, **_template(description, folder))
+    fields = {}
     for name, theirs in NAMES.items():
-        taken = [Slot(other, False, _kind(columns[other].type)) for other in theirs if other in columns]
+        taken = [Field(other, False, _kind(columns[other].type)) for other in theirs if other in columns]
         taken += [
-            Slot(other, True, "" if params[other].shape else _kind(params[other].dtype))
+            Field(other, True, "" if params[other].shape else _kind(params[other].dtype))
             for other in theirs
             if other in params
         ]
         if taken:
-            slots[name] = taken[0]
-    column, is_chat = _content_column(uri, columns, {slot.name for slot in slots.values() if not slot.is_param})
+            fields[name] = taken[0]
+    column, is_chat = _content_column(uri, columns, {taken.name for taken in fields.values() if not taken.is_param})
     more: dict[str, Any] = {}
     flavor = description.flavors.get("transformers")
     if flavor:
         if flavor.get("inference_task"):
-            slots.pop("stop", None)  # with stop strings, MLflow looks for the tokenizer at the path from the training
+            fields.pop("stop", None)  # with stop strings, MLflow looks for the tokenizer at the path from the training
         more = {"lowest_temperature": GREEDY, "do_sample": "do_sample" in params}
         more["echoes"] = not flavor.get("inference_task") and "text-generation" in str(flavor.get("task"))
     fixed = {name: NEUTRAL[name] for name, spec in columns.items() if spec.required and name in NEUTRAL}
     template: dict[str, Any] = {} if is_chat else _template(description, folder)
-    return Form(column, is_chat, slots, fixed, as_list=as_list, **template, **more)
+    return Form(column, is_chat, fields, fixed, as_list=as_list, **template, **more)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ class OthersModel:
         try:
             outputs = forms.rows_of(self.pyfunc.predict(content, params=params))
             if len(rows) == 1 and len(outputs) != 1:
-                raise ValueError(f"one row was asked, and {len(outputs)} answered")
+                raise ValueError(f"one row was sent, but {len(outputs)} answers came back")
             found = [forms.answer_of(output) for output in outputs]
         except Exception as error:  # the failure of these rows, and not of this program
             return [failed(one_line(error), time.perf_counter() - start)]
@@ -254,8 +254,8 @@ def _load_endpoint(label: str, uri: str, row_timeout: float) -> EndpointModel:
     """Connects to an endpoint, as `endpoints.connect` does, and describes it as a model."""
     start = time.perf_counter()
     endpoint = endpoints.connect(uri)
-    slots = {name: forms.Slot(theirs) for name, theirs in endpoint.fields.items()}
-    form = forms.Form(endpoint.column, endpoint.column == "messages", slots, endpoint.fixed)
+    fields = {name: forms.Field(theirs) for name, theirs in endpoint.fields.items()}
+    form = forms.Form(endpoint.column, endpoint.column == "messages", fields, endpoint.fixed)
     seconds = time.perf_counter() - start
     facts = ModelFacts(label, endpoint.uri, endpoint.uri, form, seconds, endpoint.uri)
     return EndpointModel(facts, endpoint, row_timeout)

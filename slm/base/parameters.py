@@ -57,7 +57,13 @@ PARAMETERS = (
     ),
     Parameter("precision", "int4", ("onnx", "evaluate"), "of the export", ("int4", "int8", "fp16", "bf16", "fp32")),
     Parameter("execution_provider", "cpu", ("onnx", "evaluate"), "of onnxruntime-genai", ("cpu", "cuda")),
-    Parameter("schema", "prompt", ("onnx",), "of the logged model", ("prompt", "chat")),
+    Parameter(
+        "schema",
+        "prompt",
+        ("onnx",),
+        "what the logged model takes: texts, or conversations as `serve` needs",
+        ("prompt", "chat"),
+    ),
     Parameter(
         "registered_model_name",
         "",
@@ -97,7 +103,12 @@ PARAMETERS = (
     Parameter("repeats", 1, ("evaluate",), "answers per prompt", low=1, high=1000),
     Parameter("engine", "local", ("evaluate",), "where prompts are answered", tuple(ENGINES)),
     Parameter("spark_master", "", ("evaluate",), "of engine=spark: spark://host:7077, …; empty: all cores here"),
-    Parameter("resume", True, ("evaluate",), "reuse answers that an interrupted or an unchanged run left"),
+    Parameter(
+        "resume",
+        True,
+        ("evaluate",),
+        "reuse answers that an interrupted or an unchanged run left, with the speeds measured then",
+    ),
     Parameter("traces", True, ("evaluate",), "show the answers in MLflow's evaluation view as well"),
     Parameter(
         "slot",

@@ -1,7 +1,7 @@
-"""Answers a prompt set in this process and scores the answers.
+"""Answers questions in this process and scores the answers.
 
-Each answer is kept on disk as it comes (slm/answers/kept_answers.py), and scored when all are there. MLflow is not
-called here, and no model is loaded.
+Each answer is written to disk as it comes (slm/answers/kept_answers.py). Scoring begins after the last answer. This
+module calls no MLflow and loads no model.
 """
 
 import time
@@ -21,7 +21,7 @@ ScoreAnswer = Callable[[ScorerCall, Prompt, str], dict[str, Score]]
 
 
 def built_in(call: ScorerCall, prompt: Prompt, text: str) -> dict[str, Score]:
-    """What a built-in scorer says of one answer, by the score's name."""
+    """The score of one answer by a built-in scorer, as {name of the score: score}."""
     return {call.name: confined.score(call.name, text, prompt.expected, call.options)}
 
 
@@ -111,9 +111,9 @@ def _sample(facts: ModelFacts, question: Question, answer: Answer, score_answer:
 
 
 def identity(facts: ModelFacts, generation: dict) -> list:
-    """What an answer depends on beside what is asked: the model, how it is run, library versions, the kind of machine.
+    """Everything that an answer depends on, except the question: model, generation, libraries and kind of machine.
 
-    Folders of answers are moved and shared between machines, and another kind of CPU may round another way.
+    Machines may share a folder of answers, and another kind of CPU may round differently. So the machine counts.
     """
     libraries = ("onnxruntime-genai", "onnxruntime", "torch", "transformers", "tokenizers", "jinja2")
     versions = {name: environment.version(name) for name in libraries}

@@ -1,4 +1,4 @@
-"""What an engine is, and the one place that chooses one.
+"""The interface of an engine, and the only place that chooses an engine.
 
 To add an engine, write a module with the functions of Engine, and name the module in parameters.ENGINES.
 """
@@ -17,7 +17,7 @@ from slm.verdict.statistics import Difference
 
 @dataclass(frozen=True)
 class Request:
-    """One model to score, and all that the scoring depends on beside the prompt set."""
+    """One model to score, with everything that the scoring depends on, except the prompt set."""
 
     label: str
     uri: str  # resolved: no alias
@@ -25,7 +25,7 @@ class Request:
     generation: dict
     repeats: int
     scorers: Asked
-    record: dict  # what reproduction.asked made of these
+    record: dict  # reproduction.asked of these
     reuse: Reuse  # which kept answers may be used
     resume: bool  # whether kept judgements may be used
     row_timeout: float
@@ -53,9 +53,9 @@ class Engine(Protocol):
         """Candidate minus baseline by scorer, over the prompts that both answered."""
 
     def release(self, prompt_set: PromptSet) -> None:
-        """Gives back what the prompt set holds outside this process."""
+        """Frees the memory that the prompt set holds outside this process."""
 
 
 def chosen(name: str) -> Engine:
-    """The engine of that name; its libraries are imported by the functions that need them."""
+    """The engine with this name. The functions of an engine import its libraries."""
     return cast(Engine, importlib.import_module(ENGINES[name]))

@@ -63,7 +63,9 @@ def score(request: Request, prompt_set: PromptSet) -> ScoredModel:
     with ExitStack() as stack:
         with console.step(f"Loading {label}"):
             folder = None
-            if not endpoints.is_endpoint(uri):  # the copy stays: a model of others may read files later on
+            if not endpoints.is_endpoint(
+                uri
+            ):  # the copy stays while the model answers: a model of others may read files late
                 folder = stack.enter_context(registry.local_copy(uri))
             settings = {name: options.get(name) for name in ("dtype", "device")} | {"row_timeout": request.row_timeout}
             recorded = registry.recorded_manifests(uri)
@@ -82,4 +84,4 @@ def differences(candidate: ScoredModel, baseline: ScoredModel, prompt_set: Promp
 
 
 def release(prompt_set: PromptSet) -> None:
-    """Nothing is held outside this process."""
+    """Does nothing: this engine holds no memory outside this process."""

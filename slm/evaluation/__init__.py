@@ -1,4 +1,4 @@
-"""What happens in an evaluation, in order? Reading what was asked, scoring, comparing, the gate, the alias, schedules.
+"""What happens in an evaluation, in order? Reading the request, scoring, comparing, the gate, the alias, schedules.
 
 This room imports every other room.
 Start with an entry point, then `scoring.py` and `conclusion.py`; an alias moves in `promotion.py`.

@@ -1,4 +1,4 @@
-"""The end of an evaluation: compare, gate, log, show. Each step is a function; `finish` calls them in order."""
+"""The end of an evaluation: compare, gate, log and show. Each step is a function, and `finish` calls them in order."""
 
 import datetime
 import time
@@ -13,7 +13,7 @@ from slm.evaluation.scoring import Result
 from slm.models import manifest
 from slm.prompts import prompt_sets
 from slm.report import summary
-from slm.tracking import earlier_runs, mlflow_client, registry
+from slm.tracking import earlier_runs, mlflow_client, registry, tags
 from slm.verdict import estimation, gate, reproduction, scored_model, statistics
 
 
@@ -47,7 +47,7 @@ def compared(
     thresholds: tuple[gate.Threshold, ...],
     baseline: int | None,
 ) -> summary.Report:
-    """The models compared with the baseline and gated. Earlier runs' figures are looked up."""
+    """Compares the models with the baseline and applies the gate. Looks up the figures of earlier runs."""
     against = None if baseline is None else models[baseline]
     differences: list[dict[str, statistics.Difference]] = []
     verdicts = []
@@ -79,7 +79,7 @@ def compared(
 
 
 def tag_models(report: summary.Report, results: Sequence[Result]) -> None:
-    """Differences and verdicts, into each model's child run and onto its registered version."""
+    """Writes differences and verdicts into each model's child run, and onto its registered version."""
     mlflow = mlflow_client.quiet_mlflow()
     client = mlflow.MlflowClient()
     for scored, differences, verdict, (_, run_id) in zip(
@@ -88,25 +88,26 @@ def tag_models(report: summary.Report, results: Sequence[Result]) -> None:
         if differences:
             with mlflow.start_run(run_id=run_id, nested=True):
                 mlflow.log_metrics(estimation.difference_metrics(differences), model_id=scored.model.model_id)
-        client.set_tag(run_id, "gate", verdict.state)
+        client.set_tag(run_id, tags.GATE, verdict.state)
         tag_version(scored, verdict, report)
 
 
 def tag_version(scored: scored_model.ScoredModel, verdict: gate.Verdict, report: summary.Report) -> None:
-    """Scores and verdict, onto the registered version that was scored. Other models have no version to tag."""
+    """Writes scores and verdict onto the scored registered version. A model without a version gets no tags."""
     version = scored.model.version
     if version:
-        tags = {"prompts": report.prompt_set.name, "prompts.sha256": report.prompt_set.sha256, "gate": verdict.state}
-        tags |= {"evaluation.run": report.facts["run"], "git_commit": environment.describe()["git_commit"]}
-        tags[manifest.TAG] = scored.model.manifest_sha256  # equal to what is recorded, where something is
+        found = {tags.PROMPTS: report.prompt_set.name, tags.PROMPTS_SHA256: report.prompt_set.sha256}
+        found |= {tags.GATE: verdict.state, tags.EVALUATION_RUN: report.facts["run"]}
+        found[tags.GIT_COMMIT] = environment.describe()["git_commit"]
+        found[manifest.TAG] = scored.model.manifest_sha256  # equal to the recorded hash, if there is one
         for name, figure in scored.estimates.items():
             if "/" not in name:
-                tags[name if name == scored_model.OVERALL else f"score.{name}"] = summary.estimate(figure)
-        registry.tag_version(*version, {name: value for name, value in tags.items() if value})
+                found[tags.of_score(name, scored_model.OVERALL)] = summary.estimate(figure)
+        registry.tag_version(*version, {name: value for name, value in found.items() if value})
 
 
 def record_run(report: summary.Report, results: Sequence[Result], thresholds: tuple[gate.Threshold, ...]) -> None:
-    """The active run's tags, and environment.json: what the result depends on, and the command that repeats it."""
+    """Writes the active run's tags and environment.json, with everything that a repeat of the run needs."""
     mlflow = mlflow_client.quiet_mlflow()
     run_id = mlflow.active_run().info.run_id
     records = [scored.record for scored, _ in results]
@@ -117,13 +118,13 @@ def record_run(report: summary.Report, results: Sequence[Result], thresholds: tu
     given = {name.removeprefix("cfg."): value for name, value in started.params.items() if name.startswith("cfg.")}
     defaults = {parameter.name: str(parameter.default) for parameter in parameters.PARAMETERS}
     whole["again"] = reproduction.again(started.tags, given, defaults, records, report.baseline)
-    tags = {"gate": report.verdict.state, "prompts.sha256": report.prompt_set.sha256}
-    mlflow.set_tags(tags | {"fingerprint": whole["fingerprint"], "outputs.sha256": whole["outputs"]["sha256"]})
+    found = {tags.GATE: report.verdict.state, tags.PROMPTS_SHA256: report.prompt_set.sha256}
+    mlflow.set_tags(found | {tags.FINGERPRINT: whole["fingerprint"], tags.OUTPUTS_SHA256: whole["outputs"]["sha256"]})
     mlflow.MlflowClient().log_text(run_id, reproduction.as_json(whole), "evaluation/environment.json")
 
 
 def upload_reports(report: summary.Report, child_runs: Sequence[str]) -> None:
-    """report.md, report.html and junit.xml into every run; plots and the description into the active run."""
+    """Uploads report.md, report.html and junit.xml into every run. The active run also gets plots and a description."""
     from slm.report import html_page, plots
 
     mlflow = mlflow_client.quiet_mlflow()
@@ -132,16 +133,18 @@ def upload_reports(report: summary.Report, child_runs: Sequence[str]) -> None:
         "report.html": html_page.render(report),
         "junit.xml": summary.junit(report),
     }
-    mlflow.set_tag("mlflow.note.content", artifacts["report.md"])  # the run page's description
+    mlflow.set_tag("mlflow.note.content", artifacts["report.md"])  # the description on the run's page
     for run_id in (mlflow.active_run().info.run_id, *child_runs):
         for name, text in artifacts.items():
             mlflow.MlflowClient().log_text(run_id, text, f"evaluation/{name}")
     for name, figure in plots.figures(report).items():
-        mlflow.log_figure(figure, f"evaluation/plots/{name}.png")  # log_image's charts hide under the parameters
+        mlflow.log_figure(
+            figure, f"evaluation/plots/{name}.png"
+        )  # MLflow shows images of log_image below the parameters
 
 
 def show(report: summary.Report) -> None:
-    """The table, the remarks and the verdict, on the console."""
+    """Prints the table, the remarks, the rules and the verdict."""
     console.out.print()
     console.out.print(summary.table(report))
     for remark in report.remarks:
@@ -154,7 +157,7 @@ def show(report: summary.Report) -> None:
 
 
 def show_answers(results: Sequence[Result], prompt_set: prompt_sets.PromptSet) -> None:
-    """The answers in MLflow's evaluation view; a row that didn't get there is told, and costs nothing else."""
+    """Writes the answers to MLflow's evaluation view. Prints how many rows failed; they change nothing else."""
     from slm.report import traces
 
     experiment = mlflow_client.quiet_mlflow().active_run().info.experiment_id

@@ -1,4 +1,4 @@
-"""The registry alias: moved to the version that passed, when nobody else has moved the alias since."""
+"""Moves the registry alias to the version that passed, unless somebody else moved the alias since the run began."""
 
 from slm.base import console, model_uri
 from slm.base.errors import Unavailable
@@ -7,18 +7,19 @@ from slm.tracking import registry
 
 
 def alias_version(uri: str, alias: str) -> str:
-    """The version that `alias` has now, of the registered model that `uri` names a version of; "" where none."""
+    """The version that `alias` points to now, in the registered model of `uri`. "" if there is no such alias."""
     version = model_uri.registered_version(uri)
     return registry.alias_version(version[0], alias) if version and alias else ""
 
 
 def promote(uri: str, alias: str, before: str, manifest_sha256: str) -> None:
-    """Moves the registry alias to the version that `uri` names; `before` is the version it had when the run began.
+    """Moves the registry alias to the version that `uri` names.
 
-    The version must be recorded to have the files that were scored, by the hash of their manifest.
+    `before` is the alias's version at the start of the run. The tracking server must have recorded the manifest of the
+    scored files for this version.
 
     Raises:
-        Unavailable: somebody else moved it since, or recorded other files.
+        Unavailable: somebody else moved the alias since, or recorded other files. The alias does not move.
     """
     registered = model_uri.registered_version(uri)
     assert registered is not None  # checked before anything was scored

@@ -1,4 +1,4 @@
-"""What was asked for, checked before anything is opened or fetched: the gate, and the generation."""
+"""The parameters of a request that need more than a type check: the gate and the generation. No model is opened."""
 
 from slm.base import parameters
 from slm.base.errors import BadInput
@@ -8,10 +8,10 @@ from slm.verdict import gate
 
 
 def read_gate(args: Parameters) -> tuple[gate.Threshold, ...]:
-    """The thresholds that `thresholds` names; none where it is empty.
+    """The thresholds in the file that `thresholds` names. None if `thresholds` is empty.
 
     Raises:
-        BadInput: the file isn't there, or is no gate.
+        BadInput: the file does not exist, or is not a gate.
     """
     if not args.thresholds:
         return ()
@@ -29,7 +29,7 @@ def read_gate(args: Parameters) -> tuple[gate.Threshold, ...]:
 
 
 def generation(args: Parameters) -> dict:
-    """How answers are generated, and on what: the parameters that the logged model takes as its defaults."""
+    """The parameters of generation and hardware. The logged model takes them as its defaults."""
     names = ("max_tokens", "temperature", "top_p", "seed", "batch_size", "dtype", "device")
     chosen = {name: getattr(args, name) for name in names if name in vars(args)}
     return chosen | {"stop": parameters.stop_strings(args.stop)}

@@ -1,4 +1,4 @@
-"""One model, scored in a child run of its own: metrics, samples and the record that makes the run repeatable."""
+"""Scores one model in its own child run: metrics, samples, and the record that a repeat needs."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from slm.evaluation import requests
 from slm.models import checkpoints, manifest
 from slm.prompts import prompt_sets
 from slm.scorers import scorer_calls
-from slm.tracking import lifecycle, mlflow_client, registry, run_records, unsent
+from slm.tracking import lifecycle, mlflow_client, registry, run_records, tags, unsent
 from slm.verdict import gate, reproduction
 from slm.verdict.scored_model import ScoredModel
 
-MEASURED = ("output_tokens_per_second", "latency_seconds", "peak_memory_bytes")  # metrics of the generating itself
+MEASURED = ("output_tokens_per_second", "latency_seconds", "peak_memory_bytes")  # metrics that generation gives
 
 
 class Result(NamedTuple):
@@ -26,27 +26,27 @@ class Result(NamedTuple):
 
 
 def scored_uri(logged, checkpoint: checkpoints.Checkpoint, registered_model_name: str, precision: str = "") -> str:
-    """The URI under which a model that was just logged is scored: its registered version, described, where it is one.
+    """The URI of a model that was just logged. A registered version gets tags and a description, and is the URI.
 
-    `logged` is the ModelInfo that MLflow gave.
+    `logged` is MLflow's ModelInfo. Without a registered name, the URI is the logged model's.
     """
     from slm.report import summary
 
     if not registered_model_name:
         return logged.model_uri
     version = str(logged.registered_model_version)
-    tags = {
-        "source": checkpoint.source,
-        "revision": checkpoint.revision,
-        "precision": precision,
-        "model.sha256": checkpoint.sha256,
-        "git_commit": environment.describe()["git_commit"],
+    found = {
+        tags.SOURCE: checkpoint.source,
+        tags.REVISION: checkpoint.revision,
+        tags.PRECISION: precision,
+        tags.MODEL_SHA256: checkpoint.sha256,
+        tags.GIT_COMMIT: environment.describe()["git_commit"],
         manifest.TAG: next(iter(registry.recorded_manifests(logged.model_uri)), ""),
     }
     words = [f"{checkpoint.name}, as {'a transformers pipeline' if not precision else f'ONNX, {precision}'}."]
     words += [f"From {checkpoint.source}" + (f" at {checkpoint.revision}." if checkpoint.revision else ".")]
-    tags = {name: value for name, value in tags.items() if value}
-    registry.tag_version(registered_model_name, version, tags, summary.escaped(" ".join(words)))
+    found = {name: value for name, value in found.items() if value}
+    registry.tag_version(registered_model_name, version, found, summary.escaped(" ".join(words)))
     return f"models:/{registered_model_name}/{version}"
 
 
@@ -57,7 +57,7 @@ def score_model(
     args: Parameters,
     thresholds: tuple[gate.Threshold, ...] = (),
 ) -> Result:
-    """Scores the model that `uri` names in a child run called `label`."""
+    """Scores the model of `uri` in a child run with the name `label`."""
     scorers = scorer_calls.read(args.scorers, args.judge)
     options = requests.generation(args)
     machine = environment.describe()
@@ -83,23 +83,23 @@ def score_model(
         if scored.reused:
             rows = int(scored.metrics["rows"])
             console.out.print(f"{label}: {scored.reused} of {rows} answers are reused (resume=true)")
-        tags = {
-            "prompts.sha256": prompt_set.sha256,
-            "model.sha256": model.sha256,
-            "model.uri": model.uri,
-            "model.name": model.name,
-            **({"judge": scorers.judge.uri} if scorers.judge else {}),
-            "fingerprint": record["fingerprint"],
-            "outputs.sha256": record["outputs"]["sha256"],
+        found = {
+            tags.PROMPTS_SHA256: prompt_set.sha256,
+            tags.MODEL_SHA256: model.sha256,
+            tags.MODEL_URI: model.uri,
+            tags.MODEL_NAME: model.name,
+            **({tags.JUDGE: scorers.judge.uri} if scorers.judge else {}),
+            tags.FINGERPRINT: record["fingerprint"],
+            tags.OUTPUTS_SHA256: record["outputs"]["sha256"],
         }
-        with unsent.kept(run_id, scored, tags):
-            run_records.log_scored(scored, run_records.log_dataset(prompt_set), tags)
+        with unsent.kept(run_id, scored, found):
+            run_records.log_scored(scored, run_records.log_dataset(prompt_set), found)
         mlflow_client.quiet_mlflow().log_text(reproduction.as_json(record), "evaluation/environment.json")
     return Result(replace(scored, record=record), run_id)
 
 
 def _reuse(resume: bool, thresholds: tuple[gate.Threshold, ...]) -> Reuse:
-    """Which kept answers may be used; a gate on speed or memory wants them measured now, the baseline's as well."""
+    """Which kept answers may be used. A gate on speed or memory needs measurements now, of the baseline too."""
     if not resume:
         return "none"
     return "interrupted" if any(rule.metric.startswith(MEASURED) for rule in thresholds) else "all"

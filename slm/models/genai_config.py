@@ -36,7 +36,7 @@ YES_NO = {"type": "boolean"}
 SWITCH = {"enum": ["0", "1"]}
 TOKEN = _whole(-1, 2**24)
 LAYERS = {"type": "array", "items": _whole(0, 4095), "maxItems": 4096}
-# A graph's own names. The runtime puts a layer's number in the place of %d, by a C format: nothing else may be one.
+# A graph's own names. The runtime uses them as C formats: %d becomes a layer's number. No other format is allowed.
 NAMES = {
     "type": "object",
     "propertyNames": {"pattern": r"^[a-z][a-z_]{0,63}\Z"},

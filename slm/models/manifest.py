@@ -28,7 +28,7 @@ ADDED = ("registered_model_meta",)  # by MLflow, to a copy that it fetches: the 
 class Manifest:
     """The files of a logged model, with their hashes."""
 
-    place: str  # of the weights in the model's folder; "" where it was logged by others
+    place: str  # of the weights in the model's folder; "" for a model that others logged
     files: dict[str, cache.FileRecord]  # by path in the model's folder
 
     @property
@@ -56,7 +56,7 @@ def write(folder: Path, place: str, placed: dict[str, cache.FileRecord]) -> Mani
 
 
 def check(folder: Path, recorded: Iterable[str] = ()) -> Manifest:
-    """Compares each file of a logged model with its manifest, and gives the files.
+    """Compares each file of a logged model with its manifest, and gives the manifest.
 
     `recorded` has the hashes of the manifest that the tracking server and the registry keep. It may be empty.
 
@@ -72,7 +72,7 @@ def check(folder: Path, recorded: Iterable[str] = ()) -> Manifest:
     elif written["format"] == FORMAT:
         found = Manifest(written["folder"], written["files"])
         _compare(folder, found.files, names)
-    else:  # its weights alone were written down
+    else:  # format 1 lists only the weights
         start = f"{written['folder']}/"
         weights = {f"{start}{name}": record for name, record in written["files"].items()}
         _compare(folder, weights, [name for name in names if name.startswith(start)])
@@ -98,7 +98,7 @@ def stamp(folder: Path) -> list[tuple]:
 
 
 def _names(folder: Path) -> list[str]:
-    """The paths of the files that a manifest covers: not bytecode, which is never run, and not what MLflow adds."""
+    """The paths of the files that a manifest covers. Bytecode (never run) and MLflow's added files are not covered."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(
         path.as_posix() for path in paths if "__pycache__" not in path.parts and path.as_posix() not in (NAME, *ADDED)

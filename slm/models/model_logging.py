@@ -1,12 +1,13 @@
-"""Logs the two wrappers. MLflow calls in this module: those that write a model, and nothing else.
+"""Logs the two wrappers. Its MLflow calls write a model, or look for a registered version of the same model.
 
-Both are `chat_model.py` as models from code. The weights are written once at most: a store on this machine gets them
-straight from the checkpoint's folder (slm/base/cache.py, `place`); what is uploaded elsewhere holds links to them. The
-pipeline model carries MLflow's transformers flavor beside it, over the same files, so that
-`mlflow.transformers.load_model` gives the pipeline, while pyfunc keeps a contract that MLflow 3.17's own `llm/v1/chat`
-does not (parameters per row, stop strings, seeds, counts, batches). The flavor's entries are written here, since
-`mlflow.transformers.save_model` would load the model, write its weights once more, in fp32, and ask the hub for a
-model card.
+Both wrappers are `chat_model.py` as models from code. The weights are written at most once. A store on this machine
+gets them directly from the checkpoint's folder (slm/base/cache.py, `place`). For another store, the uploaded folder has
+links to them.
+
+The pipeline model also has MLflow's transformers flavor, over the same files. `mlflow.transformers.load_model` gives
+the pipeline. pyfunc keeps a contract that MLflow 3.17's own `llm/v1/chat` lacks: parameters per row, stop strings,
+seeds, counts and batches. This module writes the flavor's entries itself. `mlflow.transformers.save_model` would load
+the model, write its weights again in fp32, and request a model card from the hub.
 """
 
 import functools
@@ -45,13 +46,18 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 def log_pipeline(checkpoint: Checkpoint, generation: dict, save_weights: bool = True, **log) -> ModelInfo:
     """Logs a checkpoint as a transformers chat model (task llm/v1/chat) named "pipeline".
 
-    `generation` holds the defaults of max_tokens, temperature, top_p, seed and stop, and batch_size, dtype, device.
+    `generation` holds the defaults of max_tokens, temperature, top_p, seed and stop. It may hold batch_size, threads,
+    dtype and device.
     """
     return _log("pipeline", checkpoint, "chat", generation, save_weights=save_weights, **log)
 
 
 def log_onnx(export: Checkpoint, schema: str, generation: dict, precision: str, **log) -> ModelInfo:
-    """Logs an ONNX GenAI folder as a pyfunc model named "onnx", with the `prompt` or the `chat` schema."""
+    """Logs an ONNX GenAI folder as a pyfunc model named "onnx", with the `prompt` or the `chat` schema.
+
+    `generation` holds the defaults of max_tokens, temperature, top_p, seed and stop. It may hold batch_size, threads
+    and execution_provider.
+    """
     return _log("onnx", export, schema, generation, metadata={"precision": precision}, **log)
 
 
@@ -79,7 +85,7 @@ def _log(name, checkpoint, schema, generation, *, metadata=None, save_weights=Tr
         flavor_name="transformers" if name == "pipeline" else "pyfunc",
         registered_model_name=registered_model_name or None,
         metadata=metadata,
-        validate_serving_input=False,  # it is loaded back and scored right after
+        validate_serving_input=False,  # the next step loads and scores the model
         checkpoint=checkpoint,
         wrapper=name,
         schema=schema,
@@ -89,14 +95,17 @@ def _log(name, checkpoint, schema, generation, *, metadata=None, save_weights=Tr
 
 
 def _settings(wrapper: str, checkpoint: Checkpoint, schema: str, generation: dict, save_weights: bool) -> dict:
-    """The model_config that is logged; MLflow lets a loader override only what is named in it."""
+    """The model_config that is logged. MLflow lets a loader override only entries that model_config has."""
     settings = {name: generation.get(name) or default for name, default in SETTINGS[wrapper].items()}
     settings |= {"schema": schema, "model_name": checkpoint.name}
     return settings if save_weights else settings | {"hub_id": checkpoint.hub_id, "revision": checkpoint.revision}
 
 
 def _left_behind(registered_name: str, metadata: dict, wanted: ModelSignature, settings: dict) -> ModelInfo | None:
-    """A version of just this model, which a run that was ended too early had registered: none is registered twice."""
+    """A registered version of exactly this model from a run that ended too early, or None.
+
+    Its use avoids a second registration of the same model.
+    """
     client, quoted = mlflow.MlflowClient(), registered_name.replace("'", "''")
     for version in client.search_model_versions(f"name = '{quoted}'", max_results=10):
         source = version.source or ""
@@ -116,12 +125,15 @@ def _left_behind(registered_name: str, metadata: dict, wanted: ModelSignature, s
 
 
 def save_model(path, mlflow_model, checkpoint, wrapper, schema, generation, save_weights=True, **_):
-    """Writes an MLflow model folder, without the files that a store on this machine got (`Model.log` calls this)."""
+    """Writes an MLflow model folder. `Model.log` calls this function.
+
+    If a store on this machine already has the weights' files, the folder does not have them.
+    """
     path = Path(path)
     settings = _settings(wrapper, checkpoint, schema, generation, save_weights)
     question = "What is the capital of France?"
     example = {"prompt": question} if schema == "prompt" else {"messages": [{"role": "user", "content": question}]}
-    # MLflow would check that what is installed is installed: it reads every package for that, a third of a second
+    # MLflow would compare the requirements with the installed packages, which takes a third of a second
     unchecked = mock.patch("mlflow.utils.environment.warn_dependency_requirement_mismatches")
     with tempfile.TemporaryDirectory() as scratch, unchecked:
         mlflow.pyfunc.save_model(
@@ -147,12 +159,14 @@ def save_model(path, mlflow_model, checkpoint, wrapper, schema, generation, save
             placed |= put("components/tokenizer", [name for name in TOKENIZER_FILES if name in checkpoint.manifest])
     mlflow_model.save(str(path / "MLmodel"))
     written = manifest.write(path, place, placed)
-    if mlflow_model.model_id:  # where it is logged, and not only saved
+    if mlflow_model.model_id:  # only a logged model has an id, not a saved one
         mlflow.MlflowClient().set_logged_model_tags(mlflow_model.model_id, {manifest.TAG: written.sha256})
 
 
 def signature(schema: str, generation: dict) -> ModelSignature:
-    """`prompt`: {"prompt": string} -> string. `chat`: MLflow's chat schema, and a seed per row."""
+    """The signature of a schema. `prompt`: {"prompt": string} -> string. `chat`: MLflow's chat schema with a seed per
+    row.
+    """
     params = ParamSchema(
         [
             ParamSpec("max_tokens", DataType.long, int(generation["max_tokens"])),
@@ -171,12 +185,12 @@ def signature(schema: str, generation: dict) -> ModelSignature:
 
 
 def requirements(wrapper: str, scratch: Path) -> list[str]:
-    """What serving needs, at the versions installed here; what these bring along is held by a constraints file."""
-    # torch's CPU and CUDA builds differ behind the plus
+    """The packages that serving needs, at the versions installed here. A constraints file fixes their dependencies."""
+    # torch's CPU and CUDA builds differ only after the plus sign
     names = [environment.installed_as(name) for name in PACKAGES[wrapper]]
     found = environment.closure(names)
     lines = {name: f"{name}=={version.split('+')[0]}" for name, version in found.items()}
-    if "torch" in names:  # its CUDA build pins its libraries itself, and its CPU build has none of them
+    if "torch" in names:  # torch's CUDA build pins its libraries itself; the CPU build has none
         lines = {name: line for name, line in lines.items() if not name.startswith(("nvidia-", "cuda-", "triton"))}
     constraints = scratch / "constraints.txt"
     constraints.write_text("".join(f"{lines[name]}\n" for name in sorted(lines)), encoding="utf-8")
@@ -213,9 +227,9 @@ def _transformers_flavor(checkpoint: Checkpoint, save_weights: bool) -> dict:
 
 
 def _store_here(location: str | None) -> Path | None:
-    """A logged model's folder in a store on this machine; None where it is uploaded, or uploaded once more.
+    """A logged model's folder in a store on this machine. None if the folder is uploaded.
 
-    Unity Catalog makes a version of the folder that MLflow wrote, not of what was logged.
+    Unity Catalog also gives None: it makes a version from the folder that MLflow wrote, not from the logged model.
     """
     registry = mlflow.get_registry_uri()
     if location is None or is_databricks_unity_catalog_uri(registry) or is_oss_unity_catalog_uri(registry):
@@ -225,9 +239,9 @@ def _store_here(location: str | None) -> Path | None:
 
 
 def _put(checkpoint: Checkpoint, path: Path, store: Path | None, place: str, names) -> dict[str, cache.FileRecord]:
-    """The checkpoint's files at `place` in the store, else as links in the folder `path`, which is uploaded.
+    """Puts the checkpoint's files at `place`: into the store, or as links into the folder `path`, which is uploaded.
 
-    Gives what was put, by path in the model's folder.
+    Gives the files' records, by path in the model's folder.
     """
     for name in names:
         target = (store or path) / place / name

@@ -1,7 +1,7 @@
-"""A checkpoint as an ONNX GenAI folder, by onnxruntime-genai's own model builder, kept in the cache.
+"""Exports a checkpoint as an ONNX GenAI folder, with onnxruntime-genai's own model builder. The cache keeps the export.
 
 For the CPU, the builder writes the graph in fp32, tensor by tensor. slm/models/quantization.py makes int4 and int8 from
-that graph. Each precision's recipe was chosen by measurement: benchmarks/precision.py prints the table.
+that graph. The recipe of each precision was chosen by measurement: benchmarks/precision.py prints the table.
 """
 
 import json
@@ -17,20 +17,20 @@ from slm.base import environment as machine
 from slm.base.errors import BadInput
 from slm.models.checkpoints import REPOSITORY, Checkpoint, failed, rebuilt
 
-# prune_lm_head: only the last place's logits are needed, so no head is computed over whole prompts
+# prune_lm_head: only the last position's logits are needed, so the head is not computed over whole prompts
 OPTIONS = {"prune_lm_head": "true"}
 K_QUANT = {"algo_config": "k_quant_mixed"}
-# windowed_kv_cache: caches as short as a layer's window fail for prompts of different lengths in one batch
+# windowed_kv_cache: a cache as short as a layer's window fails if prompts of one batch differ in length
 ALWAYS = {"windowed_kv_cache": "false"}
-# no fp32 for cuda: the builder (0.18) writes a graph whose attention gives no caches, which nothing can load
+# no fp32 for cuda: the builder (0.18) writes attention without caches, and no runtime loads that graph
 PRECISIONS = {"cpu": ("int4", "int8", "fp32"), "cuda": ("int4", "int8", "fp16", "bf16")}
 QUANTIZED = {"cpu": ("int4", "int8")}  # by slm/models/quantization.py
-# mixtures of experts, and checkpoints that are quantized already: theirs is the builder's own precision
+# mixtures of experts and quantized checkpoints get the builder's own precision
 BUILDERS_OWN = {"num_local_experts", "num_experts", "quantization_config"}
 
 
 def check(precision: str, execution_provider: str) -> None:
-    """Raises BadInput where the builder can't make this precision for this execution provider."""
+    """Raises BadInput if this project exports no such precision for the execution provider."""
     if execution_provider not in PRECISIONS:
         raise BadInput(f"execution_provider: {execution_provider!r} is none of {', '.join(PRECISIONS)}")
     if precision not in PRECISIONS[execution_provider]:
@@ -39,12 +39,14 @@ def check(precision: str, execution_provider: str) -> None:
 
 
 def export(checkpoint: Checkpoint, precision: str, execution_provider: str, options: dict | None = None) -> Checkpoint:
-    """The checkpoint exported once: a folder with genai_config.json, model.onnx and the tokenizer.
+    """The checkpoint as an export, made only once: genai_config.json, model.onnx and the tokenizer.
 
-    Where the builder's `options` are given, the precision is its own.
+    With `options` for the builder, the builder makes the precision itself. For mixtures of experts and quantized
+    checkpoints, the builder always makes it.
 
     Raises:
-        BadInput: the builder doesn't know this architecture, or not in this precision.
+        BadInput: the precision or execution provider is unknown, or the builder refuses the architecture.
+        Unavailable: the disk or memory is used up.
     """
     check(precision, execution_provider)
     config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
@@ -70,7 +72,7 @@ def export(checkpoint: Checkpoint, precision: str, execution_provider: str, opti
 
     def build(target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            source = Path(scratch) / "checkpoint"  # the files, linked, under a config.json that the builder understands
+            source = Path(scratch) / "checkpoint"  # links to the files, with a config.json that the builder understands
             source.mkdir()
             for path in checkpoint.folder.iterdir():
                 (source / path.name).symlink_to(path.resolve())
@@ -91,18 +93,18 @@ def export(checkpoint: Checkpoint, precision: str, execution_provider: str, opti
 
 
 def _python(module: list[str]) -> subprocess.CompletedProcess:
-    """A module's command, with its words, in a process of its own."""
+    """Runs a module of Python with its arguments, in its own process."""
     environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", *module]
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
 
 
 def _for_builder(config: dict) -> dict:
-    """What transformers 5 leaves out of config.json, or says in another place, and the builder needs.
+    """Entries for config.json that the builder needs, and that transformers 5 leaves out or writes in another place.
 
-    Phi-3 and Mistral slide their window over every layer: without `layer_types` the builder makes full attention of
-    it, and other texts beyond the window. Long Phi-3's rotation has its older name, and Gemma 3's two rotations lie
-    one level deeper than the builder reads.
+    Phi-3 and Mistral have a sliding window in every layer. Without `layer_types`, the builder makes full attention,
+    which gives other texts beyond the window. For long Phi-3, the type of the rotation is added under its older name.
+    Gemma 3's two rotations are one level deeper than the builder reads, so they move up.
     """
     kind = config.get("model_type")
     added: dict[str, Any] = {}

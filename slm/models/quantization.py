@@ -1,38 +1,40 @@
-"""An ONNX GenAI folder in fp32, as onnxruntime-genai's builder writes it, quantized for the CPU: int4 or int8.
+"""Quantizes an fp32 ONNX GenAI folder of onnxruntime-genai's builder for the CPU: int4 or int8.
 
     python -m slm.models.quantization FP32_FOLDER EMPTY_FOLDER int4|int8
 
-Weights are read from their file, quantized and written one product at a time, on all cores: the memory is that of the
-largest product, where the builder (0.18) holds the whole model in fp32.
+One product at a time is read, quantized on all cores, and written. So the memory is the size of the largest product.
+The builder (0.18) holds the whole model in fp32.
 
-int8: both sides of a product keep one scale from end to end (W8A8), weights by output channel, activations by row,
+int8: weights and activations of a product have 8 bits (W8A8). Weights have one scale for each output channel.
+Activations have one scale for each row:
 
     row = max |x|,   q = QuantizeLinear(x / row),   y = MatMulIntegerToFloat(q, W) * row
 
-so that a row's sum is integer arithmetic throughout. The scale is the row's own: its numbers don't depend on the batch.
-What outliers among the activations cost is spread by SmoothQuant (arXiv:2211.10438): by channel, part of the largest
-values that a short conversation causes is divided out of the norm, or the projection, before a product, and multiplied
-into its weights.
+A scale holds from end to end of a sum, so the whole sum of a row is integer arithmetic. The scale belongs to the row,
+so the row's numbers don't depend on the batch. SmoothQuant (arXiv:2211.10438) spreads the loss from outliers among the
+activations. It divides the norm or the projection before a product by a factor for each channel. It multiplies the
+product's weights by the same factor. The factors come from the largest values over a short conversation, and from the
+largest weights.
 
-The weights are signed: on x86 with VNNI, unsigned weights take up to 1.9 times as long. On x86 without VNNI,
-onnxruntime adds the products of two neighbours (weights 2i and 2i + 1 of a channel) in 16 bits, and clips the sum. So a
-channel's scale is as large as it takes to keep 255 times the sum of two neighbours within 16 bits (PAIR). No session
-clips then, whoever opens it: the integers are the same with and without VNNI. genai_config.json says so, and
-chat_model.py opens folders that do not say so in a slower mode there. The coarser scale costs int8 nothing that shows,
-and int4 about as much as another choice of steps and offsets does.
+The weights are signed. On x86 with VNNI, unsigned weights take up to 1.9 times as long. On x86 without VNNI,
+onnxruntime adds the products of two neighbours in 16 bits, and clips the sum. Neighbours are the weights 2i and 2i + 1
+of a channel. So a channel's scale keeps 255 times the sum of two neighbours within 16 bits (PAIR). No session clips
+then, on any machine: the integers are the same with and without VNNI. genai_config.json says so. Without this entry,
+chat_model.py opens a folder in a slower mode on machines without VNNI. The coarser scale has no visible cost in int8.
+In int4, it costs about as much as another choice of steps and offsets.
 
-int4: 4 bits a weight in blocks of 32, but for the head and the layers that llama.cpp holds for the most sensitive: they
-have 8 (what the builder calls k_quant_mixed). What is done with them depends on the model's size. In a small one, the
-products are int8's: a block's step and offset are integers in units of its output channel's scale, so that
+int4: weights have 4 bits, in blocks of 32. The head and the layers that are the most sensitive in llama.cpp have 8 bits
+(k_quant_mixed in the builder). The products depend on the model's size. A small model has the products of int8. A
+block's step and offset are integers in units of its output channel's scale, so that
 
     W[block] = step * integers + offset
 
-is int8 without a rounding, and constant: onnxruntime computes it as it loads the graph, and 4 bits are what the file
-holds. A large model is limited by reading its weights, so these keep their 4 bits in memory too: MatMulNBits, each
-block with a scale and a zero point by onnxruntime's k-quant.
+is int8 without rounding. This value is constant: onnxruntime computes it when it loads the graph. The file holds 4 bits
+for each weight. In a large model, the time to read the weights is the limit. So its weights have 4 bits in memory too.
+Its products are MatMulNBits, where onnxruntime's k-quant gives each block a scale and a zero point.
 
-Embeddings have 8 bits, and are the head's where the checkpoint ties them. Products that are no MatMul with constant
-weights (mixtures of experts) stay in fp32.
+Embeddings have 8 bits. If the checkpoint ties the head to them, they are the head's weights too. Products that are no
+MatMul with constant weights (mixtures of experts) stay in fp32.
 """
 
 import json
@@ -51,12 +53,12 @@ import numpy as np
 
 from slm.models import chat_model
 
-RECIPE = "3"  # another one whenever what is written changes
+RECIPE = "3"  # change this whenever the written files change
 BLOCK = 32
-ALPHA = 0.5  # how much of the activations' range goes to the weights
+ALPHA = 0.5  # the share of the activations' range that goes to the weights
 SMALLEST = 1e-5  # of a channel's largest value
-PAIR = 128  # of two neighbouring weights of one sign, the sum: 255 * 128 < 2**15
-SLICE = 2**19  # weights that are quantized at once: they stay in a core's cache
+PAIR = 128  # the largest sum of two neighbours of one sign: 255 * 128 < 2**15
+SLICE = 2**19  # weights that are quantized at once: they fit in a core's cache
 ALIGNED = 64  # bytes
 INT8 = 3  # of onnx.TensorProto
 NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
@@ -82,15 +84,15 @@ CONVERSATION = (
 
 @dataclass(frozen=True)
 class Balance:
-    """Factors by channel, from SmoothQuant; the names are those of a product's input or output, or a norm's weights."""
+    """SmoothQuant's factors by channel. A name is a product's input or output, or a norm's weights."""
 
     inputs: dict[str, np.ndarray]  # (K,): a product's weights are multiplied by these
-    outputs: dict[str, np.ndarray]  # (N,): and divided by these, where another product follows
+    outputs: dict[str, np.ndarray]  # (N,): a product's weights are divided by these, if another product follows
     norms: dict[str, np.ndarray]  # (K,): a norm's weights are divided by these
 
 
 class Graph:
-    """An ONNX GenAI folder's graph: its nodes by what they make and take, its tensors mapped from their file."""
+    """The graph of an ONNX GenAI folder: its nodes by output and by input, and its tensors, mapped from their file."""
 
     def __init__(self, folder: Path):
         import onnx
@@ -124,7 +126,7 @@ class Graph:
         return np.memmap(self.folder / place["location"], dtype, "r", int(place.get("offset", 0)), shape)
 
     def before_pruning(self, name: str) -> str:
-        """The norm's output of which the head takes the last place, where `name` is the head's input; else `name`."""
+        """The norm's output from which the head takes the last position, if `name` is the head's input; else `name`."""
         node = self.producers.get(name)
         while node is not None and node.op_type in ("Gather", "Unsqueeze") and len(self.consumers[name]) == 1:
             name = node.input[0]
@@ -132,7 +134,10 @@ class Graph:
         return name
 
     def embedding(self, node) -> tuple[str, np.ndarray] | None:
-        """The name and the rows (vocabulary, channels) of what a Gather reads by token id; None for other nodes."""
+        """The name and the rows (vocabulary, channels) of the table that a Gather reads by token id.
+
+        Gives None for other nodes, and for tables whose number of channels is not a multiple of BLOCK.
+        """
         if node.op_type != "Gather" or node.input[1] != "input_ids":
             return None
         made = self.producers.get(node.input[0])
@@ -145,7 +150,7 @@ class Graph:
 
 
 class Writer:
-    """The nodes and tensors of a quantized graph on its way; large tensors go to their file at once."""
+    """Collects the nodes and tensors of a quantized graph. Large tensors are written to their file at once."""
 
     def __init__(self, data, location: str):
         self._data, self._location = data, location
@@ -168,7 +173,7 @@ class Writer:
         return name
 
     def fours(self, name: str, array: np.ndarray) -> str:
-        """A tensor of integers from -8 to 7, two in a byte."""
+        """Writes a tensor of integers from -8 to 7, two in a byte."""
         from onnx import TensorProto
 
         self.tensor(name, _pairs(array.reshape(-1).view(np.uint8) & 15))
@@ -182,12 +187,15 @@ class Writer:
         return output
 
     def gather(self, inputs: list[str], output: str, block_size: int) -> None:
-        """Rows of a table of 8 bits. Inputs: table (N, K), places, scales (N, blocks), and zero points, if any."""
+        """Adds a node that reads rows of an 8-bit table.
+
+        Inputs: table (N, K), token ids, scales (N, blocks) and, if any, zero points.
+        """
         words = {"bits": 8, "block_size": block_size, "gather_axis": 0, "quantize_axis": 1, "domain": "com.microsoft"}
         self.node("GatherBlockQuantized", inputs, output, **words)
 
     def blocks(self, name: str, rows: np.ndarray, bits: int) -> list[str]:
-        """The names of a product's weights in blocks, their scales and zero points; written once, whoever asks."""
+        """The names of a product's weights in blocks, their scales and their zero points. Each is written only once."""
         names = [f"{name}_{part}" for part in (f"Q{bits}", "scales", "zeros")]
         if names[0] not in self.tensors:
             for part, array in zip(names, blocks(rows, bits), strict=True):
@@ -196,7 +204,7 @@ class Writer:
 
 
 def quantize(source: Path, target: Path, precision: str) -> None:
-    """Writes the fp32 folder `source` into the empty folder `target`, in int4 or int8."""
+    """Writes the fp32 folder `source`, quantized to int4 or int8, into the empty folder `target`."""
     import onnx
 
     graph = Graph(source)
@@ -233,14 +241,14 @@ def quantize(source: Path, target: Path, precision: str) -> None:
 
 
 def _say_that_no_sum_clips(file: Path) -> None:
-    """Says in genai_config.json, in onnxruntime's own words, that a session needs no exact mode."""
+    """Writes into genai_config.json, with onnxruntime's own entry, that a session needs no exact mode."""
     content = json.loads(file.read_text(encoding="utf-8"))
     content["model"]["decoder"].setdefault("session_options", {})[chat_model.EXACT_INTEGERS[0]] = "0"
     file.write_text(json.dumps(content, indent=4), encoding="utf-8")
 
 
 def _large(graph: Graph) -> bool:
-    """Whether a model's products hold too many weights for a batch on each core: then they are limited by reading."""
+    """Whether a model is too large for a batch on each core. Then the time to read its weights is the limit."""
     return sum(math.prod(graph.tensors[node.input[1]].dims) for node in graph.products.values()) > chat_model.LANE_BYTES
 
 
@@ -269,10 +277,10 @@ def _in_blocks(graph: Graph, writer: Writer, tied: set[str]) -> tuple[Callable, 
 
 
 def sensitive(name: str, layers: int) -> bool:
-    """Whether llama.cpp's Q4_K_M holds more bits for a product of this name (src/llama-quant.cpp, use_more_bits).
+    """Whether llama.cpp's Q4_K_M uses more bits for a product of this name (src/llama-quant.cpp, use_more_bits).
 
-    These are the head, and values and down projections in the first and the last eighth of the layers and in every
-    third between them.
+    These products are the head, and the value and down projections of some layers. The layers are the first eighth, the
+    last eighth, and every third layer between them.
     """
     found = re.fullmatch(r"/model/layers\.(\d+)/(attn/(qkv|v)_proj|mlp/down_proj)/MatMul", name)
     if not found:
@@ -282,10 +290,10 @@ def sensitive(name: str, layers: int) -> bool:
 
 
 def blocks(rows: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights (N, K) by k-quant in blocks along K, as MatMulNBits takes them, on all cores.
+    """Quantizes weights (N, K) by k-quant, in blocks along K, on all cores. The result has the form of MatMulNBits.
 
-    Gives uint8 (N, blocks, BLOCK * bits / 8), the lower half of a byte first; scales (N, blocks), float32; and zero
-    points (N, blocks), or (N, blocks / 2 rounded up) where two share a byte.
+    Gives uint8 (N, blocks, BLOCK * bits / 8), with the lower half of a byte first; float32 scales (N, blocks); and zero
+    points (N, blocks). With 4 bits, two zero points share a byte: (N, blocks / 2 rounded up).
     """
     from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
 
@@ -310,7 +318,10 @@ def _pairs(array: np.ndarray) -> np.ndarray:
 
 
 def _in_parts(work: Callable, rows: np.ndarray) -> Any:
-    """The arrays that `work` gives for parts of the rows, from their first to past their last, on all cores; joined."""
+    """Calls `work` for parts of the rows, on all cores, and joins the arrays that it gives.
+
+    `work` takes the first row of a part, and the row after its last row.
+    """
     step = max(SLICE // rows.shape[1], 1)
     begins = range(0, len(rows), step)
     with ThreadPoolExecutor(chat_model.physical_cores()) as pool:
@@ -327,18 +338,18 @@ def _in_integers(graph: Graph, writer: Writer, narrow: bool) -> tuple[Callable, 
     unit = writer.tensor("int8.unit", np.float32(1 / 127))
     zero, last = writer.tensor("int8.zero", np.uint8(128)), writer.tensor("int8.last", np.array([-1]))
     layers = graph.facts["num_hidden_layers"]
-    quantized: dict[str, tuple[str, str]] = {}  # a product's input: its integers, and its rows' scales
-    tables: dict[str, tuple[str, str]] = {}  # the head's weights, where they are the embeddings: integers, and scales
+    quantized: dict[str, tuple[str, str]] = {}  # by a product's input: its integers, and its rows' scales
+    tables: dict[str, tuple[str, str]] = {}  # the weights that head and embeddings share: integers, and scales
 
     def product(node) -> None:
         (given, name), output = node.input, node.output[0]
         if given not in quantized:
             row = writer.node("ReduceMax", [writer.node("Abs", [given], f"{given}/size"), last], f"{given}/row")
-            even = writer.node("Div", [given, row], f"{given}/even")  # a row of zeros: NaN, and times 0 in the end
+            even = writer.node("Div", [given, row], f"{given}/even")  # a row of zeros: NaN here, 0 after the last Mul
             quantized[given] = writer.node("QuantizeLinear", [even, unit, zero], f"{given}/integers"), row
         integers, row = quantized[given]
         weights, scales = tables.get(name) or constant(node)
-        # each its own zero: where onnxruntime makes the weights unsigned, it makes another one of it by name
+        # each product has a zero of its own: for unsigned weights, onnxruntime replaces a zero by its name
         sides = [integers, weights, unit, scales, zero, writer.tensor(f"{name}_zero_W8", np.int8(0))]
         even = writer.node("MatMulIntegerToFloat", sides, f"{output}/even", domain="com.microsoft")
         writer.node("Mul", [even, row], output)
@@ -380,7 +391,7 @@ def _in_integers(graph: Graph, writer: Writer, narrow: bool) -> tuple[Callable, 
 
 
 def channels(rows: np.ndarray, inputs: np.ndarray | None, outputs: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (N, K), times `inputs` (K,) and over `outputs` (N,), as int8, and their scales (N,)."""
+    """Weights (N, K), multiplied by `inputs` (K,) and divided by `outputs` (N,), as int8; and their scales (N,)."""
 
     def part(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         values = _scaled(rows, begin, end, inputs, outputs)
@@ -393,18 +404,21 @@ def channels(rows: np.ndarray, inputs: np.ndarray | None, outputs: np.ndarray | 
 def nibbles(
     rows: np.ndarray, inputs: np.ndarray | None, outputs: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Weights (N, K), times `inputs` (K,) and over `outputs` (N,), in blocks along K: step * integers + offset.
+    """Weights (N, K), multiplied by `inputs` (K,) and divided by `outputs` (N,), as blocks along K.
 
-    Gives the integers, -8 to 7, (blocks, BLOCK, N); steps, 1 to 15, and offsets, both (blocks, 1, N); and the scales
-    (N,). All are int8 but the scales, and so is what comes of them. Of 25 steps and offsets around those that cover a
-    block, the ones with the least squared error are taken, where large weights count more, as in llama.cpp's Q4_1.
+    A weight is step * integer + offset, in units of its channel's scale. Gives the integers, -8 to 7, (blocks, BLOCK,
+    N); the steps, 1 to 15, and the offsets, both (blocks, 1, N); and the scales (N,). The integers, steps, offsets and
+    weights are int8.
+
+    For each block, 25 pairs of a step and an offset are tried, near the pair that covers the block. The pair with the
+    least squared error is taken. Large weights count more, as in llama.cpp's Q4_1.
     """
 
     def part(begin: int, end: int) -> tuple[np.ndarray, ...]:
         values = _scaled(rows, begin, end, inputs, outputs).reshape(end - begin, -1, BLOCK)
         low, high = values.min(2, keepdims=True), values.max(2, keepdims=True)
         scales = _channel_scales(values.reshape(end - begin, -1))
-        scales = np.maximum(scales, (high - low).max((1, 2)) / (15 * 15))[:, None, None]  # 15 steps of 15 at most
+        scales = np.maximum(scales, (high - low).max((1, 2)) / (15 * 15))[:, None, None]  # at most 15 steps of 15
         values, low, high = values / scales, low / scales, high / scales
         importance = np.abs(values) + np.sqrt(np.square(values).mean(2, keepdims=True))
         least = np.full(low.shape, np.inf)
@@ -430,20 +444,21 @@ def nibbles(
 def _channel_scales(values: np.ndarray) -> np.ndarray:
     """The scales (N,) of weights (N, K).
 
-    In these units, rounded, no two neighbours of one sign add up to more than PAIR.
+    In these units, two rounded neighbours of one sign add up to at most PAIR.
     """
     pairs = np.pad(values, ((0, 0), (0, values.shape[1] % 2))).reshape(len(values), -1, 2)
     largest = [np.maximum(sign * pairs, 0).sum(2).max(1) for sign in (1, -1)]
-    return np.maximum(np.maximum(*largest), SMALLEST) / (PAIR - 1)  # rounding adds a half to each
+    return np.maximum(np.maximum(*largest), SMALLEST) / (PAIR - 1)  # rounding adds at most 0.5 to each weight
 
 
 def _ease(values: np.ndarray, integers: np.ndarray, steps: np.ndarray, offsets: np.ndarray) -> None:
-    """Takes steps back, in place, where step * integers + offset carries two neighbours' sum past PAIR.
+    """Moves integers step by step, in place, until no two neighbours of one sign add up to more than PAIR.
 
-    The neighbour that lies further beyond its value gives way, unless it is at the last of the 16 integers.
-    Shapes: values and integers (N, blocks, BLOCK), steps and offsets (N, blocks, 1).
+    A weight is step * integer + offset. In a pair above PAIR, the weight that exceeds its value by more moves. A weight
+    whose integer is already the last of the 16 stays. Shapes: values and integers (N, blocks, BLOCK), steps and offsets
+    (N, blocks, 1).
     """
-    values, fours = (array.reshape(*steps.shape[:2], -1, 2) for array in (values, integers))  # in place: a view
+    values, fours = (array.reshape(*steps.shape[:2], -1, 2) for array in (values, integers))  # a view: in place
     for sign, last in ((1, -8), (-1, 7)):
         while True:
             pairs = steps[..., None].astype(np.float32) * fours + offsets[..., None]
@@ -467,9 +482,9 @@ def _scaled(
 
 
 def balanced(graph: Graph, peaks: dict[str, np.ndarray]) -> Balance:
-    """The factors for every product that comes straight after a norm, or after another product times a gate.
+    """The factors for every product that directly follows a norm, or a Mul of another product and a gate.
 
-    `peaks` holds the largest magnitude of each channel of a product's input, by its name.
+    `peaks` holds, by the name of a product's input, the largest magnitude of each channel.
     """
     balance = Balance({}, {}, {})
     for name, peak in peaks.items():
@@ -494,7 +509,7 @@ def balanced(graph: Graph, peaks: dict[str, np.ndarray]) -> Balance:
 
 
 def peaks(graph: Graph) -> dict[str, np.ndarray]:
-    """The largest magnitude that each channel of the products' inputs, by name, takes over the conversation, (K,)."""
+    """The largest magnitude (K,) of each channel over CONVERSATION, by the name of a product's input."""
     import onnx
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
@@ -514,7 +529,7 @@ def peaks(graph: Graph) -> dict[str, np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = chat_model.physical_cores()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_prepacking", "1")  # the weights stay mapped, none is copied
+    options.add_session_config_entry("session.disable_prepacking", "1")  # the weights stay mapped, without copies
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     file.unlink()
 

@@ -20,7 +20,7 @@ from slm.base import cache, strict_json
 from slm.base.errors import BadInput
 from slm.models import genai_config
 
-NATIVE = {  # what files of machine code begin with
+NATIVE = {  # the first bytes of machine code files
     b"\x7fELF": "an ELF library or program",
     b"MZ": "a Windows library or program",
     b"!<arch>\n": "an archive of machine code",
@@ -35,7 +35,7 @@ TEXTS = (".md", ".txt", ".jinja", ".py", ".yaml", ".yml")
 TEXT_NAMES = ("LICENSE", "LICENCE", "NOTICE", "README")
 TEXT_BYTES = 16 * 2**20
 PLACE = re.compile(r"\d{1,18}", re.ASCII)  # of a tensor in a file, in bytes
-JSON_BYTES = 256 * 2**20  # a tokenizer of a quarter of a million tokens has 30 MB
+JSON_BYTES = 256 * 2**20  # a tokenizer with 250,000 tokens has 30 MB
 
 
 def check_links(folder: Path) -> None:
@@ -75,7 +75,7 @@ def check_files(folder: Path, manifest: dict[str, cache.FileRecord]) -> None:
 def _blobs(folder: Path) -> list[Path]:
     """The folders in which the hub's cache keeps the files of a snapshot."""
     places = [parent.parent / "blobs" for parent in folder.absolute().parents if parent.name == "snapshots"]
-    # a link here could lead anywhere: the hub's cache has a folder
+    # the hub's cache has a folder here; a link could lead anywhere
     return [place.resolve() for place in places[:1] if not place.is_symlink()]
 
 
@@ -138,7 +138,7 @@ def _check_safetensors(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "numpy"):  # reads the header, and holds it against the file's size
+        with safe_open(path, "numpy"):  # reads the header and compares it with the file's size
             pass
     except (SafetensorError, OSError) as error:
         raise BadInput(f"model: {path} is damaged ({error}); fetch it again") from None
@@ -183,7 +183,7 @@ def _check_onnx(path: Path) -> None:
 
 
 def _tensors(model) -> Iterator:
-    """The tensors whose data is in another file: of the main graph, of functions, and of graphs inside nodes."""
+    """The tensors whose data is in another file. They belong to the main graph, to functions, or to graphs in nodes."""
     import onnx
 
     waiting = [model.graph, *model.functions]

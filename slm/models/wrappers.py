@@ -32,7 +32,7 @@ RELEASED = {  # SHA-256 of the wrapper, by version
     "0.1.0": "86a6a415d33d6e5f49a2826a3899aef74000e7b7c86bc5ab97994ebf0ba5f44a",
 }
 PLACES = ("artifacts/onnx", "model")  # of the weights in a model's folder
-TRIES = 3  # of loading, where somebody else's link to the same files counts as a change
+TRIES = 8  # to load a model: another program's link to the same files also counts as a change
 REMEDY = "set trust_code=true if you trust the code's author"
 
 
@@ -75,10 +75,10 @@ class Opened:
     description: Any  # MLflow's Model
     manifest: manifests.Manifest
     code_sha256: str  # of the wrapper that runs
-    settings: dict  # it was opened with
-    providers: tuple[str, ...] | None  # that an ONNX folder lists; None for a checkpoint of transformers
-    load_seconds: float  # without the checks before
-    unchanged: Callable[[], None]  # raises BadInput once its files are others than those that were checked
+    settings: dict  # with which the model was opened
+    providers: tuple[str, ...] | None  # of an export; None for a checkpoint of transformers
+    load_seconds: float  # without the checks before the load
+    unchanged: Callable[[], None]  # raises BadInput if a file has changed since the checks
 
 
 def end(row: Row, reason: str) -> None:
@@ -121,7 +121,7 @@ def opened(
     """A model of this project from its folder, checked and loaded.
 
     `recorded` has the hashes of the manifest that the tracking server keeps. `override` replaces settings that the
-    model has; an empty value replaces nothing. `before_loading` is called between the checks and the loading.
+    model has; an empty value replaces nothing. `before_loading` is called between the checks and the load.
 
     Raises:
         BadInput: a file was changed, a setting is out of range, or the code is not allowed to run.
@@ -168,13 +168,13 @@ def _opened(
         wrapper = module.SmallLanguageModel()
         try:
             wrapper.load_context(PythonModelContext({"onnx" if onnx else "checkpoint": read}, settings))
-        except (ValueError, KeyError, TypeError, OSError) as error:  # of files that don't fit each other
+        except (ValueError, KeyError, TypeError, OSError) as error:  # files that don't fit each other
             if exhausted(error):
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise BadInput(f"{uri} can't be loaded: {type(error).__name__}: {reason:.300}") from error
         except BaseException as error:
-            if type(error).__module__ != "pyo3_runtime":  # where tokenizers' code in Rust gives up
+            if type(error).__module__ != "pyo3_runtime":  # a panic in tokenizers' Rust code
                 raise
             raise BadInput(f"{uri} can't be loaded: its tokenizer.json is damaged ({str(error)!r:.200})") from error
         seconds = time.perf_counter() - start
@@ -186,7 +186,10 @@ def _opened(
 
 
 def _watch(uri: str, folder: Path, before: list[tuple], sha256: str) -> Callable[[], None]:
-    """A check that costs little: weights are read from the disk as they are used, so a write now is an answer's."""
+    """A check that the files are unchanged. It is cheap, so each answer can call it.
+
+    Weights are read from the disk while they are used. So a file that is written now can change an answer.
+    """
     seen = before
 
     def unchanged() -> None:
@@ -203,7 +206,7 @@ def _watch(uri: str, folder: Path, before: list[tuple], sha256: str) -> Callable
 
 
 def _weights(uri: str, folder: Path, found: manifests.Manifest, settings: dict) -> tuple[Path, dict]:
-    """The folder of the weights, and its files. A model that was logged without weights has them on the hub."""
+    """The folder of the weights, and its files. If a model was logged without weights, the hub has them."""
     if found.place not in PLACES:
         raise BadInput(f"{uri} has no weights in {' or '.join(PLACES)}; log the model again")
     if found.weights:
@@ -232,7 +235,7 @@ def _private(place: Path, content: dict) -> tempfile.TemporaryDirectory:
 
 
 def _check_settings(uri: str, settings: dict) -> None:
-    """Refuses settings that this project never logs."""
+    """Refuses settings that this project never logs, and values out of range."""
     allowed = {
         "batch_size": lambda value: isinstance(value, int) and 0 <= value <= 4096,
         "threads": lambda value: isinstance(value, int) and 0 <= value <= 1024,
@@ -246,7 +249,8 @@ def _check_settings(uri: str, settings: dict) -> None:
     }
     for name, value in settings.items():
         if name not in allowed or not allowed[name](value):
-            raise BadInput(f"{uri}: the setting {name!r:.60} is unknown or can't be {value!r:.60}; log it again")
+            problem = f"the setting {name!r:.60} is unknown, or its value {value!r:.60} is not allowed"
+            raise BadInput(f"{uri}: {problem}; log the model again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,7 +275,7 @@ def _module(uri: str, folder: Path, description, trust_code: bool) -> tuple[type
     sha256 = hashlib.sha256(code).hexdigest()
     module = types.ModuleType(f"chat_model_{sha256[:16]}")
     module.__file__ = str(folder / FILE)
-    # the wrapper reads its own source: that of the bytes that were checked, whatever lies in the folder then
+    # the wrapper reads its own source from here: the checked bytes, even if the file has changed
     linecache.cache[module.__file__] = (len(code), None, code.decode().splitlines(True), module.__file__)
     exec(compile(code, module.__file__, "exec"), module.__dict__)
     module.__dict__["render"] = _bounded_render(module)
@@ -279,7 +283,7 @@ def _module(uri: str, folder: Path, description, trust_code: bool) -> tuple[type
 
 
 def _bounded_render(module: types.ModuleType) -> Callable[..., str]:
-    """Rendering with bounds, for a wrapper that may render chat templates without bounds."""
+    """A `render` with bounds, for a wrapper whose own `render` may lack bounds."""
 
     def render(template: str, special_tokens: dict[str, str], messages: list[dict]) -> str:
         try:

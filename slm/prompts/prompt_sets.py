@@ -54,7 +54,7 @@ def read_prompt_set(path: Path, source: str, known_scorers: KnownScorers) -> Pro
                 if isinstance(row, dict) and "id" in row
                 else "remove one, or give each an `id`"
             )
-            problem = f"`id` {quoted(prompt.id)} is that of {places[prompt.id]} too"
+            problem = f"`id` {quoted(prompt.id)} is already used in {places[prompt.id]}"
             raise BadInput(f"{path.name} {place}: {problem}; {remedy}")
         places[prompt.id] = place
         prompts.append(prompt)

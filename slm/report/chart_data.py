@@ -1,4 +1,4 @@
-"""The figures of report.html as plain data: rows, axes, marks, curves. Nothing is drawn here."""
+"""The figures of report.html as plain data: rows, axes, marks and curves. This module draws nothing."""
 
 import math
 import re
@@ -51,7 +51,7 @@ GATE_SHAPES = {
 
 @dataclass(frozen=True)
 class Mark:
-    """One model's value in one row of a figure, with its 95 % interval; a missing value is NaN, and is not drawn."""
+    """One model's value in one row of a figure, with its 95 % interval. A missing value is NaN and is not drawn."""
 
     model: int
     mean: float
@@ -68,7 +68,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Row:
-    """What one scorer says of each model; `limits` are the gate's for it, by keyword."""
+    """Each model's value for one scorer. `limits` has the gate's limits for the scorer, by keyword."""
 
     name: str
     marks: tuple[Mark, ...]
@@ -88,7 +88,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Axis:
-    """A scale from `low` to `high`; `at` gives a value's place on it in per cent."""
+    """A scale from `low` to `high`. `at` gives the position of a value on the scale, in percent."""
 
     low: float
     high: float
@@ -101,7 +101,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Curve:
-    """How one model's latencies spread: (seconds, per cent of the answers that took no longer), rising."""
+    """The distribution of one model's latencies: rising pairs of (seconds, percent of answers that took no longer)."""
 
     model: int
     points: tuple[tuple[float, float], ...]
@@ -111,7 +111,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Moment:
-    """One run in a history: when, what and how it was judged."""
+    """One run in a history: its date, its figures and its gate."""
 
     when: str
     run_id: str
@@ -124,7 +124,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Trend:
-    """One metric of one model over runs, this one last."""
+    """One metric of one model over several runs. The last run is this run."""
 
     model: int
     name: str
@@ -136,11 +136,11 @@ class Trend:
         return scorer_label(self.name)
 
     def at(self, place: int) -> float:
-        """Where a moment stands, in per cent of the width: runs are evenly spaced, whenever they were."""
+        """The position of a moment, in percent of the width. The runs have equal distances, whatever their dates."""
         return round(100 * (place + 0.5) / len(self.moments), 2)
 
     def unbroken(self) -> list[list[int]]:
-        """The places of moments that follow one another with a value; a line is drawn through each such part."""
+        """The positions of successive moments that have a value, as parts. Each part gets one line."""
         parts: list[list[Any]] = [[]]
         for place, moment in enumerate(self.moments):
             if math.isnan(moment.mean):
@@ -161,7 +161,7 @@ def scorer_label(name: str) -> str:
 
 
 def scorer_names(models: Sequence[ScoredModel]) -> list[str]:
-    """The overall score first, then its pass@k and pass^k where prompts were repeated; no other scorer's of these."""
+    """The overall score first, then its pass@k and pass^k if prompts were repeated. Other scorers get no pass@k."""
     named = {name for model in models for name in model.estimates}
     return sorted((name for name in named if not _parted(name)[1] or _parted(name)[0] == OVERALL), key=_overall_first)
 
@@ -171,7 +171,7 @@ def _overall_first(name: str) -> tuple:
 
 
 def _parted(name: str) -> tuple[str, str]:
-    """A scorer, and what of its repeats: `score/pass_at_4` is score, pass@4."""
+    """The scorer of a metric, and its kind of repeat: `score/pass_at_4` gives score and pass@4."""
     match = REPEATED.fullmatch(name)
     if match is None:
         return name, ""
@@ -179,7 +179,7 @@ def _parted(name: str) -> tuple[str, str]:
 
 
 def score_rows(report: Report) -> list[Row]:
-    """Per scorer, each model's mean."""
+    """For each scorer, the mean of each model."""
     return [
         Row(
             name,
@@ -197,7 +197,7 @@ def score_rows(report: Report) -> list[Row]:
 
 
 def tag_rows(report: Report) -> list[Row]:
-    """Per tag, each model's overall score over the prompts that have it; a prompt counts under each of its tags."""
+    """For each tag, each model's overall score over the prompts with this tag. A prompt counts under all its tags."""
     clusters = {prompt.id: prompt.cluster for prompt in report.prompt_set.prompts}
     overall = [model.values.get(OVERALL, {}) for model in report.models]
     rows, with_tag = [], defaultdict(list)
@@ -215,7 +215,7 @@ def tag_rows(report: Report) -> list[Row]:
 
 
 def difference_rows(report: Report) -> list[Row]:
-    """Per scorer, each candidate minus the baseline."""
+    """For each scorer, each candidate minus the baseline."""
     rows = []
     adjusted = [estimation.holm_p_values(compared) for compared in report.differences]
     for name in scorer_names(report.models):
@@ -231,7 +231,7 @@ def difference_rows(report: Report) -> list[Row]:
 
 
 def cost_rows(report: Report) -> list[dict]:
-    """Per figure of cost, each model's value, its share of the largest, and its ratio to the baseline's."""
+    """For each cost, each model's value, its share of the largest value, and its ratio to the baseline's value."""
     rows = []
     for label, metric, better in COST:
         values = [model.metrics.get(metric) for model in report.models]
@@ -250,7 +250,7 @@ def cost_rows(report: Report) -> list[dict]:
 
 
 def latency_curves(report: Report) -> list[Curve]:
-    """Of each model with an answer; failed ones are left out."""
+    """The curve of each model with at least one answer. Failed answers are left out."""
     curves = []
     for place, model in enumerate(report.models):
         seconds = sorted(sample.latency_seconds for sample in model.samples if sample.error is None)
@@ -263,7 +263,7 @@ def latency_curves(report: Report) -> list[Curve]:
 
 
 def trends(report: Report) -> list[Trend]:
-    """Per model and metric that earlier runs have; the overall score first."""
+    """A trend for each model and each metric of earlier runs. The overall score comes first."""
     found = []
     for place, earlier in enumerate(report.history):
         for name in sorted((name for name in earlier if earlier[name]), key=_overall_first):
@@ -279,13 +279,13 @@ def trends(report: Report) -> list[Trend]:
 
 
 def score_axis(rows: Sequence[Row]) -> Axis:
-    """From 0 to 1, and further where a scorer goes further."""
+    """An axis from 0 to 1, or longer if a score lies outside."""
     values = [value for row in rows for mark in row.marks for value in (mark.mean, mark.low, mark.high)]
     return _axis(*_span([0.0, 1.0, *values]))
 
 
 def gap_axis(rows: Sequence[Row]) -> Axis:
-    """Around zero, as far to one side as to the other."""
+    """An axis with 0 in the middle."""
     values = [value for row in rows for mark in row.marks for value in (mark.mean, mark.low, mark.high)]
     drops = [limit for row in rows for limit in row.limits.values()]
     reach = max(abs(value) for value in _span([0.05, *values, *drops]))
@@ -303,7 +303,7 @@ def trend_axis(trend: Trend) -> Axis:
 
 
 def model_style(place: int) -> dict:
-    """Colour and shape of the model in that place, the same in every figure."""
+    """The colour and shape of the model at this position. All figures use the same."""
     marker = list(SHAPES)[place % len(SHAPES)]
     colour = place % len(COLOURS)
     return {"colour": COLOURS[colour], "dark": DARK_COLOURS[colour], "marker": marker, "path": SHAPES[marker]}
@@ -315,7 +315,7 @@ def short_label(label: str) -> str:
 
 
 def shortened(text: str, characters: int) -> str:
-    """In one line, and cut in the middle: URIs and names of scorers differ at the start and at the end."""
+    """A label in one line, cut in the middle, since URIs and scorers differ at their start or end."""
     line = " ".join(text.split())
     head, tail = characters // 2 - 2, characters - characters // 2 + 1
     return line if len(line) <= characters else f"{line[:head]}\u2026{line[-tail:]}"
@@ -327,7 +327,7 @@ def _limits(report: Report, name: str, keywords: Iterable[str]) -> dict[str, flo
 
 
 def _told(gap: Difference, adjusted: float | None) -> str:
-    """Worse or better where interval and p-value say so; perhaps, where the interval alone does."""
+    """Worse or better if interval and p-value agree. Perhaps, if only the interval shows a change."""
     word = "worse" if gap.ci95_high < 0 else "better" if gap.ci95_low > 0 else ""
     if not word:
         return "can't tell"
@@ -343,7 +343,7 @@ def _detail(gap: Difference, adjusted: float | None) -> str:
 
 
 def _state(gate: str) -> str:
-    """A run that was never judged has no state of its own."""
+    """The state of a run's gate. A run without a gate has no state."""
     return gate if gate in STATES else "none"
 
 
@@ -357,7 +357,7 @@ def _span(values: Iterable[float]) -> tuple[float, float]:
 
 
 def _axis(low: float, high: float) -> Axis:
-    """Four or five round steps that take in `low` and `high`."""
+    """Four or five round steps that include `low` and `high`."""
     rough = (high - low) / 4 or 0.25
     power = 10 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
@@ -371,7 +371,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _number(value: float, sign: str = "") -> str:
-    """Two decimals; where these would tell 0 of what isn't, one digit."""
+    """Two decimals. If two decimals would show 0 for another value, one significant digit."""
     if math.isnan(value):
         return MISSING
     form = ".1g" if 0 < abs(value) < 0.005 else ".2f"

@@ -1,8 +1,9 @@
-"""The report as one HTML page: verdict, figures that are drawn, flipped prompts, and every answer to search.
+"""The report as one HTML page: verdict, figures, flipped prompts, and every answer with a search.
 
-One file that fetches nothing: figures are SVG made here, answers are JSON in the page that its own script lists. What
-prompts, models and scorers say reaches the page as text only. What was not measured is left out of a drawing and told
-as n/a. The rows to draw are shared with slm/report/plots.py. Nothing is measured, read or logged here but the template.
+The page is one file that fetches nothing. This module makes the figures as SVG. The answers are JSON in the page, and
+the page's own script lists them. Texts of prompts, models and scorers reach the page as text only. A figure leaves a
+missing value out, and a table shows it as n/a. slm/report/plots.py draws the same rows. This module reads only its
+template, and logs nothing.
 """
 
 import base64
@@ -47,7 +48,7 @@ DATA_CHARACTERS = 20_000_000  # of the answers' JSON; a page much larger than th
 
 
 def render(report: Report) -> str:
-    """The page, as text that UTF-8 can hold."""
+    """The page. Its text can be written as UTF-8."""
     import jinja2
 
     source = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
@@ -86,7 +87,7 @@ def render(report: Report) -> str:
 
 
 def headline(report: Report) -> str:
-    """The verdict in words: what holds, what broke, what it would take, or what was found without a gate."""
+    """The verdict in words. Without a gate, the first finding."""
     state, judged = report.verdict.state, checks(report)
     concerned = [(place, check) for place, check in judged if check.state == state]
     if state == "none":
@@ -107,7 +108,7 @@ def headline(report: Report) -> str:
 
 
 def findings(report: Report) -> list[str]:
-    """One sentence per model that was compared; without a baseline, one per model."""
+    """One sentence for each compared model. Without a baseline, one sentence for each model."""
     if report.baseline is None or len(report.models) == 1:
         return [_alone(model) for model in report.models] or ["No model was scored"]
     baseline = report.models[report.baseline].model.label
@@ -151,7 +152,7 @@ def _broken(report: Report, place: int, check: Check) -> str:
 
 
 def _whose(report: Report, place: int) -> str:
-    """Names the model where the gate was put to several."""
+    """The model's name if the gate was applied to several models, else ""."""
     several = sum(bool(verdict.checks) for verdict in report.verdicts) > 1
     return f"{report.models[place].model.label}: " if several else ""
 
@@ -160,7 +161,7 @@ def _whose(report: Report, place: int) -> str:
 
 
 def flips(report: Report) -> dict[int, list[dict]]:
-    """Per candidate, the prompts whose score by any scorer changed against the baseline, the largest loss first."""
+    """For each candidate, the prompts with a changed score by any scorer. The largest loss comes first."""
     if report.baseline is None:
         return {}
     baseline, found = report.models[report.baseline], {}
@@ -183,7 +184,7 @@ def flips(report: Report) -> dict[int, list[dict]]:
 
 
 def answer_data(report: Report, flipped: dict[int, list[dict]]) -> dict:
-    """What the page's script lists: prompts once each, answers with the places of their prompt and model.
+    """The data of the page's script: each prompt once, and answers with the positions of their prompt and model.
 
     Where it would be more than DATA_CHARACTERS, the failed answers and the flipped prompts' are kept first, then the
     wrong ones; `left_out` counts those that aren't there.
@@ -218,7 +219,7 @@ def answer_data(report: Report, flipped: dict[int, list[dict]]) -> dict:
 
 
 def _kept(report: Report, samples: list[tuple[int, Sample]], changed: set[str]) -> tuple[dict[int, dict], dict]:
-    """What fits into DATA_CHARACTERS, the most urgent first: answers by their turn, and their prompts by id."""
+    """The answers that fit into DATA_CHARACTERS, the most important first, and their prompts by id."""
     known = {prompt.id: prompt for prompt in report.prompt_set.prompts}
     answers, prompts, size = {}, {}, 0
     for turn in sorted(range(len(samples)), key=lambda turn: _urgency(samples[turn][1], changed)):
@@ -271,12 +272,12 @@ def _urgency(sample: Sample, changed: set[str]) -> int:
 
 
 def _finalize(value: object) -> object:
-    """What the template prints, made visible; Markup, which macros return, has been already."""
+    """A value of the template with all characters visible. Macros return Markup, which is visible already."""
     return visible(value) if type(value) is str else value
 
 
 def _safe_json(data: object):
-    """JSON for a script element: `<` can't end it, and lone surrogates are escaped."""
+    """JSON for a script element. `<` and lone surrogates are escaped, so that no text can end the element."""
     from markupsafe import Markup
 
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -284,6 +285,6 @@ def _safe_json(data: object):
 
 
 def _script_hash(source: str) -> str:
-    """For the content security policy: only this script runs, whatever an answer holds."""
+    """The hash of the page's script for the content security policy. No other script runs, whatever an answer has."""
     [script] = re.findall("<script>(.*?)</script>", source, re.DOTALL)
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,7 +1,7 @@
-"""The report's figures as matplotlib's, made without a display: scores, differences, latency.
+"""The report's figures as matplotlib figures, made without a display: scores, differences, latency.
 
-slm/report/chart_data.py gives the rows, axes, colours and marks. Nothing is logged or written here. pyplot is not used,
-because it keeps every figure in memory.
+slm/report/chart_data.py gives the rows, axes, colours and marks. This module logs and writes nothing. It does not use
+pyplot, because pyplot keeps every figure in memory.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ LINE = 0.28  # inches per mark
 
 
 def figures(report: Report) -> dict[str, Figure]:
-    """`scores`, `differences`, `latency`, by name: those that there is something to draw for."""
+    """The figures by name: `scores`, `differences` and `latency`. A figure without data is left out."""
     scores, gaps = chart_data.score_rows(report), chart_data.difference_rows(report)
     curves = chart_data.latency_curves(report)
     drawn = {}
@@ -36,7 +36,7 @@ def figures(report: Report) -> dict[str, Figure]:
 
 
 def _intervals(report: Report, rows: Sequence[Row], axis: Axis, label: str) -> Figure:
-    """A group of lines per row, from the top; a missing value leaves its line empty."""
+    """Draws a group of lines for each row, from the top. A missing value leaves its line empty."""
     lines = sum(len(row.marks) + 1 for row in rows)
     figure, axes = _figure(report, 1.1 + LINE * lines)
     height, names, places = 0.0, [], []
@@ -69,7 +69,7 @@ def _intervals(report: Report, rows: Sequence[Row], axis: Axis, label: str) -> F
 
 
 def _latency(report: Report, curves: Sequence[Curve], axis: Axis) -> Figure:
-    """The share of answers that took no longer, with marks at the median and the 95th percentile."""
+    """Draws the share of answers that took no longer, with marks at the median and the 95th percentile."""
     figure, axes = _figure(report, 4.0)
     for curve in curves:
         seconds, shares = zip(*curve.points, strict=True)
@@ -96,7 +96,7 @@ def _figure(report: Report, height: float) -> tuple[Figure, Axes]:
 
 
 def _mark(report: Report, place: int) -> dict:
-    """The model's shape in its colour, hollow for the baseline; no line."""
+    """The style of a model's marks: its shape and colour, hollow for the baseline, without a line."""
     style = chart_data.model_style(place)
     face = "white" if place == report.baseline else style["colour"]
     return {

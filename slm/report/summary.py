@@ -1,7 +1,7 @@
-"""A scored prompt set as something to look at: console table, Markdown, JUnit XML (the HTML page: report_page.py).
+"""The result of an evaluation as console table, Markdown and JUnit XML. html_page.py makes the HTML page.
 
-All of it comes from the same lines, built once. Nothing is logged or measured here. A score is shown with its 95 %
-interval, `0.58 [0.39, 0.76]`, and what was not measured as n/a.
+All forms use the same lines. This module measures and logs nothing. A score has its 95 % interval, as in
+`0.58 [0.39, 0.76]`. A missing value is n/a.
 """
 
 import math
@@ -38,10 +38,10 @@ MARKDOWN = re.compile(
 
 @dataclass(frozen=True)
 class Report:
-    """All that a run found: what every form of the report is made from.
+    """The results of a run. Every form of the report is made from them.
 
-    `verdicts`, `differences` and `history` have a place per model. A baseline's differences are empty, and so are all
-    where there is none. `history` goes by metric (a scorer, or `score`), the oldest run first, this one not in it.
+    `verdicts`, `differences` and `history` have one entry for each model. A baseline has no differences. Without a
+    baseline, no model has differences. `history` has earlier runs by metric (a scorer, or `score`), the oldest first.
     """
 
     title: str
@@ -56,7 +56,7 @@ class Report:
 
     @cached_property
     def remarks(self) -> list[str]:
-        """Sentences on each comparison: the overall score, other differences beyond chance, the flips.
+        """Sentences on each comparison: the overall score, other differences beyond chance, and the flips.
 
         Each sentence is one line that a terminal shows as it is, whatever ids and labels hold.
         """
@@ -65,7 +65,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the table: what it says, and a cell per model."""
+    """One row of the table: a label, and one cell for each model."""
 
     label: str
     cells: tuple[str, ...]
@@ -73,7 +73,7 @@ class Line:
 
 
 def lines(models: Sequence[ScoredModel]) -> list[Line]:
-    """The table's rows: scores, then what they cost."""
+    """The rows of the table: first the scores, then the costs."""
     names = sorted({name for model in models for name in model.estimates if "/" not in name} - {OVERALL})
     rows = [
         Line(f"{name} ({_count(models, name)})", tuple(estimate(model.estimates.get(name)) for model in models))
@@ -162,7 +162,7 @@ def table(report: Report) -> Table:
 
 
 def markdown(report: Report) -> str:
-    """The table and the remarks; ids, labels and all other words are shown as text, whatever they hold."""
+    """The table and the remarks. Ids, labels and other texts are escaped, so that they show as text."""
     head = ["", *(model.model.label for model in report.models)]
     rows = [[line.label, *line.cells] for line in lines(report.models)]
     cells = [map(escaped, head), ["---", *("---:" for _ in report.models)], *(map(escaped, row) for row in rows)]
@@ -179,12 +179,12 @@ def markdown(report: Report) -> str:
 
 
 def escaped(text: str) -> str:
-    """A text in one line that Markdown shows as it is."""
+    """A text in one line, escaped for Markdown."""
     return MARKDOWN.sub(lambda match: f"&#{ord(match[0])};", _one_line(text))
 
 
 def visible(text: str) -> str:
-    """With control characters, marks that turn text around and lone surrogates written out as [U+0000]."""
+    """A text with control characters, direction marks and lone surrogates written out, as in [U+0000]."""
     return UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 
 
@@ -193,7 +193,7 @@ def _one_line(text: str) -> str:
 
 
 def junit(report: Report) -> str:
-    """One suite per model: a case per gate rule, and one that holds the rows that failed."""
+    """JUnit XML with a suite for each model. A suite has a case for each rule of the gate, and one for failed rows."""
     root = ElementTree.Element("testsuites", name=_plain(report.title))
     for model, verdict in zip(report.models, report.verdicts, strict=True):
         suite = ElementTree.SubElement(root, "testsuite", name=_plain(model.model.label))
@@ -215,7 +215,7 @@ def junit(report: Report) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without the control characters that XML can't hold, and with others written out."""
+    """A text without the control characters that XML forbids. Other control characters are written out."""
     return visible("".join(letter if letter >= " " else " " for letter in text))
 
 

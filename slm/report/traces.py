@@ -1,8 +1,9 @@
-"""A scored model's answers in MLflow's evaluation view: one trace an answer, its scores as the trace's assessments.
+"""Writes a model's answers to MLflow's evaluation view: one trace per answer, with the scores as assessments.
 
-Written after samples.jsonl is safe, and a view only: nothing is read back from it, and nothing that fails here fails
-the evaluation. Rows are written one after another, because parallel writers lose rows on sqlite. Not covered: when a
-row was asked, which no sample holds; rows begin a millisecond apart, the first one last, so that it stands on top.
+The view is written after samples.jsonl is stored. Nothing reads it back, and a failure here does not fail the
+evaluation. Rows are written one after another, because parallel writers lose rows on sqlite. Not covered: the time of
+each question, which samples do not have. The rows begin one millisecond apart. The first row begins last, so that it
+is on top.
 """
 
 import json
@@ -28,7 +29,7 @@ PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT
 
 @dataclass(frozen=True)
 class Logged:
-    """`rows` of `total` were written, in `seconds`; `reason` says why not all, and is empty when all were."""
+    """`rows` of `total` were written in `seconds`. `reason` says why rows are missing, and is empty otherwise."""
 
     rows: int
     total: int
@@ -49,7 +50,7 @@ def log(
     start_time: float,
     seconds: float = 60,
 ) -> Logged:
-    """Writes a trace for each sample, linked to the run and the model; a store that fails ends it without raising.
+    """Writes a trace for each sample, linked to the run and the model. A failing store ends the writing quietly.
 
     `start_time` is when scoring began, in seconds since the epoch. When `seconds` are over, the rows not yet written
     are left out (a call that is under way may wait half a minute more for a server that doesn't answer).
@@ -84,7 +85,7 @@ def log(
 
 
 def _send_spans(client, experiment_id: str, written: list[tuple]) -> None:
-    """The conversations of a batch of traces, in one call where the store takes it."""
+    """Writes the conversations of a batch of traces, in one call if the store supports that."""
     from mlflow.entities import TraceData
 
     try:
@@ -97,7 +98,7 @@ def _send_spans(client, experiment_id: str, written: list[tuple]) -> None:
 def _trace(
     sample: Sample, prompt: Prompt | None, run_id: str, experiment_id: str, model_id: str | None, at: int
 ) -> tuple:
-    """The trace's description with its assessments, and its one span; `at` is its start in milliseconds."""
+    """The trace's description with its assessments, and its only span. `at` is the start in milliseconds."""
     from mlflow.entities import Span, TraceInfo, TraceLocation, TraceState
 
     trace_id = f"tr-{secrets.token_hex(16)}"
@@ -152,7 +153,7 @@ def _trace(
 
 
 def _assessments(sample: Sample, trace_id: str, run_id: str) -> list:
-    """A feedback for each scorer, and what was expected. Unscored is an error of the feedback, and never a value."""
+    """A feedback for each scorer, and the expected text. Unscored is an error of the feedback, and not a value."""
     from mlflow.entities import AssessmentError, AssessmentSource, Expectation, Feedback
 
     assessments: list[Any] = []
@@ -176,13 +177,13 @@ def _assessments(sample: Sample, trace_id: str, run_id: str) -> list:
 
 
 def _storable(text: str) -> str:
-    """Text without what some databases refuse: NUL and half characters, which a model may well answer."""
+    """A text without NUL and half characters. A model may answer with them, and some databases refuse them."""
     return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 
 @contextmanager
 def _patience() -> Iterator[None]:
-    """Shorter waits for a server, where the user's environment doesn't set them."""
+    """Shorter waits for a server, unless the user's environment sets them."""
     ours = {name: value for name, value in PATIENCE.items() if name not in os.environ}
     os.environ.update(ours)
     try:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from slm.tracking import tags
 from slm.tracking.mlflow_client import quiet_mlflow
 
 HISTORY = 50  # the most earlier runs that a report shows
@@ -30,20 +31,21 @@ def history(prompts_sha256: str, model_name: str, names) -> dict[str, tuple]:
     quoted = model_name.replace("'", "''")
     runs = mlflow.MlflowClient().search_runs(
         [parent.info.experiment_id],
-        f"tags.`prompts.sha256` = '{prompts_sha256}' and tags.`model.name` = '{quoted}' and status = 'FINISHED'",
+        f"tags.`{tags.PROMPTS_SHA256}` = '{prompts_sha256}' and tags.`{tags.MODEL_NAME}` = '{quoted}' "
+        "and status = 'FINISHED'",
         max_results=HISTORY,
         order_by=["attributes.start_time DESC"],
     )
     found: dict[str, tuple] = {}
     for run in reversed(runs):
-        tags, metrics = run.data.tags, run.data.metrics
-        if tags.get("mlflow.parentRunId") == parent.info.run_id:
+        told, metrics = run.data.tags, run.data.metrics
+        if told.get("mlflow.parentRunId") == parent.info.run_id:
             continue
-        version = tags.get("model.uri", "").rpartition("/")[2]
+        version = told.get(tags.MODEL_URI, "").rpartition("/")[2]
         for name in names:
             figures = [metrics.get(f"{name}/{field}") for field in ("mean", "ci95_low", "ci95_high")]
             if None not in figures:
                 version = version if version.isdigit() else ""
-                point = Point(run.info.run_id, run.info.start_time / 1000, version, tags.get("gate", ""), *figures)
+                point = Point(run.info.run_id, run.info.start_time / 1000, version, told.get(tags.GATE, ""), *figures)
                 found[name] = (*found.get(name, ()), point)
     return found

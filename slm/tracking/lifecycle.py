@@ -16,7 +16,7 @@ from slm.base.errors import BadInput, Unavailable, exhausted
 from slm.base.parameters import Parameters
 from slm.base.stopping import Stopped
 from slm.base.wording import one_line
-from slm.tracking import runs, store
+from slm.tracking import runs, store, tags
 from slm.tracking.mlflow_client import _or_found, is_infrastructure, quiet_mlflow
 
 VERDICT_CODES = {"none": 0, "pass": 0, "regress": 3, "inconclusive": 5}
@@ -25,8 +25,13 @@ PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT
 _open_runs: list[str] = []
 
 
-def exit_code(story: Callable[[], str]) -> int:
-    """Runs an entry point's story, which returns the verdict of the gate. Returns the exit code for its end."""
+def exit_code(
+    story: Callable[[], str], kept: str = "; the run is ended, and its answers are kept for the next one"
+) -> int:
+    """Runs an entry point's story, which returns the verdict of the gate. Returns the exit code for its end.
+
+    `kept` says after a stop what the story leaves.
+    """
     try:
         with stopping.listening(_end_open_runs):
             return VERDICT_CODES[story()]
@@ -36,7 +41,7 @@ def exit_code(story: Callable[[], str]) -> int:
         return error.exit_code
     except Stopped as stopped:
         _end_waiting_run("KILLED", f"stopped by {stopped}")
-        console.err.print(f"stopped by {stopped}; the run is ended, and its answers are kept for the next one")
+        console.err.print(f"stopped by {stopped}{kept}")
         return stopped.exit_code
     except Exception as error:
         reason = exhausted(error)
@@ -56,7 +61,7 @@ def run(name: str, args: Parameters) -> Iterator[Any]:
     store.check(mlflow)
     made_by_mlflow = "MLFLOW_RUN_ID" in os.environ
     client = mlflow.MlflowClient()
-    words = {"run_name": None if made_by_mlflow else name, "tags": runs.tags()}
+    words = {"run_name": None if made_by_mlflow else name, "tags": runs.process_tags()}
     # this call makes the experiment of MLFLOW_EXPERIMENT_NAME if it does not exist
     started = _or_found(lambda: mlflow.start_run(**words), "RESOURCE_ALREADY_EXISTS")
     limit = stopping.within(args.timeout)
@@ -76,7 +81,7 @@ def run(name: str, args: Parameters) -> Iterator[Any]:
 @contextmanager
 def child_run(name: str) -> Iterator[Any]:
     """A child run of the active run, for one scored model."""
-    with _ending(quiet_mlflow().start_run(run_name=name, nested=True, tags=runs.tags())) as active:
+    with _ending(quiet_mlflow().start_run(run_name=name, nested=True, tags=runs.process_tags())) as active:
         yield active
 
 
@@ -95,7 +100,7 @@ def _ending(active) -> Iterator[Any]:
             status, reason = "KILLED", f"stopped by {error}"
         with environment.variables(PATIENCE):  # the error is raised even if the store refuses the tag
             with suppress(Exception):
-                mlflow.MlflowClient().set_tag(run_id, "error", credentials.scrubbed(reason))
+                mlflow.MlflowClient().set_tag(run_id, tags.ERROR, credentials.scrubbed(reason))
             with suppress(Exception):
                 mlflow.end_run(status)
         raise
@@ -111,7 +116,7 @@ def _end_open_runs(reason: str) -> None:
     with environment.variables(PATIENCE):
         for run_id in reversed(_open_runs):
             with suppress(Exception):
-                client.set_tag(run_id, "error", f"stopped by {reason}")
+                client.set_tag(run_id, tags.ERROR, f"stopped by {reason}")
                 client.set_terminated(run_id, "KILLED")
 
 
@@ -124,7 +129,7 @@ def _end_waiting_run(status: str, reason: str) -> None:
     with environment.variables(PATIENCE), suppress(Exception):
         client = quiet_mlflow().MlflowClient()
         _scrub(client, client.get_run(run_id))
-        client.set_tag(run_id, "error", credentials.scrubbed(reason))
+        client.set_tag(run_id, tags.ERROR, credentials.scrubbed(reason))
         client.set_terminated(run_id, status)
 
 

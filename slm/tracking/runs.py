@@ -20,7 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-PROCESS, SEEN = "process", "process.seen"
+from slm.tracking import tags
+
 BEAT = 300  # seconds between two heartbeats
 SILENT = 3600  # seconds without a heartbeat after which a process on another machine counts as gone
 UNSTARTED = 24 * 3600  # seconds from `mlflow run`'s new run to our process. It builds an environment in between
@@ -42,9 +43,9 @@ def this_process() -> Process:
     return Process(socket.gethostname(), boot, os.getpid(), (_stat(os.getpid()) or ("", 0))[1])
 
 
-def tags() -> dict[str, str]:
+def process_tags() -> dict[str, str]:
     """The tags that name this process in its runs."""
-    return {PROCESS: json.dumps(asdict(this_process())), SEEN: _iso(_now())}
+    return {tags.PROCESS: json.dumps(asdict(this_process())), tags.SEEN: _iso(_now())}
 
 
 @contextmanager
@@ -55,7 +56,7 @@ def signs_of_life(client, run_id: str) -> Iterator[None]:
     def beat():
         while not over.wait(BEAT):
             with suppress(Exception):
-                client.set_tag(run_id, SEEN, _iso(_now()))
+                client.set_tag(run_id, tags.SEEN, _iso(_now()))
 
     threading.Thread(target=beat, name="signs of life", daemon=True).start()
     try:
@@ -76,8 +77,8 @@ def end_abandoned(client, own) -> list[str]:
             found = client.get_run(run_id)
             if found.info.status != "RUNNING" or _seen(found) > seen:
                 continue
-            if "error" not in found.data.tags:
-                client.set_tag(run_id, "error", reason)
+            if tags.ERROR not in found.data.tags:
+                client.set_tag(run_id, tags.ERROR, reason)
             client.set_terminated(run_id, "FAILED", end_time=int(seen * 1000))
             ended.append(run_id)
     return ended
@@ -106,7 +107,7 @@ def abandoned(running, own, here: Process, now: float) -> list[tuple[str, str, f
 def process_of(run) -> Process | None:
     """The process that a run's tag names. None if the run has no valid `process` tag."""
     try:
-        process = Process(**json.loads(run.data.tags[PROCESS]))
+        process = Process(**json.loads(run.data.tags[tags.PROCESS]))
     except (KeyError, TypeError, ValueError):
         return None
     kinds = [type(value) for value in asdict(process).values()]
@@ -146,13 +147,14 @@ def _never_came(run, own, now: float) -> bool:
     """Whether `mlflow run` made this run for this project, and ended before it started the entry point."""
     ours, theirs = own.data.tags, run.data.tags
     source = "mlflow.source.name"
-    same = "mlflow.project.entryPoint" in theirs and PROCESS not in theirs and theirs.get(source) == ours.get(source)
+    waits = "mlflow.project.entryPoint" in theirs and tags.PROCESS not in theirs
+    same = waits and theirs.get(source) == ours.get(source)
     return same and now - run.info.start_time / 1000 > UNSTARTED
 
 
 def _seen(run) -> float:
     try:
-        return datetime.datetime.fromisoformat(run.data.tags[SEEN]).timestamp()
+        return datetime.datetime.fromisoformat(run.data.tags[tags.SEEN]).timestamp()
     except (KeyError, ValueError):
         return run.info.start_time / 1000
 

@@ -175,7 +175,7 @@ def _on_interval(keyword: str, limit: float, estimate: Estimate) -> tuple[State,
     if (high < limit) if keyword == "min" else (low > limit):
         return "regress", f"{seen}, is {_beyond(keyword)} {limit:g}", None
     needed = prompts_to_settle(estimate, limit)
-    return "inconclusive", f"{seen}, holds {limit:g}; {_it_takes(needed)}", needed
+    return "inconclusive", f"{seen}, includes the limit {limit:g}; {_it_takes(needed)}", needed
 
 
 def _against_baseline(
@@ -195,14 +195,14 @@ def _against_baseline(
     if high < -limit:
         return "regress", f"{seen}, is below {0 - limit:g}"
     needed = prompts_needed(difference, limit)
-    return "inconclusive", f"{seen}, holds {0 - limit:g}; {_it_takes(needed)}", needed
+    return "inconclusive", f"{seen}, includes the limit {0 - limit:g}; {_it_takes(needed)}", needed
 
 
 def _ratio(
     keyword: str, limit: float, value: float | Estimate | None, baseline: float | None
 ) -> tuple[State, str] | tuple[State, str, int | None]:
     if isinstance(value, Estimate):
-        return "inconclusive", f"{keyword} is for single figures; a score is held by max_drop"
+        return "inconclusive", f"{keyword} is for single figures; for a score, use max_drop"
     if baseline is None or value is None or not (math.isfinite(value) and math.isfinite(baseline) and baseline > 0):
         return "inconclusive", f"the value is {value}, the baseline's {baseline}: there is no ratio"
     ratio = value / baseline

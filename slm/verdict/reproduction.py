@@ -200,7 +200,7 @@ def _not_identical(model: "ModelFacts", judged: bool) -> str:
     if device != "cpu":
         return f"it ran on {device}"
     if used["dtype"] in ("bf16", "fp16"):
-        return f"{used['dtype']} rounds with the company a prompt is answered in"
+        return f"{used['dtype']} rounding depends on the other prompts in the batch"
     if model.record["template"]["tells_date"]:
         return "its chat template tells the date"
     return "a judge scored the answers" if judged else ""
@@ -231,7 +231,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Change:
     """One change between two runs: what changed, and the shortened value of each run."""
 
     what: str
@@ -243,12 +243,12 @@ class Difference:
 class Comparison:
     """The changes between two runs.
 
-    `differences` has the causes in the order of CAUSES, then the rendered prompts and token ids, then answers and
+    `changes` has the causes in the order of CAUSES, then the rendered prompts and token ids, then answers and
     scores. `asked_alike` means that the fingerprints are equal. `same` means that all lines of samples.jsonl are equal,
     except the seconds and the model's address.
     """
 
-    differences: tuple[Difference, ...]
+    changes: tuple[Change, ...]
     asked_alike: bool
     same: bool
     answers: int  # number of answers in the first run
@@ -263,7 +263,7 @@ def compare(first: Scored, second: Scored) -> Comparison:
         causes += _group(group, ours, theirs)
     rows = [{row["id"]: row for row in one["rows"]} for one in (ours, theirs)]
     inputs = [
-        Difference(
+        Change(
             f"{what} ({_ids(rows[0], rows[1], key)})",
             _shown(ours["inputs"].get(name)),
             _shown(theirs["inputs"].get(name)),
@@ -280,12 +280,12 @@ def compare(first: Scored, second: Scored) -> Comparison:
     return Comparison((*causes, *inputs, *effects), alike, same, len(first.samples), conclusion)
 
 
-def gate_differences(first: Record, second: Record) -> list[Difference]:
+def gate_changes(first: Record, second: Record) -> list[Change]:
     """The changes between the gates of two evaluations: the baseline's place and the thresholds."""
     return _group("gate", first, second)
 
 
-def _group(name: str, first: Record, second: Record) -> list[Difference]:
+def _group(name: str, first: Record, second: Record) -> list[Change]:
     ours, theirs = _flat(first.get(name, {})), _flat(second.get(name, {}))
     found = []
     for key in [*ours, *(key for key in theirs if key not in ours)]:
@@ -297,11 +297,11 @@ def _group(name: str, first: Record, second: Record) -> list[Difference]:
         if what == "prompts.sha256":
             rows = [{row["id"]: row for row in one["rows"]} for one in (first, second)]
             what = f"{what} ({_ids(rows[0], rows[1], 'asked')})"
-        found.append(Difference(what, *values))
+        found.append(Change(what, *values))
     return found
 
 
-def _answers(first: Scored, second: Scored) -> tuple[list[Difference], bool]:
+def _answers(first: Scored, second: Scored) -> tuple[list[Change], bool]:
     """The changes in answers and scores, and whether all samples are equal. The first SHOWN answers have both texts."""
     ours, theirs = ({(line["id"], line["repeat"]): line for line in one.samples} for one in (first, second))
     both = [key for key in ours if key in theirs]
@@ -310,19 +310,19 @@ def _answers(first: Scored, second: Scored) -> tuple[list[Difference], bool]:
     if answer or ours.keys() != theirs.keys():
         keys = answer + [key for key in [*ours, *theirs] if key not in ours or key not in theirs]
         told = _listed([key[0] for key in keys])
-        found.append(Difference(f"answers ({len(keys)} of {max(len(ours), len(theirs))}: {told})", "", ""))
+        found.append(Change(f"answers ({len(keys)} of {max(len(ours), len(theirs))}: {told})", "", ""))
     for key in answer[:SHOWN]:
-        found.append(Difference(f"  {key[0]}", *_texts(ours[key]["output"], theirs[key]["output"])))
+        found.append(Change(f"  {key[0]}", *_texts(ours[key]["output"], theirs[key]["output"])))
     kept = [[{**line, "latency_seconds": 0, "model": ""} for line in one.samples] for one in (first, second)]
     scores = [key for key in both if ours[key]["scores"] != theirs[key]["scores"]]
     if scores:
         means = [_mean_score(one.samples) for one in (first, second)]
         gap = "" if means[0] is None or means[1] is None else f", {means[1] - means[0]:+.3f}"
         what = f"score ({len(scores)} answers scored differently{gap})"
-        found.append(Difference(what, *("n/a" if mean is None else f"{mean:.3f}" for mean in means)))
+        found.append(Change(what, *("n/a" if mean is None else f"{mean:.3f}" for mean in means)))
     same = kept[0] == kept[1]
     if not same and not found:
-        found.append(Difference("samples.jsonl, beside answers and scores", "", ""))
+        found.append(Change("samples.jsonl, beside answers and scores", "", ""))
     return found, same
 
 
@@ -337,15 +337,15 @@ def _mean_score(samples: list[Record]) -> float | None:
     return sum(means) / len(means) if means else None
 
 
-def _conclusion(ours: Record, theirs: Record, causes: list[Difference], effects: list[Difference], same: bool) -> str:
+def _conclusion(ours: Record, theirs: Record, causes: list[Change], effects: list[Change], same: bool) -> str:
     if same and not causes:
-        return f"asked alike (fingerprint {ours['fingerprint'][:12]}), and the answers and scores are byte-identical"
+        return f"the fingerprints are equal ({ours['fingerprint'][:12]}), and the answers and scores are byte-identical"
     if same:
-        return f"first difference: {causes[0].what}; the answers and scores are byte-identical all the same"
+        return f"first difference: {causes[0].what}; the answers and scores are still byte-identical"
     if causes:
         return f"first difference: {causes[0].what}"
     reason = next((one["reproducible"] for one in (ours, theirs) if one["reproducible"] != IDENTICAL), "")
-    why = f"as can happen: {reason}" if reason else "where byte-identical was promised: please report this"
+    why = f"this is expected: {reason}" if reason else "but byte-identical was promised: please report this"
     return f"first difference: {effects[0].what}; all else is alike, {why}"
 
 
@@ -360,7 +360,7 @@ def _ids(ours: Record, theirs: Record, key: str) -> str:
     """`2 of 24: a, b`: the ids of the rows with different `key`. A row of only one side counts as different."""
     every = [*ours, *(one for one in theirs if one not in ours)]
     found = [one for one in every if ours.get(one, {}).get(key) != theirs.get(one, {}).get(key)]
-    return f"{len(found)} of {len(every)}: {_listed(found)}" if found else "in their order"
+    return f"{len(found)} of {len(every)}: {_listed(found)}" if found else "only the order differs"
 
 
 def _listed(ids: list[str]) -> str:

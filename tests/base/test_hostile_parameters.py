@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.commands import entry_point
+from support.commands import in_process
 from support.refusals import any_file, checked
 
 from slm.base import parameters
@@ -46,14 +46,24 @@ def test_a_hostile_value_is_taken_as_what_it_says_or_refused_by_name(parameter, 
             assert parameter.low <= taken <= parameter.high
 
 
-@pytest.mark.fault("parameters: unknown names")
 @any_file
 @given(words=st.lists(st.text(st.characters(exclude_characters="\0"), max_size=30), min_size=1, max_size=3))
 def test_any_command_line_is_understood_or_refused_in_one_line(words):
+    words = [word for word in words if word not in ("-h", "--help", "--")]
+    known = {parameter.name for parameter in parameters.PARAMETERS}
     try:
-        parameters.parse("evaluate", "", [word for word in words if word not in ("-h", "--help")])
+        parameters.parse("evaluate", "", words)
     except BadInput as refusal:
         checked(str(refusal))
+    else:
+        assert {word.removeprefix("--").partition("=")[0] for word in words} <= known
+
+
+@pytest.mark.parametrize("word", ["--promts=x", "--prompt=x", "--PROMPTS=x", "-prompts=x", "prompts=x", "x", "--x y"])
+@pytest.mark.fault("parameters: unknown names")
+def test_an_unknown_name_is_refused_by_name(word):
+    with pytest.raises(BadInput, match="there is no such parameter"):
+        parameters.parse("evaluate", "", [word])
 
 
 @pytest.mark.parametrize(
@@ -69,7 +79,7 @@ def test_any_command_line_is_understood_or_refused_in_one_line(words):
 )
 @pytest.mark.fault("parameters: on the command line, exit 2 and no run")
 def test_on_the_command_line_it_is_one_line_exit_2_and_no_run(tmp_path, option, line):
-    done = entry_point("evaluate", option, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
+    done = in_process("evaluate", option, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith(line) and done.err.count("\n") == 1
     assert not (tmp_path / "mlflow.db").exists()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from support.commands import REPOSITORY, entry_point, without_gpu
+from support.commands import REPOSITORY, entry_point, in_process, without_gpu
 
 from slm.base.errors import BadInput
 from slm.base.parameters import ENTRY_POINTS, PARAMETERS, parse, stop_strings
@@ -90,7 +90,7 @@ def test_stop_refuses_a_list_of_something_else():
     ],
 )
 def test_a_gpu_that_is_not_there_is_one_line_before_anything_is_exported(tmp_path, name, option, line):
-    done = entry_point(name, option, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
+    done = in_process(name, option, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith(f"error: {line}") and done.err.count("\n") == 1
     assert not [*tmp_path.iterdir()]
@@ -142,7 +142,8 @@ def test_help_and_a_typo_answer_without_importing_anything_heavy(name):
         (
             "pipeline",
             "--model=smollm2-135m",
-            "error: model: 'smollm2-135m' is no embedded name, folder, .gguf file or hub id (org/name); "
+            "error: model: 'smollm2-135m' was not found as an embedded name, a folder, a .gguf file or a hub id "
+            "(org/name); "
             "did you mean smollm2-135m-instruct?",
         ),
         ("onnx", "--model=./nowhere", "error: model: ./nowhere does not exist"),
@@ -156,7 +157,7 @@ def test_help_and_a_typo_answer_without_importing_anything_heavy(name):
 )
 @pytest.mark.fault("parameters: a typo, one line and no run")
 def test_bad_input_is_one_line_exit_2_and_no_run(tmp_path, name, option, line):
-    done = entry_point(name, option, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
+    done = in_process(name, option, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith(line) and done.err.count("\n") == 1
     assert not (tmp_path / "mlflow.db").exists()

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from support.commands import entry_point
+from support.commands import entry_point, in_process
 from support.planted_secrets import HF, PLANTED, assert_none_in
 
 from slm.base import credentials
@@ -158,7 +158,7 @@ def test_a_long_text_takes_little_processor_time(text):
 )
 def test_a_parameter_with_a_secret_is_refused_without_repeating_it(tmp_path, option):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    done = entry_point("evaluate", option, MLFLOW_TRACKING_URI=uri, **PLANTED)
+    done = in_process("evaluate", option, MLFLOW_TRACKING_URI=uri, **PLANTED)
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert_none_in(done.out + done.err)
     assert not (tmp_path / "mlflow.db").exists()
@@ -173,16 +173,9 @@ def test_a_password_in_the_tracking_uri_is_not_shown():
 
 @pytest.mark.fault("security: a hub id in a scheduled run")
 def test_a_scheduled_run_takes_no_hub_id_and_so_no_moving_revision():
-    done = entry_point("evaluate", "--slot=2026-01-01T00:00", "--model=microsoft/Phi-3-mini-4k-instruct")
+    done = in_process("evaluate", "--slot=2026-01-01T00:00", "--model=microsoft/Phi-3-mini-4k-instruct")
     assert done.code == 2
     assert done.err.startswith("error: slot: needs model_uris") and done.err.count("\n") == 1
-
-
-@pytest.mark.fault("security: serving listens on loopback unless told otherwise")
-def test_serving_listens_on_loopback_by_default():
-    from slm.base.parameters import PARAMETERS
-
-    assert {parameter.default for parameter in PARAMETERS if parameter.name == "host"} == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def samples(run) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def session():
+def session(all_cores_for_module):
     """A Spark session on two cores of this machine, the one that evaluations find."""
     from pyspark.sql import SparkSession
 
@@ -529,7 +529,7 @@ def test_a_cluster_of_which_a_worker_is_killed_gives_the_local_result(cluster, t
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", tmp_path.name)
     mlflow.set_tracking_uri(tracking_server)
     experiment = mlflow.create_experiment(tmp_path.name)
-    numbers, uri = write_numbers(tmp_path / "numbers.jsonl", 160), log_model(tmp_path, "model", delay=0.2)
+    numbers, uri = write_numbers(tmp_path / "numbers.jsonl", 160), log_model(tmp_path, "model", delay=0.1)
     killed = []
 
     def parent(pid: int) -> int:

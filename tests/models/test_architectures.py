@@ -108,7 +108,7 @@ def some_prompts() -> list[list[int]]:
 
 def test_both_wrappers_give_the_greedy_tokens_of_transformers(small_model):
     from slm.models import onnx_export
-    from slm.models.chat_model import OnnxRuntime, SlotRuntime, TransformersRuntime, onnx_runtime
+    from slm.models.chat_model import ContinuousRuntime, OnnxRuntime, TransformersRuntime, onnx_runtime
 
     model, saved = small_model
     prompts = some_prompts()
@@ -117,14 +117,14 @@ def test_both_wrappers_give_the_greedy_tokens_of_transformers(small_model):
     rooms = [24, 20, 12, 6]  # rows leave the batch one after another
     cut = [tokens[:room] for tokens, room in zip(expected, rooms, strict=True)]
     export = onnx_export.export(saved, "fp32", "cpu")
-    slots = onnx_runtime(export.folder, {})
-    assert isinstance(slots, SlotRuntime)
-    for runtime in (TransformersRuntime(saved.folder, {}), OnnxRuntime(export.folder, {}), slots):
+    places = onnx_runtime(export.folder, {})
+    assert isinstance(places, ContinuousRuntime)
+    for runtime in (TransformersRuntime(saved.folder, {}), OnnxRuntime(export.folder, {}), places):
         assert runtime.end_tokens == {2}
         assert runtime.context_length == 512
         assert [greedy(runtime, [prompt], [24])[0] for prompt in prompts] == expected
         assert greedy(runtime, prompts, rooms) == cut
-        assert greedy(runtime, prompts, rooms, slots=2) == cut
+        assert greedy(runtime, prompts, rooms, places=2) == cut
 
 
 @pytest.mark.parametrize("small_model", ["phi-3, sliding"], indirect=True)
@@ -167,7 +167,7 @@ def test_integers_stay_close_to_fp32_and_no_row_depends_on_another(small_model, 
     assert 0 < error < most
     runtime = onnx_runtime(folders[1], {})
     alone = [greedy(runtime, [prompt], [12])[0] for prompt in prompts]
-    assert greedy(runtime, prompts, [12] * 4) == greedy(runtime, prompts, [12] * 4, slots=2) == alone
+    assert greedy(runtime, prompts, [12] * 4) == greedy(runtime, prompts, [12] * 4, places=2) == alone
 
 
 @pytest.mark.parametrize("small_model", ["qwen2"], indirect=True)
@@ -199,7 +199,7 @@ def test_a_graph_with_logits_of_every_place_gives_the_same_tokens(small_model):
     runtime = onnx_runtime(onnx_export.export(saved, "fp32", "cpu", {}).folder, {})
     assert runtime._session.get_outputs()[0].shape[1] != 1
     expected = [generated(model, prompt, 12) for prompt in prompts]
-    assert greedy(runtime, prompts, [12] * len(prompts), slots=2) == expected
+    assert greedy(runtime, prompts, [12] * len(prompts), places=2) == expected
 
 
 @without_gpu
@@ -209,7 +209,7 @@ def test_an_export_for_cuda_names_its_provider_and_gives_the_numbers_of_fp32_on_
     import numpy as np
 
     from slm.models import onnx_export
-    from slm.models.chat_model import SlotRuntime, onnx_runtime
+    from slm.models.chat_model import ContinuousRuntime, onnx_runtime
 
     _, source = small_model
     whole, half = (onnx_export.export(source, *names).folder for names in (("fp32", "cpu"), ("fp16", "cuda")))
@@ -217,7 +217,7 @@ def test_an_export_for_cuda_names_its_provider_and_gives_the_numbers_of_fp32_on_
     assert [*decoder["session_options"]["provider_options"][0]] == ["cuda"]
     expected, found = (next_tokens(folder, some_prompts()) for folder in (whole, half))
     assert 0 < np.abs(expected - found).mean() / expected.std() < 0.01
-    assert isinstance(onnx_runtime(half, {"execution_provider": "cpu"}), SlotRuntime)
+    assert isinstance(onnx_runtime(half, {"execution_provider": "cpu"}), ContinuousRuntime)
     with pytest.raises(RuntimeError, match=r"(?i)cuda"):
         onnx_runtime(half, {})
 
@@ -245,7 +245,7 @@ def test_a_folder_with_caches_as_short_as_the_window_is_answered_row_by_row(
     options = onnx_export.OPTIONS | {"windowed_kv_cache": "true"}
     export = onnx_export.export(checkpoints.find(str(folder)).fetch(), "fp32", "cpu", options)
     runtime = onnx_runtime(export.folder, {})
-    assert isinstance(runtime, OnnxRuntime) == described  # SlotRuntime doesn't know such caches
+    assert isinstance(runtime, OnnxRuntime) == described  # ContinuousRuntime doesn't know such caches
     prompt = torch.randint(20, 49152, (40,), generator=torch.Generator().manual_seed(2)).tolist()
     assert runtime.alone_in_batch(prompt) == described
     reference = Phi3ForCausalLM.from_pretrained(folder, sliding_window=model.config.sliding_window)
@@ -294,10 +294,10 @@ def phi3(vocabulary, tmp_path_factory):
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    from slm.models import checkpoints
+    from slm.models import checkpoints, gguf
 
     folder = tmp_path_factory.mktemp("phi-3") / "phi-3-small"
-    checkpoints.save_gguf_tokenizer(vocabulary.file, folder)
+    gguf.save_tokenizer(vocabulary.file, folder)
     config = Phi3Config(**SHAPE, sliding_window=2047)  # the vocabulary, limits and special ids are Phi-3's by default
     torch.manual_seed(0)
     random_checkpoint(Phi3ForCausalLM(config).eval(), folder, [32000, 32001, 32007], 32000)
@@ -382,7 +382,9 @@ def test_a_phi3_prompt_passes_through_untouched_and_gets_no_second_bos(models, p
     wrapper = models["onnx prompt"].unwrap_python_model()
     seen = []
     steps = wrapper._runtime.steps
-    wrapper._runtime.steps = lambda rows, slots: seen.extend(row.prompt for row in rows) or steps(rows, slots)
+    wrapper._runtime.steps = lambda rows, places, take: (
+        seen.extend(row.prompt for row in rows) or steps(rows, places, take)
+    )
     try:
         [(_, [answer])] = wrapper.answers([{"prompt": prompt, "max_tokens": 3}])
     finally:
@@ -431,7 +433,7 @@ def test_each_of_phi3s_end_tokens_ends_an_answer_and_is_counted_but_not_shown(mo
     assert wrapper._runtime.context_length == 4096
     steps = wrapper._runtime.steps
     for end in sorted(wrapper._runtime.end_tokens):
-        wrapper._runtime.steps = lambda rows, slots, end=end: iter([{0: 1128}, {0: end}, {0: 1128}])
+        wrapper._runtime.steps = lambda rows, places, take, end=end: iter([{0: 1128}, {0: end}, {0: 1128}])
         try:
             [(_, [answer])] = wrapper.answers([{"messages": CONVERSATIONS[0]}])
         finally:

@@ -1,4 +1,4 @@
-"""Continuous batching over an ONNX graph: what slots hold of other rows and earlier calls changes no answer."""
+"""Continuous batching over an ONNX graph: what places hold of other rows and earlier calls changes no answer."""
 
 import itertools
 import sys
@@ -32,7 +32,7 @@ def fresh(wrapper, row: dict):
     return answer
 
 
-def test_more_rows_than_slots_are_answered_as_each_alone(wrapper):
+def test_more_rows_than_places_are_answered_as_each_alone(wrapper):
     prompts = read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "", CHECKS).prompts[::11]
     rows = [{"messages": list(row.messages), "max_tokens": 4 + at % 5 * 5} for at, row in enumerate(prompts)]
     found = {index: answer.text for index, [answer] in wrapper.answers(rows, batch_size=3)}
@@ -57,7 +57,7 @@ def test_a_prompt_longer_than_a_chunk_is_answered_as_in_one_piece(wrapper, monke
         assert fresh(wrapper, row).text == whole.text
 
 
-def test_what_is_in_a_slots_memory_before_its_first_token_is_never_read(wrapper):
+def test_what_is_in_a_places_memory_before_its_first_token_is_never_read(wrapper):
     rows = [{"messages": PLACES, "max_tokens": 12}, {"messages": PLACES[1:], "max_tokens": 12}]
     expected = [fresh(wrapper, row).text for row in rows]
     list(wrapper.answers(rows))
@@ -78,11 +78,11 @@ def test_two_batches_that_are_stepped_in_turns_do_not_disturb_each_other(wrapper
     assert [batch[0].text for batch in batches] == expected
 
 
-def test_a_row_that_was_dropped_leaves_its_slot_to_the_next(wrapper):
+def test_a_row_that_was_dropped_leaves_its_place_to_the_next(wrapper):
     rows = [{"messages": PLACES, "max_tokens": 30}, {"messages": PLACES[1:], "max_tokens": 6}]
     expected = fresh(wrapper, rows[1]).text
     dropped, kept = (wrapper.prepare(row)[0] for row in rows)
-    for step, _ in enumerate(wrapper._run([dropped, kept], 1, streamed=True)):
+    for step, _ in enumerate(wrapper._steps([dropped, kept], 1, wrapper._runtime, decoded=True)):
         if step == 2:
             dropped.end("cancelled")
     assert (len(dropped.output), kept.text) == (3, expected)
@@ -91,12 +91,12 @@ def test_a_row_that_was_dropped_leaves_its_slot_to_the_next(wrapper):
 def test_a_prompts_logits_do_not_depend_on_what_a_shorter_one_left(wrapper):
     runtime = wrapper._runtime
     prompt = np.array(wrapper.prepare({"messages": PLACES})[0].prompt)
-    alone = runtime._read(runtime._slots(2, 256), 0, prompt)
+    alone = runtime._read(runtime._places(2, 256), 0, prompt)
     for length in (1, 2, 3, len(prompt) - 1, len(prompt)):
-        for slot in (0, 1):
-            held = runtime._slots(2, 256)
+        for place in (0, 1):
+            held = runtime._places(2, 256)
             runtime._read(held, 0, prompt[:length])
-            assert np.array_equal(runtime._read(held, slot, prompt), alone), length
+            assert np.array_equal(runtime._read(held, place, prompt), alone), length
 
 
 def test_an_answer_of_one_token_takes_the_pass_over_its_prompt_alone(wrapper, monkeypatch):
@@ -114,9 +114,9 @@ def test_an_answer_of_one_token_takes_the_pass_over_its_prompt_alone(wrapper, mo
 def test_the_first_token_is_drawn_from_the_logits_of_its_prompt(wrapper):
     asked = [{"messages": PLACES, "max_tokens": 1, "temperature": 1.5, "seed": seed} for seed in range(8)]
     rows = [wrapper.prepare(row)[0] for row in asked]
-    logits = wrapper._runtime._read(wrapper._runtime._slots(1, 256), 0, np.array(rows[0].prompt))
+    logits = wrapper._runtime._read(wrapper._runtime._places(1, 256), 0, np.array(rows[0].prompt))
     expected = [[sample(logits, row.sampling, row.seed, 0)] for row in rows]
-    list(wrapper._run(rows, 3))
+    list(wrapper._steps(rows, 3, wrapper._runtime))
     assert [row.output for row in rows] == expected
     assert len({token for [token] in expected}) > 2  # not the likeliest each time
 
@@ -125,7 +125,7 @@ def test_a_row_that_is_dropped_before_its_turn_is_not_begun(wrapper, monkeypatch
     read, begun = type(wrapper._runtime)._pieces, []
     monkeypatch.setattr(type(wrapper._runtime), "_pieces", lambda self, *words: begun.append(1) or read(self, *words))
     rows = [wrapper.prepare({"messages": PLACES[at:], "max_tokens": 2})[0] for at in (0, 1, 0)]
-    for step, _ in enumerate(wrapper._run(rows, 3, streamed=True)):
+    for step, _ in enumerate(wrapper._steps(rows, 3, wrapper._runtime, decoded=True)):
         if step == 0:  # the first row's first token
             rows[1].end("cancelled")
     assert ([len(row.output) for row in rows], len(begun)) == ([2, 0, 2], 2)
@@ -136,7 +136,9 @@ def test_a_row_that_is_dropped_before_its_turn_is_not_begun(wrapper, monkeypatch
 
 
 @pytest.fixture
-def on_two_cores(wrapper, monkeypatch):
+def on_two_cores(wrapper, all_cores, monkeypatch):
+    # other tests have made links to the same files since they were opened
+    monkeypatch.setattr(wrapper._runtime, "_opened", wrapper._runtime._stamp())
     monkeypatch.setattr(wrapper._runtime, "_threads", 2)
     monkeypatch.setattr(wrapper._runtime, "_lanes", [])
     yield wrapper

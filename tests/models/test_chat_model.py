@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from support.commands import REPOSITORY
+from support.effort import some
 from support.questions import GENERATION, PARIS, some_questions, text
 
+from slm.models import chat_model
 from slm.prompts.prompt_sets import read_prompt_set
 from slm.scorers.confined import CHECKS
 
@@ -131,7 +133,7 @@ def test_a_stream_says_the_same_as_the_whole_answer(models, name):
 @pytest.mark.parametrize("name", ["pipeline", "onnx fp32", "onnx int8", "onnx int4"])
 def test_batched_greedy_text_equals_one_by_one(models, name):
     wrapper = models[name].unwrap_python_model()
-    questions = some_questions(16)
+    questions = some_questions(10)
     batched = {index: answer for index, [answer] in wrapper.answers(questions, batch_size=8)}
     for index, question in enumerate(questions):
         [(_, [alone])] = wrapper.answers([question], batch_size=1)
@@ -159,9 +161,10 @@ def test_the_pipeline_gives_the_text_that_transformers_generate_gives(models, ch
 @pytest.mark.slow
 def test_in_fp32_both_wrappers_give_the_same_greedy_text(models):
     prompt_set = read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "", CHECKS)
-    rows = [{"messages": list(prompt.messages), "max_tokens": 24} for prompt in prompt_set.prompts]
+    prompts = some(prompt_set.prompts, 50)
+    rows = [{"messages": list(prompt.messages), "max_tokens": 24} for prompt in prompts]
     ours, theirs = models["pipeline"].predict(rows), models["onnx fp32"].predict(rows)
-    differ = [prompt.id for prompt, a, b in zip(prompt_set.prompts, ours, theirs, strict=True) if text(a) != text(b)]
+    differ = [prompt.id for prompt, a, b in zip(prompts, ours, theirs, strict=True) if text(a) != text(b)]
     assert differ == []
 
 
@@ -335,6 +338,11 @@ def test_nucleus_sampling_draws_what_the_probabilities_say():
     assert chisquare(drawn[:3], kept * 4000).pvalue > 0.001
 
 
+def test_a_stop_that_is_no_text_is_refused():
+    with pytest.raises(chat_model.Refused, match="stop must hold non-empty strings, got \\[5\\]"):
+        chat_model.sampling_of({"stop": 5}, {})
+
+
 @pytest.mark.parametrize(("text", "stop", "size"), [("ab<", "<end>", 1), ("ab", "<end>", 0), ("<en", "<end>", 3)])
 def test_what_may_become_a_stop_string_is_held_back(text, stop, size):
     from slm.models.chat_model import _overlap
@@ -366,4 +374,5 @@ def test_what_a_model_runs_on_may_be_changed_where_it_is_loaded(logged, name, wr
 def test_memory_stays_flat_over_calls(models, name):
     from benchmarks.memory import growth_bytes
 
-    assert growth_bytes(models[name], calls=300) < 8e6  # a leaked cache of one call would come to hundreds of MB
+    # a leak grows every time; the keys and values of one call take about 2 MB
+    assert min(growth_bytes(models[name], calls=25, first=5) for _ in range(3)) < 8e6

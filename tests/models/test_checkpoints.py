@@ -47,24 +47,36 @@ def test_the_package_that_carries_the_weights_is_never_imported():
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ({}, "holds neither config.json nor genai_config.json; is it a model's folder?"),
-        ({"config__json": "{"}, "can't be read as JSON"),
+        pytest.param(
+            {},
+            "holds neither config.json nor genai_config.json; is it a model's folder?",
+            marks=pytest.mark.fault("models: an empty folder"),
+        ),
+        pytest.param({"config__json": "{"}, "can't be read as JSON", marks=pytest.mark.fault("models: bad JSON")),
         ({"config__json": "{}"}, "holds no .safetensors weights"),
-        ({"config__json": "{}", "pytorch_model__bin": "x"}, "its pickled .bin weights are refused"),
-        ({"config__json": '{"auto_map": {"AutoModel": "m.M"}}', "m__py": ""}, "asks to run code from"),
-        ({"config__json": "{}", "model__safetensors": ""}, "has no tokenizer.json"),
+        pytest.param(
+            {"config__json": "{}", "pytorch_model__bin": "x"},
+            "its pickled .bin weights are refused",
+            marks=pytest.mark.fault("models: .bin only"),
+        ),
+        pytest.param(
+            {"config__json": '{"auto_map": {"AutoModel": "m.M"}}', "m__py": ""},
+            "asks to run code from",
+            marks=pytest.mark.fault("models: auto_map"),
+        ),
+        pytest.param(
+            {"config__json": "{}", "model__safetensors": ""},
+            "has no tokenizer.json",
+            marks=pytest.mark.fault("models: no tokenizer"),
+        ),
         ({"genai_config__json": "not json"}, "can't be read as JSON"),
         ({"genai_config__json": "{}"}, "genai_config.json names no decoder; export the model again"),
-        ({"genai_config__json": GENAI_CONFIG}, "has no model.onnx, which its genai_config.json names"),
+        pytest.param(
+            {"genai_config__json": GENAI_CONFIG},
+            "has no model.onnx, which its genai_config.json names",
+            marks=pytest.mark.fault("models: no ONNX graph"),
+        ),
     ],
-)
-@pytest.mark.fault(
-    "models: an empty folder",
-    "models: bad JSON",
-    "models: .bin only",
-    "models: auto_map",
-    "models: no tokenizer",
-    "models: no ONNX graph",
 )
 def test_a_folder_that_is_no_safe_model_is_refused(tmp_path, contents, message):
     with pytest.raises(BadInput) as raised:
@@ -265,7 +277,7 @@ def fetch_from(hub, tmp_path, *arguments) -> str:
 
 
 @pytest.mark.parametrize("revision", ["", "main", "v1", COMMIT])
-@pytest.mark.fault("models: the hub's own snapshot links", "security: pickled weights and code are never fetched")
+@pytest.mark.fault("security: pickled weights and code are never fetched")
 def test_a_hub_model_is_resolved_to_its_commit_and_only_safe_files_are_fetched(hub, tmp_path, revision):
     files = ["config.json", "model.safetensors", "tokenizer.json"]
     assert fetch_from(hub, tmp_path, "org/model", revision, "") == f"model hf:org/model {COMMIT} {files}"

@@ -1,5 +1,6 @@
 """Faults in models: damaged files, ways out of a folder, code and pickles. One line each, before a model is loaded."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -123,14 +124,18 @@ def hub_snapshot(at: Path, blob: bytes, name: str) -> Path:
     return snapshot
 
 
-@pytest.mark.fault("models: the hub's own snapshot links", "models: a flipped bit in the hub's cache")
-def test_the_hubs_own_links_work_and_their_names_tell_a_flipped_bit(tmp_path):
-    import hashlib
-
+@pytest.mark.fault("models: the hub's own snapshot links")
+def test_the_hubs_own_links_work(tmp_path):
     weights = tiny_models.safetensors()
     sha256 = hashlib.sha256(weights).hexdigest()
     whole = hub_snapshot(tmp_path / "whole", weights, sha256)
     assert checkpoints.find(str(whole)).fetch().manifest["model.safetensors"].sha256 == sha256
+
+
+@pytest.mark.fault("models: a flipped bit in the hub's cache")
+def test_the_name_of_a_file_in_the_hubs_cache_tells_a_flipped_bit(tmp_path):
+    weights = tiny_models.safetensors()
+    sha256 = hashlib.sha256(weights).hexdigest()
     flipped = weights[:-1] + bytes([weights[-1] ^ 1])
     assert "model.safetensors is damaged (SHA-256" in refusal(hub_snapshot(tmp_path / "flipped", flipped, sha256))
 
@@ -144,22 +149,28 @@ def test_a_subfolder_stays_in_its_folder(tmp_path, model, subfolder):
         checkpoints.find(model, subfolder=subfolder)
 
 
-@pytest.mark.fault("models: GGUF of an unknown architecture", "models: no chat template")
-def test_what_cannot_be_wrapped_costs_one_line(tmp_path, checkpoint):
+def cannot_be_wrapped(model: Path, folder: Path) -> str:
+    done = entry_point("pipeline", f"--model={model}", MLFLOW_TRACKING_URI=f"sqlite:///{folder}/mlflow.db")
+    assert done.code == 2 and done.err.count("\n") == 1, done.err
+    return done.err
+
+
+@pytest.mark.fault("models: GGUF of an unknown architecture")
+def test_a_gguf_file_of_an_unknown_architecture_costs_one_line(tmp_path):
+    strange = tiny_models.gguf(tmp_path / "strange.gguf", "mystery")
+    line = cannot_be_wrapped(strange, tmp_path)
+    assert line.startswith(f"error: model: {strange} can't be converted: ") and "mystery" in line
+
+
+@pytest.mark.fault("models: no chat template")
+def test_a_checkpoint_without_a_chat_template_costs_one_line(tmp_path, checkpoint):
     bare = tmp_path / "bare"
     shutil.copytree(checkpoint.folder, bare, ignore=shutil.ignore_patterns("*.jinja"))
     config = json.loads((bare / "tokenizer_config.json").read_text(encoding="utf-8"))
     config.pop("chat_template", None)
     (bare / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    strange = tiny_models.gguf(tmp_path / "strange.gguf", "mystery")
-    for model, line in (
-        (bare, "error: model: bare has no chat template; log it with -e onnx and schema=prompt"),
-        (strange, f"error: model: {strange} can't be converted: "),
-    ):
-        done = entry_point("pipeline", f"--model={model}", MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
-        assert done.code == 2, done.err
-        assert done.err.startswith(line) and done.err.count("\n") == 1
-    assert "mystery" in done.err
+    line = "error: model: bare has no chat template; log it with -e onnx and schema=prompt"
+    assert cannot_be_wrapped(bare, tmp_path).startswith(line)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,24 +238,36 @@ def test_a_pickled_pyfunc_is_refused_before_any_model_is_loaded_unless_pickle_is
     assert done.code == 0, done.err
 
 
-@pytest.mark.fault("models: wrong flavor", "models: wrong signature")
-def test_a_model_that_cannot_be_asked_is_refused_before_any_model_is_loaded(store, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        pytest.param(
+            "signature",
+            "takes the columns age (double); a `messages` column, or one text column, is needed",
+            marks=pytest.mark.fault("models: wrong signature"),
+        ),
+        pytest.param(
+            "flavor",
+            "has no python_function flavor, by which MLflow asks models for answers",
+            marks=pytest.mark.fault("models: wrong flavor"),
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_asked_is_refused_before_any_model_is_loaded(store, tmp_path, kind, reason):
+    import mlflow
     from support.python_models import signature
 
-    (tmp_path / "code.py").write_text(STRANGER, encoding="utf-8")
-    good = store[1]("good", python_model=str(tmp_path / "code.py"), signature=store[2])
-    wrong = store[1]("wrong", python_model=str(tmp_path / "code.py"), signature=signature(("double", "age", True)))
-    import mlflow
-
-    flavored = mlflow.models.Model.log(artifact_path=None, name="flavored", flavor=_NoPyfunc).model_uri
-    for uri, reason in (
-        (wrong, "takes the columns age (double); a `messages` column, or one text column, is needed"),
-        (flavored, "has no python_function flavor, by which MLflow asks models for answers"),
-    ):
-        done = evaluate(store, good, uri)
-        assert done.code == 2, done.err
-        assert done.err == f"error: {uri} {reason}\n"
-        assert "Loading" not in done.out
+    code = tmp_path / "code.py"
+    code.write_text(STRANGER, encoding="utf-8")
+    good = store[1]("good", python_model=str(code), signature=store[2])
+    if kind == "flavor":
+        uri = mlflow.models.Model.log(artifact_path=None, name="flavored", flavor=_NoPyfunc).model_uri
+    else:
+        uri = store[1]("wrong", python_model=str(code), signature=signature(("double", "age", True)))
+    done = evaluate(store, good, uri)
+    assert done.code == 2, done.err
+    assert done.err == f"error: {uri} {reason}\n"
+    assert "Loading" not in done.out
 
 
 class _NoPyfunc:
@@ -262,29 +285,36 @@ class _NoPyfunc:
 GENERATION = {"max_tokens": 4, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": []}
 
 
-@pytest.mark.fault(
-    "models: a flipped bit in logged ONNX data",
-    "models: a flipped bit in logged safetensors",
-    "models: a logged file that is gone",
+@pytest.mark.parametrize(
+    ("name", "flip"),
+    [
+        pytest.param(
+            "artifacts/onnx/model.onnx.data", True, marks=pytest.mark.fault("models: a flipped bit in logged ONNX data")
+        ),
+        pytest.param(
+            "model/model.safetensors", True, marks=pytest.mark.fault("models: a flipped bit in logged safetensors")
+        ),
+        pytest.param(
+            "artifacts/onnx/tokenizer.json", False, marks=pytest.mark.fault("models: a logged file that is gone")
+        ),
+    ],
 )
-def test_a_logged_model_whose_files_were_changed_is_not_scored(store, checkpoint, int4_export):
+def test_a_logged_model_whose_files_were_changed_is_not_scored(store, checkpoint, int4_export, name, flip):
     from urllib.parse import urlsplit
 
     import mlflow
 
-    cases = [
-        (model_logging.log_onnx(int4_export, "chat", GENERATION, "int4"), "artifacts/onnx/model.onnx.data", True),
-        (model_logging.log_pipeline(checkpoint, GENERATION), "model/model.safetensors", True),
-        (model_logging.log_onnx(int4_export, "chat", GENERATION, "int4"), "artifacts/onnx/tokenizer.json", False),
-    ]
-    for logged, name, flip in cases:
-        folder = mlflow.get_logged_model(logged.model_id).artifact_location
-        path = Path(urlsplit(folder).path) / name
-        content = bytearray(path.read_bytes())
-        path.unlink()
-        if flip:  # in a file of its own: the cache's may be linked to this one
-            content[len(content) // 2] ^= 1
-            path.write_bytes(content)
-        done = evaluate(store, logged.model_uri)
-        assert done.code == 2, done.err
-        assert done.err == f"error: {logged.model_uri}: {name} is missing or was changed since the model was logged\n"
+    if name.startswith("artifacts"):
+        logged = model_logging.log_onnx(int4_export, "chat", GENERATION, "int4")
+    else:
+        logged = model_logging.log_pipeline(checkpoint, GENERATION)
+    folder = mlflow.get_logged_model(logged.model_id).artifact_location
+    path = Path(urlsplit(folder).path) / name
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    if flip:  # in a file of its own: the cache's may be linked to this one
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    done = evaluate(store, logged.model_uri)
+    assert done.code == 2, done.err
+    assert done.err == f"error: {logged.model_uri}: {name} is missing or was changed since the model was logged\n"

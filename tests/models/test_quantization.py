@@ -13,7 +13,7 @@ from support.commands import REPOSITORY
 from support.token_ids import greedy, next_tokens
 
 from slm.models import chat_model, quantization
-from slm.models.chat_model import OnnxRuntime, SlotRuntime
+from slm.models.chat_model import ContinuousRuntime, OnnxRuntime
 from slm.prompts.prompt_sets import read_prompt_set
 from slm.scorers.confined import CHECKS
 
@@ -264,7 +264,7 @@ def test_a_session_asks_for_exact_sums_on_x86_without_vnni_unless_the_folder_say
     name = "session.x64quantprecision"
     assert facts["decoder"]["session_options"].pop(name) == "0"
     facts["decoder"]["session_options"] |= {name: said} if said else {}
-    SlotRuntime(int8_export.folder, {}, facts)
+    ContinuousRuntime(int8_export.folder, {}, facts)
     assert entries == ({name: asked} if asked else {})
 
 

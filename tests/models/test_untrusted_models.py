@@ -154,7 +154,7 @@ def test_a_chat_template_that_is_a_folder_is_one_line(tmp_path):
 
     folder = folder_of(tmp_path / "model")
     (folder / "chat_template.jinja").mkdir()
-    with pytest.raises(BadInput, match="holds no chat template and tokens"):
+    with pytest.raises(BadInput, match="the chat template or tokenizer_config\\.json can't be read"):
         checkpoints.find(str(folder)).fetch().require_chat()
 
 
@@ -172,7 +172,7 @@ def test_a_chat_template_of_no_known_form_is_one_line(tmp_path, template):
     from slm.models import checkpoints
 
     folder = folder_of(tmp_path / "model", tokenizer_config__json=f'{{"chat_template": {template}}}')
-    with pytest.raises(BadInput, match="holds no chat template and tokens") as caught:
+    with pytest.raises(BadInput, match="the chat template or tokenizer_config\\.json can't be read") as caught:
         checkpoints.find(str(folder)).fetch().require_chat()
     assert "\n" not in str(caught.value)
 
@@ -320,7 +320,7 @@ def test_a_model_named_by_its_run_has_the_files_that_the_server_recorded(logged)
     uri, folder = logged
     model = mlflow.get_logged_model(uri.rpartition("/")[2])
     named = f"runs:/{model.source_run_id}/{model.name}"
-    assert load(named).manifest_sha256 == registry.recorded_manifests(uri)[0]
+    assert load(named).facts.manifest_sha256 == registry.recorded_manifests(uri)[0]
     description = yaml.safe_load((folder / "MLmodel").read_text())
     description.pop("model_id")
     rewrite(folder / "MLmodel", yaml.safe_dump(description))
@@ -337,7 +337,7 @@ def test_a_registered_version_keeps_the_manifest_of_its_own_files(store, int4_ex
         scoring.scored_uri(logged, export, "swapped", precision)
     first, second = (registry.recorded_manifests(f"models:/swapped/{version}") for version in (1, 2))
     assert len(first) == len(second) == 1 and first != second
-    assert load("models:/swapped/1").manifest_sha256 == first[0]
+    assert load("models:/swapped/1").facts.manifest_sha256 == first[0]
     folders = [stored(registry.version_source(f"models:/swapped/{version}").rpartition("/")[2]) for version in (1, 2)]
     shutil.rmtree(folders[0])
     shutil.copytree(folders[1], folders[0])
@@ -411,6 +411,7 @@ def test_no_answer_is_kept_of_a_model_that_was_changed_while_it_answered(logged,
     assert kept_answers._read(kept) == []
 
 
+@pytest.mark.usefixtures("all_cores")
 @pytest.mark.fault("models: weights that are exchanged before a second session opens them")
 def test_no_second_session_is_opened_over_other_weights(logged):
     _, folder = logged

@@ -54,7 +54,7 @@ def test_the_run_command_is_mlflow_run_with_the_local_environment():
 
 
 def test_the_test_command_runs_every_test():
-    assert parts(first_block("Test it"))[-1] == ["python", "-m", "pytest"]
+    assert parts(first_block("Test it"))[-1] == ["python", "-m", "pytest", "-n", "2"]
 
 
 def test_every_command_names_entry_points_and_parameters_that_exist():
@@ -149,6 +149,18 @@ def test_no_sentence_is_long(name):
     for line in prose:
         for sentence in re.split(r"(?<=[.:;?])\s+", re.sub(r"\(([^)]*)\)|`[^`]*`", "x", line)):
             assert len(sentence.split()) <= SENTENCE, sentence
+
+
+def test_the_sizes_of_the_rooms_are_those_of_today():
+    """Within a tenth: a small change needs no new table."""
+
+    def totals(text: str) -> dict[str, int]:
+        return {
+            room: int(lines.replace(",", "")) for room, lines in re.findall(r"\| `(\w+)` \| \d+ \| ([\d,]+) \|", text)
+        }
+
+    made = call(sys.executable, "-c", "from docs import sizes; print(sizes.table())")
+    assert totals(PAGES["architecture.md"]) == pytest.approx(totals(made.out), rel=0.1) and totals(made.out)
 
 
 def test_the_pages_build_as_a_site_without_a_warning(tmp_path):

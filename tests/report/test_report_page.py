@@ -488,7 +488,7 @@ def told_of(name: str, label: str = "new") -> Report:
     for model in made.models:
         samples = tuple(replace(sample, id=ids.get(sample.id, sample.id)) for sample in model.samples)
         models.append(replace(model, samples=samples))
-    form = SimpleNamespace(slots=forms.NAMES)
+    form = SimpleNamespace(fields=forms.NAMES)
     models = [replace(model, model=replace(model.model, form=form)) for model in models]
     models[0] = replace(models[0], model=replace(models[0].model, label=label))
     return replace(made, models=tuple(models), title=name)

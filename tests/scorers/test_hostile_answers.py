@@ -13,13 +13,15 @@ from support.commands import call
 from slm.base import wording
 from slm.scorers import confined
 
-TIME = "took more than 5 s of processor time"
+TIME = "took more than 1 s of processor time"
 MEMORY = "took more than 1024 MiB of memory"
 BOUNDS = """
 import json, resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
+from slm.scorers import confined
+confined.SECONDS = int(sys.argv[2])
 """
 SCORE = f"""{BOUNDS}
 from concurrent.futures import ThreadPoolExecutor
@@ -39,9 +41,10 @@ except BadInput as refusal: print(refusal)
 """
 
 
-def run(program: str, file, content) -> str:
+def run(program: str, file, content, reason: str) -> str:
+    """A program's one line. What takes time gets one second in the place of five: it would end in neither."""
     file.write_text(json.dumps(content))
-    done = call(sys.executable, "-c", program, file)
+    done = call(sys.executable, "-c", program, file, confined.SECONDS if reason == MEMORY else 1)
     assert done.code == 0, done.err[-500:]
     assert done.out.count("\n") == 1 and len(done.out) < 700
     return done.out.strip()
@@ -73,7 +76,7 @@ SCORED = {
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.fault(name)) for name in SCORED])
 def test_a_score_without_end_leaves_the_answer_unscored_and_the_next_one_is_scored(name, tmp_path):
     given, reason = SCORED[name]
-    value, told = json.loads(run(SCORE, tmp_path / "call.json", given))
+    value, told = json.loads(run(SCORE, tmp_path / "call.json", given, reason))
     assert value is None
     assert told in ([f"{given[0]} {reason}"] if reason else [f"{given[0]} {TIME}", f"{given[0]} {MEMORY}"])
 
@@ -94,7 +97,7 @@ def test_a_check_without_end_refuses_the_prompt_set_in_one_line(name, tmp_path):
     [(scorer, options)], reason = CHECKED[name][0].items(), CHECKED[name][1]
     [option] = options
     row = {"id": "a", "prompt": "2+2?", "expected": "4", "scorers": [{scorer: options}]}
-    line = run(READ, tmp_path / "set.jsonl", row)
+    line = run(READ, tmp_path / "set.jsonl", row, reason)
     assert line.startswith(
         f"set.jsonl line 1: option {option} is {wording.quoted(options[option])}: its check {reason}; "
     )

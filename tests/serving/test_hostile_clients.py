@@ -13,7 +13,7 @@ import urllib.request
 
 import openai
 import pytest
-from support.commands import entry_point
+from support.commands import in_process
 from support.openai_servers import LONG, ask, content, here, metric, serving, wait_for
 from support.questions import PARIS
 
@@ -418,7 +418,7 @@ OPEN = "is open to others, who would need no key; set PHI3_MLFLOW_API_KEY, or wr
 )
 def test_an_open_address_without_a_key_is_one_line(tmp_path, options, key, line):
     environment = {"PHI3_MLFLOW_API_KEY": key, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
-    done = entry_point("serve", "--model_uri=models:/gone/1", "--port=5999", *options, **environment)
+    done = in_process("serve", "--model_uri=models:/gone/1", "--port=5999", *options, **environment)
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert done.err.startswith(line)
 

@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import openai
 import pytest
@@ -246,6 +247,23 @@ def test_a_batch_that_fails_is_a_500_and_the_next_one_is_answered(wrapper, monke
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.fault("security: serving listens on loopback unless told otherwise")
+def test_the_server_listens_on_loopback_alone(address):
+    """/proc/net/tcp has addresses in hexadecimal, the lowest byte first, and 0A for a socket that listens."""
+    port = f"{int(address.rpartition(':')[2]):04X}"
+    sockets = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path("/proc/net", name).read_text().splitlines()[1:]
+        if Path("/proc/net", name).exists()
+    ]
+    listening = {
+        place.partition(":")[0] for _, place, _, state, *_ in sockets if place.endswith(f":{port}") and state == "0A"
+    }
+    assert listening == {"0100007F"}
+
+
 def test_a_model_that_cannot_be_served_and_a_port_in_use_are_one_line(store):
     import socket
 

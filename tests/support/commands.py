@@ -1,15 +1,19 @@
 """Commands, servers and ports: what the tests start on this machine."""
 
+import importlib
+import io
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -44,6 +48,32 @@ def call(*command, cwd=REPOSITORY, timeout=600, **environment) -> Finished:
 
 def entry_point(name: str, *options: str, **environment) -> Finished:
     return call(sys.executable, "-m", f"entrypoints.{name}", *options, **environment)
+
+
+@contextmanager
+def store(environment: dict[str, str]):
+    """MLflow's tracking URI as the environment has it, and afterwards as it was."""
+    utils = importlib.import_module("mlflow.tracking._tracking_service.utils") if "mlflow" in sys.modules else None
+    before = utils and utils._tracking_uri
+    if utils:
+        utils._tracking_uri = environment.get("MLFLOW_TRACKING_URI")
+    yield
+    if utils or "mlflow" in sys.modules:
+        importlib.import_module("mlflow.tracking._tracking_service.utils")._tracking_uri = before
+
+
+def in_process(name: str, *options: str, **environment: str) -> Finished:
+    """An entry point in this process, for what it refuses. A process of its own takes seconds to start."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with mock.patch.dict(os.environ, environment), store(environment), redirect_stdout(out), redirect_stderr(err):
+            code = importlib.import_module(f"entrypoints.{name}").main([*options])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return Finished(code, out.getvalue(), err.getvalue())
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """A proxy in front of a real tracking server that does to requests what networks, servers and operators do.
 
 A fault is (method, part of the path, which of the requests that match) and an action: a status to answer with, "cut"
-(the connection is closed unanswered), "late" (a fifth of a second passes first), or a function, which is called before
-the request is passed on, or has what it returns done to it.
+(the connection is closed unanswered), a float (so many seconds pass first), or a function, which is called before the
+request is passed on, or has what it returns done to it.
 """
 
 import http.client
@@ -22,7 +22,7 @@ class Fault:
     method: str
     path: str
     which: range
-    action: int | str | Callable[[], int | str | None]
+    action: int | float | str | Callable[[], int | str | None]
     seen: int = 0
 
 
@@ -62,8 +62,8 @@ class Proxy(BaseHTTPRequestHandler):
         action = self.server.faults.of(self.command, self.path)
         if callable(action):
             action = action()
-        if action == "late":
-            time.sleep(0.2)
+        if isinstance(action, float):
+            time.sleep(action)
         elif action == "cut":
             self.close_connection = True
             return

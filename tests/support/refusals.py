@@ -5,13 +5,14 @@ import json
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from support.effort import EXAMPLES
 
 from slm.base.errors import BadInput
 
 ROW = {"id": "a", "prompt": "2+2?"}
 LINE = 700  # characters that a mistake's one line may have
 
-any_file = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+any_file = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def complaint(read, *given) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 
-def greedy(runtime, prompts: list[list[int]], max_tokens: list[int], slots: int = 0) -> list[list[int]]:
-    """The token ids that a wrapper's runtime gives for one batch, or by refilling `slots`, where it can."""
+def greedy(runtime, prompts: list[list[int]], max_tokens: list[int], places: int = 0) -> list[list[int]]:
+    """The token ids that a wrapper's runtime gives for one batch, or by refilling `places`, where it can."""
     from slm.models.chat_model import Row, Sampling
 
     sampling = Sampling(max_tokens=1, temperature=0.0, top_p=1.0, seed=0, stop=(), n=1)
@@ -15,7 +15,7 @@ def greedy(runtime, prompts: list[list[int]], max_tokens: list[int], slots: int 
         Row((index, 0), prompt, sampling, room, 0)
         for index, (prompt, room) in enumerate(zip(prompts, max_tokens, strict=True))
     ]
-    for tokens in runtime.steps(batch, slots):
+    for tokens in runtime.steps(batch, places):
         for place, token in tokens.items():
             row = batch[place]
             if not row.finish_reason:

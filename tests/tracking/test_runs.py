@@ -16,6 +16,7 @@ from support.commands import REPOSITORY, call, free_port, serving
 from support.databases import database
 
 from slm.base.parameters import Parameters
+from slm.base.stopping import Stopped
 from slm.scorers.confined import CHECKS
 from slm.tracking import lifecycle, run_records, runs
 
@@ -348,12 +349,12 @@ def made(client, seconds_ago: float, tags: dict[str, str]) -> str:
     """A RUNNING run, made and last seen so long ago; its id."""
     moment = time.time() - seconds_ago
     seen = datetime.datetime.fromtimestamp(moment, datetime.UTC).isoformat()
-    tags = {runs.SEEN: seen} | tags if runs.PROCESS in tags else tags
+    tags = {runs.tags.SEEN: seen} | tags if runs.tags.PROCESS in tags else tags
     return client.create_run("0", start_time=int(moment * 1000), tags=tags).info.run_id
 
 
 def elsewhere(pid: int) -> dict[str, str]:
-    return {runs.PROCESS: json.dumps({"host": "elsewhere", "boot": "b", "pid": pid, "start": 1})}
+    return {runs.tags.PROCESS: json.dumps({"host": "elsewhere", "boot": "b", "pid": pid, "start": 1})}
 
 
 PROJECT = {"mlflow.source.name": "https://example.org/phi3-mlflow", "mlflow.project.entryPoint": "main"}
@@ -365,11 +366,11 @@ def test_what_is_ended_is_ours_and_silent_and_nothing_else(tracking):
     lately = made(client, 600, elsewhere(2))
     child_of_lately = made(client, 7200, elsewhere(2))  # its parent gives the signs of life
     foreign = made(client, 10**6, {})
-    named_alike = made(client, 10**6, {runs.PROCESS: "etching"})
+    named_alike = made(client, 10**6, {runs.tags.PROCESS: "etching"})
     never_came = made(client, 25 * 3600, PROJECT)
     installing = made(client, 23 * 3600, PROJECT)
     another_project = made(client, 10**6, PROJECT | {"mlflow.source.name": "https://example.org/other"})
-    own = client.get_run(made(client, 0, PROJECT | runs.tags()))
+    own = client.get_run(made(client, 0, PROJECT | runs.process_tags()))
     assert set(runs.end_abandoned(client, own)) == {silent, never_came}
     assert runs.end_abandoned(client, own) == []
     states = {run.info.run_id: run for run in client.search_runs(["0"])}
@@ -400,7 +401,7 @@ def test_a_run_that_ends_while_it_is_looked_at_keeps_how_it_ended(tracking):
         def search_runs(self, *args, **options):
             return before
 
-    assert runs.end_abandoned(Late(), client.get_run(made(client, 0, runs.tags()))) == []
+    assert runs.end_abandoned(Late(), client.get_run(made(client, 0, runs.process_tags()))) == []
     run = client.get_run(run_id)
     assert (run.info.status, "error" in run.data.tags) == ("FINISHED", False)
 
@@ -409,7 +410,7 @@ def test_a_run_gives_signs_of_life_while_it_goes_on_and_a_store_that_fails_once_
     monkeypatch.setattr(runs, "BEAT", 0.01)
     client = tracking.MlflowClient()
     run_id = made(client, 7200, elsewhere(1))
-    first = client.get_run(run_id).data.tags[runs.SEEN]
+    first = client.get_run(run_id).data.tags[runs.tags.SEEN]
     calls = []
 
     class Unsteady(tracking.MlflowClient):
@@ -421,15 +422,15 @@ def test_a_run_gives_signs_of_life_while_it_goes_on_and_a_store_that_fails_once_
 
     with runs.signs_of_life(Unsteady(), run_id):
         for _ in range(600):
-            if client.get_run(run_id).data.tags[runs.SEEN] > first:
+            if client.get_run(run_id).data.tags[runs.tags.SEEN] > first:
                 break
             time.sleep(0.1)
-    assert client.get_run(run_id).data.tags[runs.SEEN] > first
+    assert client.get_run(run_id).data.tags[runs.tags.SEEN] > first
 
 
 def test_one_search_is_what_a_start_pays_where_nothing_was_left(tracking):
     client = tracking.MlflowClient()
-    own = client.get_run(made(client, 0, runs.tags()))
+    own = client.get_run(made(client, 0, runs.process_tags()))
     asked = []
 
     class Counting(tracking.MlflowClient):
@@ -455,3 +456,11 @@ def test_the_trend_has_finished_runs_only(tracking):
     with tracking.start_run(experiment_id=experiment):
         found = earlier_runs.history("abc", "m", ["score"])
     assert [point.mean for point in found["score"]] == [0.5]
+
+
+def test_a_server_that_is_stopped_tells_of_no_answers(capsys):
+    def story():
+        raise Stopped(signal.SIGTERM, "")
+
+    assert lifecycle.exit_code(story, kept="") == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM\n"

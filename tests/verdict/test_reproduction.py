@@ -11,10 +11,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from support.commands import REPOSITORY, call, entry_point
+from support.commands import REPOSITORY, call, in_process
 
 from entrypoints import compare, evaluate
-from slm.base import environment
+from slm.base import console, environment
 from slm.models import model_logging
 from slm.verdict import reproduction
 from slm.verdict.scored_model import ScoredModel
@@ -65,7 +65,7 @@ def test_a_run_from_a_git_url_is_done_again_by_its_recorded_command_to_the_byte(
     ids = (first.info.run_id, second.info.run_id)
     done = call(sys.executable, "-m", "entrypoints.compare", *ids, MLFLOW_TRACKING_URI=tracking_server)
     assert done.code == 0, done.err
-    told = f"24 answers: asked alike (fingerprint {children['pipeline'].data.tags['fingerprint'][:12]}), "
+    told = f"24 answers: the fingerprints are equal ({children['pipeline'].data.tags['fingerprint'][:12]}), "
     assert f"pipeline, {told}and the answers and scores are byte-identical" in done.out
     assert len(done.out.splitlines()) == 2  # no table: nothing differs
 
@@ -162,11 +162,11 @@ def compared(capsys, *run_ids) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("changed", "named", "code"),
     [
-        ({}, "asked alike", 0),
+        ({}, "the fingerprints are equal", 0),
         ({"max_tokens": 3}, "parameters.max_tokens", 3),
         ({"max_tokens": 9, "stop": "["}, "parameters.max_tokens", 3),
-        ({"batch_size": 1}, "parameters.batch_size; the answers and scores are byte-identical all the same", 0),
-        ({"seed": 5}, "parameters.seed; the answers and scores are byte-identical all the same", 0),
+        ({"batch_size": 1}, "parameters.batch_size; the answers and scores are still byte-identical", 0),
+        ({"seed": 5}, "parameters.seed; the answers and scores are still byte-identical", 0),
         ({"repeats": 2}, "parameters.repeats", 3),
         ({"model_uris": "fp32"}, "model.precision", None),
         ({"model_uris": "template"}, "template.chat_template.sha256", 3),
@@ -191,12 +191,12 @@ def test_compare_names_what_was_changed_first(run, first, store, tmp_path, capsy
 @pytest.mark.slow
 def test_sampled_answers_are_the_same_bytes_when_they_are_done_again(run, capsys):
     code, out = compared(capsys, *(run(temperature=1.5, seed=3, repeats=2) for _ in range(2)))
-    assert code == 0 and "6 answers: asked alike" in out, out
+    assert code == 0 and "6 answers: the fingerprints are equal" in out, out
 
 
 @pytest.mark.slow
 def test_compare_shows_both_texts_of_an_answer_that_differs_and_the_scores(run, store, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console.out, "width", 200)
     prompts = write_prompts(tmp_path / "changed.jsonl", Italy={"prompt": "What is the capital of Spain?"})
     code, out = compared(capsys, run(), run(prompts=prompts))
     assert code == 3
@@ -229,7 +229,7 @@ def test_compare_names_changed_constraints_and_code_first(run, store, tmp_path, 
         (copy / file).write_text((copy / file).read_text("utf-8") + "# changed\n", encoding="utf-8")
     code, out = compared(capsys, *ids)
     assert code == 0
-    assert f"first difference: {named}; the answers and scores are byte-identical all the same" in out
+    assert f"first difference: {named}; the answers and scores are still byte-identical" in out
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_compare_names_changed_constraints_and_code_first(run, store, tmp_path, 
     ],
 )
 def test_compare_tells_a_mistake_in_one_line(tmp_path, run_ids, line):
-    done = entry_point("compare", *run_ids, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
+    done = in_process("compare", *run_ids, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
     assert done.code == 2
     assert done.err.startswith(line) and done.err.count("\n") == 1
 
@@ -268,10 +268,10 @@ def promised(model, judged=False) -> str:
     ("model", "reason"),
     [
         (model(device="cuda:0"), "it ran on cuda:0"),
-        (model(dtype="bf16"), "bf16 rounds with the company a prompt is answered in"),
-        (model(dtype="fp16"), "fp16 rounds with the company a prompt is answered in"),
+        (model(dtype="bf16"), "bf16 rounding depends on the other prompts in the batch"),
+        (model(dtype="fp16"), "fp16 rounding depends on the other prompts in the batch"),
         (model(sha256=""), "an endpoint answered"),
-        (SimpleNamespace(**vars(model()) | {"facts": {}}), "the model runs code of its own"),
+        (SimpleNamespace(**vars(model()) | {"record": {}}), "the model runs code of its own"),
         (
             SimpleNamespace(**vars(model()) | {"record": model().record | {"template": {"tells_date": True}}}),
             "its chat template tells the date",

@@ -17,7 +17,7 @@ from slm.engines.engine import Request
 from slm.engines.spark import job, prompt_frame, scoring, sums, worker
 from slm.models import checkpoints
 from slm.prompts import readers
-from slm.tracking import downloads, run_records
+from slm.tracking import downloads, run_records, tags
 from slm.verdict import reproduction
 from slm.verdict.statistics import Difference
 
@@ -56,7 +56,7 @@ def score(request: Request, prompt_set: prompt_frame.SparkPromptSet) -> sums.Spa
     with console.step(f"Loading {label} on a worker"):
         model = scoring.described(prompt_set, task)
     fingerprint = reproduction.fingerprint(asked, model.identity)
-    run_records.tag_active_run({"engine": "spark", "fingerprint": fingerprint})  # now, for a run that takes over
+    run_records.tag_active_run({tags.ENGINE: "spark", tags.FINGERPRINT: fingerprint})  # now, for a run that takes over
     with console.step(f"Scoring {label} on {prompt_set.rows:,} prompts in {prompt_set.buckets} parts"):
         scored = scoring.score(task, model, prompt_set, request.run_id, fingerprint, request.reuse)
     rows = int(scored.metrics["rows"])

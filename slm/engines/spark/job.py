@@ -1,4 +1,4 @@
-"""What a Spark worker is told of a model, as plain data."""
+"""The job of a Spark worker, as plain data."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from slm.tracking import mlflow_client, registry
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to answer a bucket, beside its rows."""
+    """Everything that a worker needs for a bucket, except the bucket's rows."""
 
     label: str
     uri: str
-    model_key: str  # changes when `uri` comes to mean another model
+    model_key: str  # changes if `uri` gets another model
     tracking_uri: str
     registry_uri: str
     generation: dict
@@ -35,7 +35,7 @@ def job(
     row_timeout: float = 0.0,
     trust_code: bool = False,
 ) -> Job:
-    """What workers are told of the model that `uri` (resolved) names; `parameters` are of generation, and repeats."""
+    """The job for the model of a resolved URI. `parameters` has the generation parameters and `repeats`."""
     mlflow = mlflow_client.quiet_mlflow()
     spark = prompt_set.frame.sparkSession
     return Job(

@@ -1,4 +1,4 @@
-"""A prompt set that Spark reads and its workers validate, by the code of slm/prompts."""
+"""A prompt set that Spark reads. Spark's workers validate the rows with the code of slm/prompts."""
 
 import functools
 import hashlib
@@ -34,13 +34,13 @@ VALIDATED = (
 
 @dataclass(frozen=True)
 class SparkPromptSet(PromptSet):
-    """`prompts` are those whose answers the driver holds: all, or a sample; `frame` holds all, validated."""
+    """`frame` has all validated prompts. `prompts` has the prompts whose answers the driver holds: all, or a sample."""
 
     frame: Any
     rows: int
     buckets: int
     last_shown: tuple[int, str] | None  # of the sample: hash and id of its last prompt in that order
-    scorers: tuple  # what `_asked` makes the scorers from, on a worker
+    scorers: tuple  # input of `_asked` on a worker
 
     @property
     def is_whole(self) -> bool:
@@ -52,13 +52,14 @@ class SparkPromptSet(PromptSet):
 
 
 def read_prompts(location: str, given: str, master: str, scorers: str = "", repeats: int = 1) -> SparkPromptSet:
-    """The prompt set at `location` (which the user named `given`), read and validated by the workers.
+    """Reads and validates the prompt set at `location` on the workers. The user wrote `given`.
 
-    JSONL (packed or not) and Parquet are read in parts; a CSV file by one worker, as a quoted cell may span lines.
+    Several workers read JSONL (compressed or not) and Parquet. One worker reads a CSV file, since a quoted cell may
+    have several lines.
 
     Raises:
-        BadInput: it isn't there, or a row of it is wrong: the first one is named by file and line.
-        Unavailable: Spark is.
+        BadInput: the set does not exist, or a row is wrong. The message names the file and line of the first such row.
+        Unavailable: Spark does not work.
     """
 
     name = _name(location)
@@ -72,7 +73,7 @@ def read_prompts(location: str, given: str, master: str, scorers: str = "", repe
     with _spark_errors():
         raw, before = _raw(spark, location, given, kind)
         checked = raw.mapInArrow(lambda batches: _validated(batches, kind, before, spec, title), VALIDATED)
-        checked.unpersist()  # what the session may still hold of this path is of another day
+        checked.unpersist()  # the session may hold older content of this path
         checked.persist()
         parts = -(-_refuse(checked, asked, name, title) // PART_BYTES)
         digest, rows, kept = hashlib.sha256(b"["), 0, []
@@ -99,7 +100,7 @@ def read_prompts(location: str, given: str, master: str, scorers: str = "", repe
 
 
 def release(prompt_set: SparkPromptSet) -> None:
-    """Gives the workers' memory back."""
+    """Frees the workers' memory."""
     prompt_set.frame.unpersist()
 
 
@@ -108,7 +109,7 @@ def _name(location: str) -> str:
 
 
 def _raw(spark, location: str, given: str, kind: str):
-    """The rows as Spark reads them, each with its file and its place; and how many lines are before a file's block."""
+    """The raw rows with file and place, and the number of lines before each block of a file."""
     from pyspark.errors import AnalysisException
     from pyspark.sql import functions as F
 
@@ -150,7 +151,7 @@ def _refuse(checked, asked: scorer_calls.Asked, name: str, title: str) -> int:
         one, other = first.places[:2]
         remedy = "ids are unique: change one" if other.own_id else "remove one, or give each an `id`"
         place = one.where if one.file != other.file else one.where.removeprefix(f"{_name(one.file)} ")
-        raise BadInput(f"{other.where}: `id` {quoted(first.id)} is that of {place} too; {remedy}")
+        raise BadInput(f"{other.where}: `id` {quoted(first.id)} is already used in {place}; {remedy}")
     if asked.added:
         unscorable = checked.select(F.explode("unscorable").alias("pair")).groupBy("pair.scorer")
         for found in unscorable.agg(F.count("*").alias("rows"), F.first("pair.reason").alias("reason")).collect():
@@ -160,7 +161,7 @@ def _refuse(checked, asked: scorer_calls.Asked, name: str, title: str) -> int:
 
 
 def _validated(batches: Iterable, kind: str, before: dict, spec: tuple, title: str) -> Iterator:
-    """On a worker: each row as a checked, canonical prompt with the added scorers in it, or what is wrong with it."""
+    """On a worker: turns each row into a checked, canonical prompt with the added scorers, or into its error."""
     import pyarrow
 
     asked, text = _asked(spec), pyarrow.string()
@@ -174,7 +175,7 @@ def _validated(batches: Iterable, kind: str, before: dict, spec: tuple, title: s
 
 
 def _places(batches: Iterable, kind: str, before: dict) -> Iterator[tuple[str, int, str, object, str | None]]:
-    """(file, row number, where, row, what is wrong) of everything in Spark's batches."""
+    """Yields (file, row number, place for messages, row, error or None) for each record of Spark's batches."""
     records = (record for batch in batches for record in batch.to_pylist())
     if kind == "csv":
         for record in records:
@@ -229,7 +230,7 @@ def _decoded(data: bytes, name: str, line: int) -> str:
 
 
 def _parquet_row(value: object) -> object:
-    """A record without its nulls; `messages` and `scorers` may be JSON texts, since their columns have one type."""
+    """A record without nulls. `messages` and `scorers` may be JSON texts, since a Parquet column has one type."""
     if isinstance(value, list):
         return [_parquet_row(item) for item in value]
     if not isinstance(value, dict):
@@ -269,7 +270,7 @@ def _checked(file: str, number: int, where: str, row: object, error: str | None,
 
 
 def _prompt(canonical: dict) -> Prompt:
-    """The prompt that a canonical row was made of; it was checked before, and may have scorers that can't score it."""
+    """The prompt of a canonical row. The row was checked before. Some of its scorers may be unable to score it."""
     return Prompt(
         id=canonical["id"],
         messages=tuple(canonical["messages"]) if "messages" in canonical else None,
@@ -286,7 +287,7 @@ def _prompt(canonical: dict) -> Prompt:
 
 
 def _scorer_spec(parameter: str) -> tuple:
-    """The `scorers` parameter with the text of the files that it names, so that workers need not have them."""
+    """The `scorers` parameter with the content of its files, so that the workers need no copies."""
     from slm.models import checkpoints
 
     spec = []

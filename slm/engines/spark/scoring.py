@@ -1,16 +1,17 @@
-"""Evaluates on Apache Spark: prompt sets and models that outgrow one machine.
+"""Evaluates on Apache Spark, for prompt sets and models that are too large for one machine.
 
-Spark reads the prompt set, and its workers validate each row, fetch the logged model from the tracking server (once per
-host), load it (once per Python worker), answer and score, by the code that engine=local runs. The unit of work is a
-bucket: the prompts whose id hashes to one number, MOST_BUCKETS at most. A finished bucket is a Parquet file in the
-run's artifacts, and a marker beside it; a run that was stopped, or in which nothing changed, takes its answers from
-there. Scheduling, retries and lost machines are Spark's.
+Spark reads the prompt set. Its workers validate each row, and fetch the logged model from the tracking server once per
+host. Each Python worker loads the model once, then answers and scores with the code of engine=local.
 
-Up to SHOWN answers are all brought to the driver, whose figures are then those of engine=local to the last digit.
-Beyond, it gets sums, and a sample of the answers to show.
+The unit of work is a bucket: the prompts whose ids hash to one number. There are at most MOST_BUCKETS buckets. A
+finished bucket is a Parquet file in the run's artifacts, with a marker file beside it. A later run takes answers from
+these files if the run was stopped, or if nothing changed. Spark handles scheduling, retries and lost machines.
 
-Not covered: YAML prompt sets, endpoints, judges, Spark Connect. A bucket that is not finished when its worker dies is
-answered anew. What users' scorers import beside their file has to be on the workers.
+The driver gets all answers if there are at most SHOWN. Its figures then equal those of engine=local to the last digit.
+With more answers, the driver gets sums, and a sample of the answers to show.
+
+Not covered: YAML prompt sets, endpoints, judges, Spark Connect. If a worker dies, its unfinished bucket is answered
+again. The workers must have the packages that a user's scorer file imports.
 """
 
 import json
@@ -24,7 +25,7 @@ from slm.engines.spark.prompt_frame import SparkPromptSet
 from slm.engines.spark.spark_session import _spark_errors
 from slm.engines.spark.sums import SparkScoredModel, _estimates
 from slm.engines.spark.worker import ANSWERED, FOLDER, MARKER, _answered, _described
-from slm.tracking import mlflow_client, run_records
+from slm.tracking import mlflow_client, run_records, tags
 from slm.verdict import estimation, scored_model
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -32,10 +33,10 @@ from slm.verdict import estimation, scored_model
 
 
 def described(prompt_set: SparkPromptSet, job: Job) -> ModelFacts:
-    """The model as a worker loads it, without its memory.
+    """The facts of the model, which a worker loads for that.
 
     Raises:
-        BadInput: it can't be loaded.
+        BadInput: the model can't be loaded.
     """
     with _spark_errors():
         task = prompt_set.frame.sparkSession.sparkContext.parallelize([0], 1)
@@ -53,13 +54,13 @@ def score(
     fingerprint: str,
     reuse: kept_answers.Reuse,
 ) -> SparkScoredModel:
-    """Answers and scores every prompt on the workers, into the artifacts of the run `run_id`.
+    """Answers and scores every prompt on the workers. The results go into the artifacts of the run `run_id`.
 
-    `reuse` says which buckets of earlier runs with this fingerprint are taken: of all; of those since one last came to
-    its end; or of none. Answers that failed are made anew.
+    `reuse` says which buckets of earlier runs with this fingerprint are taken: of all runs, of the runs after the last
+    finished one, or of none. Failed answers are made again.
 
     Raises:
-        Unavailable: Spark has given up on a bucket.
+        Unavailable: Spark gave up on a bucket.
     """
     from pyspark.sql import functions as F
 
@@ -97,10 +98,10 @@ def score(
 
 
 def _earlier(fingerprint: str, reuse: kept_answers.Reuse) -> tuple[tuple[int, str], ...]:
-    """Buckets that earlier runs of this experiment finished, each with the newest run that did."""
+    """The finished buckets of earlier runs in this experiment, each with its newest run."""
     found: dict[int, str] = {}
     client = mlflow_client.quiet_mlflow().MlflowClient()
-    for run in run_records.runs_with({"fingerprint": fingerprint, "engine": "spark"}) if reuse != "none" else ():
+    for run in run_records.runs_with({tags.FINGERPRINT: fingerprint, tags.ENGINE: "spark"}) if reuse != "none" else ():
         if reuse == "interrupted" and run.info.status == "FINISHED":
             break
         for file in client.list_artifacts(run.info.run_id, FOLDER):

@@ -1,4 +1,4 @@
-"""The Spark session: found or started, and given this package."""
+"""Finds or starts the Spark session, and sends this package to its workers."""
 
 import hashlib
 import os
@@ -26,7 +26,7 @@ LOCAL_STORES = ("sqlite:", "file:", "/", ".")  # tracking URIs that mean somethi
 
 
 def session(master: str):
-    """The Spark session that is there, else one on `master` (empty: all cores of this machine).
+    """The active Spark session, or a new one on `master` (empty: all cores of this machine).
 
     Raises:
         BadInput: pyspark or Java is missing, `master` can't be one, or it isn't that of the session that is there.
@@ -79,7 +79,7 @@ def session(master: str):
 
 
 def _send_package(context) -> None:
-    """This package for the workers, unpacked where Spark puts files and Python looks for modules."""
+    """Sends this package to the workers, into the folder where Spark puts files and Python finds modules."""
     folder = Path(__file__).parents[2]
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.suffix in (".py", ".html")}
     parts = (name.encode() + files[name].read_bytes() for name in sorted(files))
@@ -98,7 +98,7 @@ def _send_package(context) -> None:
 
 @contextmanager
 def _spark_errors() -> Iterator[None]:
-    """What Spark has given up on, in one line."""
+    """Turns Spark's errors into one line."""
     from py4j.protocol import Py4JError, Py4JNetworkError
     from pyspark import SparkContext
     from pyspark.errors import PySparkException
@@ -117,7 +117,7 @@ def _spark_errors() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The line of a trace that names the error: the workers', where it came from there."""
+    """The line of a traceback that names the error. If the error came from a worker, the line is the worker's."""
     named = re.findall(
         r"^\s*((?:Caused by: )?[\w.]+(?:Error|Exception|BadInput|Unavailable)\b[^\n]*)", str(error), re.M
     )

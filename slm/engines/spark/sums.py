@@ -1,4 +1,4 @@
-"""Estimates and differences from sums, where the answers are too many for the driver."""
+"""Estimates and differences from sums, for more answers than the driver can hold."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ PERCENTILE_ACCURACY = 10_000  # beyond SHOWN: a percentile's rank is off by 1/10
 
 @dataclass(frozen=True)
 class SparkScoredModel(scored_model.ScoredModel):
-    """`samples` are those that are shown; all are in the run's artifacts, a file per bucket."""
+    """`samples` has the shown answers. All answers are in the run's artifacts, one file per bucket."""
 
     run_id: str = ""
     buckets: tuple[int, ...] = ()
@@ -22,13 +22,13 @@ class SparkScoredModel(scored_model.ScoredModel):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Summing up what is too much for the driver
+# Sums of what is too large for the driver
 
 
 def _estimates(
     prompt_set: SparkPromptSet, job: Job, buckets: tuple[int, ...]
 ) -> tuple[dict[str, statistics.Estimate], dict[str, float]]:
-    """Each scorer's estimate over all prompts, and percentiles of the latency."""
+    """Each scorer's estimate over all prompts, and the percentiles of the latency in seconds."""
     from pyspark.sql import functions as F
 
     with _spark_errors():
@@ -43,7 +43,7 @@ def _estimates(
 
 
 def differences(candidate: SparkScoredModel, baseline: SparkScoredModel) -> dict[str, statistics.Difference]:
-    """Per scorer, candidate minus baseline on the prompts that both answered, as `scoring.differences` has it."""
+    """For each scorer, candidate minus baseline over the prompts with scores of both, as `estimation.differences`."""
     from pyspark.sql import functions as F
 
     prompt_set = candidate.prompt_set
@@ -70,7 +70,7 @@ def differences(candidate: SparkScoredModel, baseline: SparkScoredModel) -> dict
 
 
 def _spread(prompt_set: SparkPromptSet, buckets: tuple[int, ...], rows_of):
-    """The rows that `rows_of` makes of bucket numbers, made on the workers."""
+    """A data frame of the rows that `rows_of` makes from bucket numbers. The workers make the rows."""
 
     def made(batches):
         import pyarrow
@@ -85,7 +85,7 @@ def _spread(prompt_set: SparkPromptSet, buckets: tuple[int, ...], rows_of):
 
 
 def _gaps(job: Job, runs: tuple[str, str], buckets: Iterable[int]) -> Iterator[list[dict]]:
-    """On a worker: the difference of every prompt that both runs scored, by every scorer that both have."""
+    """On a worker: yields the difference of each prompt and scorer that both runs have."""
     import numpy
 
     for bucket in buckets:
@@ -103,7 +103,7 @@ def _gaps(job: Job, runs: tuple[str, str], buckets: Iterable[int]) -> Iterator[l
 
 
 def _summed(values) -> dict[str, statistics.Sums]:
-    """The sums of each name's values; pass@k is left out where a bucket has more than yes or no."""
+    """The sums of each name's values. If a bucket has scores other than 0 and 1, pass@k is left out."""
     from pyspark.sql import functions as F
 
     clusters = values.groupBy("name", "cluster").agg(

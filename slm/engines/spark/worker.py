@@ -1,4 +1,4 @@
-"""What runs on a Spark worker: a bucket of prompts answered, scored and written."""
+"""The code of a Spark worker: it answers, scores and writes one bucket of prompts."""
 
 import functools
 import hashlib
@@ -26,7 +26,7 @@ from slm.verdict import estimation, scored_model
 
 FOLDER = "evaluation/samples.parquet"
 MARKER = re.compile(r"_bucket-(\d{5})\.json")
-ANSWERED = "kind string, content string"  # a bucket's marker; of what is shown, a sample, what a prompt was sent as
+ANSWERED = "kind string, content string"  # a bucket's marker; a shown sample; the text that a shown prompt became
 VALUES = "name string, cluster string, value double, binary boolean, unit boolean, graded boolean"
 
 
@@ -38,7 +38,7 @@ def _described(job: Job) -> tuple[asking.ModelFacts | None, str]:
 
 
 def _answered(batches: Iterable, job: Job) -> Iterator:
-    """On a worker: one bucket answered, scored and stored; its marker, and those of its samples that are shown."""
+    """On a worker: answers, scores and stores one bucket. Yields the bucket's marker and its shown samples."""
     import pyarrow
 
     rows = [row for batch in batches for row in batch.to_pylist()]
@@ -50,7 +50,7 @@ def _answered(batches: Iterable, job: Job) -> Iterator:
     loading.reset_peak_memory()
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="phi3-mlflow-"))
-        # answers go to a folder of the bucket's own: the host's cache is shared, and would be read for every bucket
+        # a folder of this bucket alone: the host's cache is shared, and each bucket would read all of it
         stack.enter_context(environment.variables({"PHI3_MLFLOW_CACHE": scratch}))
         asked = asking.questions(model, bucket_set.prompts, job.generation, job.repeats)
         if bucket in earlier:
@@ -78,7 +78,7 @@ def _answered(batches: Iterable, job: Job) -> Iterator:
         client.log_artifact(job.run_id, str(file), FOLDER)
         path = Path(scratch) / f"_bucket-{bucket:05d}.json"
         path.write_text(json.dumps(marker), encoding="utf-8")
-        client.log_artifact(job.run_id, str(path), FOLDER)  # after the file, and so says that it is whole
+        client.log_artifact(job.run_id, str(path), FOLDER)  # after the file: the marker means that the file is complete
     last = tuple(job.last_shown or ())
     shown = [
         prompt
@@ -99,7 +99,7 @@ def _answered(batches: Iterable, job: Job) -> Iterator:
 def _take_over(
     job: Job, run_id: str, bucket: int, asked: list[asking.Question], facts: asking.ModelFacts, scratch: Path
 ) -> None:
-    """Puts an earlier run's answers where `scoring.score` finds them; a file that isn't whole is left alone."""
+    """Puts the answers of an earlier run into the cache of this bucket. An incomplete file is not used."""
     import pyarrow.parquet
 
     mlflow = mlflow_client.quiet_mlflow()
@@ -128,7 +128,7 @@ def _take_over(
 
 
 def _model(job: Job) -> tuple[asking.LoadedModel, bool]:
-    """The job's model, loaded once in this process; and whether this process fetched it."""
+    """The job's model, which this process loads once, and whether this process fetched the files."""
     settings = {name: job.generation.get(name) for name in ("dtype", "device")}
     settings |= {"threads": job.threads, "row_timeout": job.row_timeout}
     _client(job)
@@ -144,7 +144,7 @@ def _loaded(
 
 
 def _fetched(uri: str, model_key: str) -> tuple[Path, bool]:
-    """The model's folder in this host's cache, brought there once, whichever process asks first."""
+    """The model's folder in this host's cache, and whether this call fetched it. One process of the host fetches."""
     mlflow = mlflow_client.quiet_mlflow()
     name = hashlib.sha256(f"{mlflow.get_tracking_uri()} {uri} {model_key}".encode()).hexdigest()[:16]
     target = cache.private("spark") / f"model-{name}"
@@ -176,7 +176,7 @@ def _file_name(bucket: int) -> str:
 
 
 def _write(samples: Sequence[scored_model.Sample], clusters: dict[str, str | None], file: Path) -> None:
-    """A bucket's samples as Parquet: the fields of samples.jsonl, and each prompt's cluster."""
+    """Writes a bucket's samples as Parquet, with the fields of samples.jsonl and each prompt's cluster."""
     import pyarrow
     import pyarrow.parquet
 
@@ -219,7 +219,7 @@ def _read(job: Job, run_id: str, bucket: int) -> tuple[tuple[scored_model.Sample
 
 
 def _values(job: Job, buckets: Iterable[int]) -> Iterator[list[dict]]:
-    """On a worker: every prompt's score by every scorer, and the seconds of every answer under the name ""."""
+    """On a worker: yields each prompt's score by each scorer. The seconds of each answer have the name ""."""
     for bucket in buckets:
         samples, clusters = _read(job, job.run_id, bucket)
         graded = estimation.graded(samples)

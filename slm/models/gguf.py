@@ -1,0 +1,77 @@
+"""Converts a .gguf file into a checkpoint folder.
+
+    python -m slm.models.gguf FILE FOLDER
+
+slm/models/checkpoints.py runs this module as a process, and keeps the folder in the cache.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+END_OF_TURN = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>")  # the same list as in llama.cpp
+
+
+def convert(file: Path, target: Path) -> None:
+    """Writes a GGUF file as a plain fp32 safetensors checkpoint, with tokenizer and chat template.
+
+    transformers refuses to save a model that it read from GGUF. So the weights move into a model without the
+    quantization's configuration. transformers does not read two values from GGUF: the window of Phi-3's attention and
+    the token that ends a turn. They are added as in llama.cpp.
+
+    Raises:
+        ValueError: the file has a long rotation, which transformers would leave out without an error.
+    """
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM
+
+    content = GGUFReader(file)
+    if any(tensor.name.startswith("rope_factors_long") for tensor in content.tensors):
+        raise ValueError("long rotation (rope_factors_long) can't be read from GGUF; give the safetensors checkpoint")
+    tokenizer = save_tokenizer(file, target)
+    quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    settings = quantized.config.to_dict()
+    settings.pop("quantization_config", None)
+    settings.pop("_name_or_path", None)
+    window = content.get_field("phi3.attention.sliding_window")
+    if window:
+        settings["sliding_window"] = window.contents()
+    with torch.device("meta"):
+        plain = type(quantized)(type(quantized.config)(**settings))
+    plain.load_state_dict(quantized.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = quantized.generation_config
+    template, vocabulary = tokenizer.chat_template or "", tokenizer.get_vocab()
+    ends = {vocabulary[text] for text in END_OF_TURN if text in template and text in vocabulary}
+    known = {tokenizer.eos_token_id} - {None}
+    if ends - known:
+        plain.generation_config.eos_token_id = sorted(ends | known)
+    plain.save_pretrained(target)
+
+
+def save_tokenizer(file: Path, target: Path):
+    """Writes a GGUF file's tokenizer and chat template as files of a checkpoint. Returns the tokenizer.
+
+    Phi-3's special tokens absorb the white space after them. GGUF has no entry for this, so this function sets it. It
+    applies to the tokens for which llama.cpp (src/llama-vocab.cpp) sets it and Phi-3's own tokenizer.json has it.
+    """
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.save_pretrained(target)
+    fields = GGUFReader(file).fields
+    kinds = [fields[name].contents() for name in ("general.architecture", "tokenizer.ggml.model")]
+    if kinds == ["phi3", "llama"]:
+        path = target / "tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for token in content["added_tokens"]:
+            token["rstrip"] = token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+        path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(target)
+    return tokenizer
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,43 @@
+"""The names of the tags that this project writes to runs and registered versions.
+
+docs/reading-results.md says what users read there. The tag of the manifest is in slm/models/manifest.py, because a
+model is logged with it. MLflow's own tags begin with `mlflow.`.
+"""
+
+# what was evaluated, and the verdict
+GATE = "gate"
+PROMPTS = "prompts"
+PROMPTS_SHA256 = "prompts.sha256"
+MODEL_NAME = "model.name"
+MODEL_URI = "model.uri"  # resolved: a version, and no alias
+MODEL_SHA256 = "model.sha256"
+JUDGE = "judge"
+ENGINE = "engine"
+FINGERPRINT = "fingerprint"
+OUTPUTS_SHA256 = "outputs.sha256"
+
+# of a registered version
+EVALUATION_RUN = "evaluation.run"
+GIT_COMMIT = "git_commit"
+SOURCE = "source"
+REVISION = "revision"
+PRECISION = "precision"
+
+# of a run that ends, or may end, too early
+ERROR = "error"
+PROCESS = "process"
+SEEN = "process.seen"
+
+# of a start with a slot
+SLOT = "slot"
+SUBJECT = "slot.subject"
+ASKED = "slot.asked"
+INPUTS = "slot.inputs"
+VERDICT = "slot.verdict"  # the last tag of a start that is done
+EARLIER = "unchanged.run"
+SKIPPED = "skipped"
+
+
+def of_score(scorer: str, overall: str) -> str:
+    """The tag for a scorer's mean: `score` for the overall score, and `score.<scorer>` for others."""
+    return scorer if scorer == overall else f"score.{scorer}"
