@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 from support.commands import REPOSITORY, free_port, serving
+from support.databases import sqlite_store
 from support.questions import GENERATION
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub
@@ -144,7 +145,7 @@ def tracking(tmp_path, monkeypatch):
     """An sqlite tracking store of the test's own; gives mlflow."""
     import mlflow
 
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(sqlite_store(tmp_path))
     monkeypatch.chdir(tmp_path)  # the artifacts go to the working folder
     yield mlflow
     mlflow.set_tracking_uri(None)
@@ -154,7 +155,7 @@ def tracking(tmp_path, monkeypatch):
 def tracking_server(tmp_path_factory):
     """A `mlflow server` over HTTP, which stores artifacts itself; gives its URI."""
     folder = tmp_path_factory.mktemp("server")
-    store = f"--backend-store-uri=sqlite:///{folder}/mlflow.db", f"--artifacts-destination={folder}/store"
+    store = f"--backend-store-uri={sqlite_store(folder)}", f"--artifacts-destination={folder}/store"
     with serving(folder, *store) as uri:
         yield uri
 
@@ -214,7 +215,7 @@ def wrappers(checkpoint, fp32_export, int8_export, int4_export, tmp_path_factory
     from slm.models import model_logging
 
     folder = tmp_path_factory.mktemp("wrappers")
-    uri = f"sqlite:///{folder}/mlflow.db"
+    uri = sqlite_store(folder)
     mlflow.set_tracking_uri(uri)
     experiment = mlflow.create_experiment("wrappers", artifact_location=str(folder / "artifacts"))
     with mlflow.start_run(experiment_id=experiment):

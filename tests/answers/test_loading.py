@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from support import echo_models
 from support.commands import REPOSITORY, entry_point, free_port, running, without_gpu
+from support.databases import sqlite_store
 from support.python_models import signature
 
 from slm.answers import asking, endpoints, loading
@@ -65,7 +66,7 @@ def store(tmp_path_factory):
     import mlflow
 
     folder = tmp_path_factory.mktemp("loading")
-    uri = f"sqlite:///{folder}/mlflow.db"
+    uri = sqlite_store(folder)
     mlflow.set_tracking_uri(uri)
     experiment = mlflow.create_experiment("loading", artifact_location=str(folder / "artifacts"))
     with mlflow.start_run(experiment_id=experiment):

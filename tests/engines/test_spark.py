@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.commands import REPOSITORY, call, entry_point, free_port
+from support.databases import sqlite_store
 
 from entrypoints import evaluate
 from slm.base.errors import BadInput
@@ -99,7 +100,7 @@ def run(session, tmp_path, monkeypatch, capsys):
     """Runs `evaluate` in this process on a store of the test's own; its exit code, output and runs by label."""
     import mlflow
 
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = sqlite_store(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     mlflow.set_tracking_uri(uri)
     mlflow.create_experiment("spark", artifact_location=str(tmp_path / "artifacts"))

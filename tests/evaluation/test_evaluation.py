@@ -6,6 +6,7 @@ import signal
 
 import pytest
 from support.commands import REPOSITORY
+from support.databases import sqlite_store
 from support.python_models import COPIER
 
 from entrypoints import evaluate
@@ -21,7 +22,7 @@ def store(tmp_path_factory):
     from support.python_models import signature
 
     folder = tmp_path_factory.mktemp("evaluation")
-    uri = f"sqlite:///{folder}/mlflow.db"
+    uri = sqlite_store(folder)
     mlflow.set_tracking_uri(uri)
     experiment = mlflow.create_experiment("copiers", artifact_location=str(folder / "artifacts"))
     for version, (skill, also) in enumerate([(9, "pass"), (9, "'again'"), (6, "pass"), (9, MOVE)], 1):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import REPOSITORY, call, entry_point
+from support.databases import sqlite_store
 from support.planted_secrets import GIT, PLANTED, assert_none_in
 
 pytestmark = pytest.mark.slow
@@ -46,7 +47,7 @@ def store(tmp_path_factory):
     from support.python_models import signature
 
     folder = tmp_path_factory.mktemp("hangs")
-    uri = f"sqlite:///{folder}/mlflow.db"
+    uri = sqlite_store(folder)
     mlflow.set_tracking_uri(uri)
     experiment = mlflow.create_experiment("hangs", artifact_location=str(folder / "artifacts"))
     models = {}

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import REPOSITORY, entry_point, without_gpu
+from support.databases import sqlite_store
 from support.token_ids import greedy, next_tokens
 
 pytestmark = pytest.mark.slow
@@ -319,7 +320,7 @@ def models(phi3, phi3_export, tmp_path_factory):
     from slm.models import model_logging
 
     folder = tmp_path_factory.mktemp("store")
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    mlflow.set_tracking_uri(sqlite_store(folder))
     experiment = mlflow.create_experiment("phi-3", artifact_location=str(folder / "artifacts"))
     with mlflow.start_run(experiment_id=experiment):
         logged = {

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support import tiny_models
 from support.commands import entry_point
+from support.databases import sqlite_store
 from support.model_folders import folder_of, genai, genai_folder_of, refusal
 
 from slm.base.errors import BadInput
@@ -150,7 +151,7 @@ def test_a_subfolder_stays_in_its_folder(tmp_path, model, subfolder):
 
 
 def cannot_be_wrapped(model: Path, folder: Path) -> str:
-    done = entry_point("pipeline", f"--model={model}", MLFLOW_TRACKING_URI=f"sqlite:///{folder}/mlflow.db")
+    done = entry_point("pipeline", f"--model={model}", MLFLOW_TRACKING_URI=sqlite_store(folder))
     assert done.code == 2 and done.err.count("\n") == 1, done.err
     return done.err
 
@@ -184,7 +185,7 @@ def store(tmp_path_factory):
     from support.python_models import signature
 
     folder = tmp_path_factory.mktemp("faults")
-    uri = f"sqlite:///{folder}/mlflow.db"
+    uri = sqlite_store(folder)
     mlflow.set_tracking_uri(uri)
     experiment = mlflow.create_experiment("faults", artifact_location=str(folder / "artifacts"))
     (folder / "code.py").write_text(STRANGER, encoding="utf-8")

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from support import tiny_models
 from support.commands import REPOSITORY, entry_point
+from support.databases import sqlite_store
 from support.model_folders import folder_of, genai, genai_folder_of, refusal
 from support.questions import GENERATION
 
@@ -202,7 +203,7 @@ def store(tmp_path_factory):
     import mlflow
 
     folder = tmp_path_factory.mktemp("trust")
-    uri = f"sqlite:///{folder}/mlflow.db"
+    uri = sqlite_store(folder)
     mlflow.set_tracking_uri(uri)
     experiment = mlflow.create_experiment("trust", artifact_location=str(folder / "artifacts"))
     with mlflow.start_run(experiment_id=experiment):

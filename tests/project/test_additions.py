@@ -53,6 +53,17 @@ def score(request: Request, prompt_set: PromptSet) -> ScoredModel:
     print(f"the new engine scores {request.label} on {len(prompt_set.prompts)} prompts")
     return local.score(request, prompt_set)
 '''
+SCHEDULE = """
+# A nightly evaluation on GitLab: put this file into .gitlab-ci.yml, and make a schedule for it under Build.
+evaluate:
+  image: python:3.11
+  timeout: 2 hours
+  resource_group: phi3
+  script:
+    - pip install --require-hashes -r locked.txt
+    - mlflow run . --env-manager local -P model_uris=models:/phi3@challenger -P baseline=models:/phi3@champion
+      -P prompts=prompts/general.jsonl -P thresholds=gates/default.yaml -P alias=champion -P slot=$CI_PIPELINE_ID
+"""
 
 
 @pytest.fixture
@@ -157,3 +168,19 @@ def test_an_engine_is_a_module_and_its_name_in_the_registry(project, tmp_path, t
     )
     assert done.code == 0, done.out + done.err
     assert f"the new engine scores {uri} on 1 prompts" in done.out and "score, over all (1)" in done.out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "failed"),
+    [("", "0 failed"), ("timeout:", "validator"), ("slot=", "parameters"), ("resource_group: phi3", "forbids_overlap")],
+)
+def test_a_schedule_is_a_file_and_a_line_in_the_table_of_its_tests(project, wrong, failed):
+    copy, edited = project
+    text = SCHEDULE.lstrip().replace(wrong, "typo:" if wrong.endswith(":") else "") if wrong else SCHEDULE.lstrip()
+    (copy / "schedules" / "gitlab-ci.yaml").write_text(text, encoding="utf-8")
+    line = 'ScheduleFile(json_schema("vendor.gitlab-ci"), "script:", "scripts:", ("resource_group: phi3",))'
+    edited("tests/project/test_schedules.py", '    "airflow_dag.py": Sch', f'    "gitlab-ci.yaml": {line},\n')
+    selected = "gitlab-ci.yaml or every_file_in_schedules"
+    done = call("python", "-m", "pytest", "-q", "tests/project/test_schedules.py", "-k", selected, cwd=copy)
+    tests = [line.split("::")[1] for line in done.out.splitlines() if line.startswith("FAILED")]
+    assert "4 passed" in done.out if not wrong else len(tests) == 1 and failed in tests[0], done.out

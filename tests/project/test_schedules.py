@@ -12,10 +12,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import yaml
-from support.commands import LINKS, REPOSITORY, call
+from support.commands import LINKS, REPOSITORY, Finished, call
+from support.databases import sqlite_store
 from support.python_models import COPIER
 
 from entrypoints import evaluate
@@ -23,7 +27,6 @@ from slm.base import cache, parameters
 from slm.evaluation import schedule
 
 SCHEDULES = REPOSITORY / "schedules"
-FILES = ("phi3-evaluate.service", "phi3-evaluate.timer", "cronjob.yaml", "github-workflow.yaml", "airflow_dag.py")
 AIRFLOW = ("apache-airflow==3.3.2", "apache-airflow-providers-standard==1.21.0")
 DAGS = """
 import sys
@@ -55,42 +58,85 @@ def airflow():
     return python
 
 
-def complaint(folder, name: str, request) -> str:
-    """What the validator of this kind of file says; "" where it accepts it."""
-    if name.endswith((".service", ".timer")):  # of an unknown key it warns, and exits with 0
-        done = call("systemd-analyze", "verify", "--man=no", folder / name)
-        return done.out + done.err
-    if name == "cronjob.yaml":
-        done = call("kubernetes-validate", "--strict", folder / name)
-    elif name == "github-workflow.yaml":
-        done = call("check-jsonschema", "--builtin-schema", "vendor.github-workflows", folder / name)
-    else:
-        home = {"AIRFLOW_HOME": str(folder / "airflow"), "AIRFLOW__CORE__LOAD_EXAMPLES": "false"}
-        python = request.getfixturevalue("airflow")
-        done = call(python, "-c", DAGS, folder / name, cwd=folder, PYTHONPATH="", **home)
+def systemd(folder: Path, name: str, request) -> str:
+    done = call("systemd-analyze", "verify", "--man=no", folder / name)
+    return done.out + done.err  # of an unknown key it warns, and exits with 0
+
+
+def kubernetes(folder: Path, name: str, request) -> str:
+    return told(call("kubernetes-validate", "--strict", folder / name))
+
+
+def json_schema(schema: str):
+    return lambda folder, name, request: told(call("check-jsonschema", "--builtin-schema", schema, folder / name))
+
+
+def airflow_dag(folder: Path, name: str, request) -> str:
+    home = {"AIRFLOW_HOME": str(folder / "airflow"), "AIRFLOW__CORE__LOAD_EXAMPLES": "false"}
+    python = request.getfixturevalue("airflow")
+    return told(call(python, "-c", DAGS, folder / name, cwd=folder, PYTHONPATH="", **home))
+
+
+def told(done: Finished) -> str:
     return f"exit code {done.code}\n{done.out}{done.err}" if done.code else ""
 
 
-@pytest.mark.parametrize(
-    ("name", "right", "wrong"),
-    [
-        ("phi3-evaluate.service", "TimeoutStartSec=2h", "TimeoutStratSec=2h"),
-        ("phi3-evaluate.timer", "03:00:00 UTC", "25:00:00 UTC"),
-        ("cronjob.yaml", "concurrencyPolicy:", "concurencyPolicy:"),
-        ("github-workflow.yaml", "timeout-minutes:", "timeout-minuts:"),
-        pytest.param("airflow_dag.py", "max_active_runs=", "max_active_run=", marks=pytest.mark.slow),
-    ],
-)
-def test_each_file_passes_its_own_validator_and_a_typo_fails_it(tmp_path, request, name, right, wrong):
+@dataclass(frozen=True)
+class ScheduleFile:
+    """What a file of schedules/ is held to."""
+
+    validator: Callable[..., str]  # of a folder, the name and pytest's request: its complaint; "" where it accepts
+    right: str
+    wrong: str  # in the place of `right` it is refused
+    words: tuple[str, ...] = ()  # no overlap, an end in time, the tracking server from outside
+    marks: tuple = ()
+
+
+FILES = {
+    "phi3-evaluate.service": ScheduleFile(
+        systemd,
+        "TimeoutStartSec=2h",
+        "TimeoutStratSec=2h",
+        ("Type=oneshot", "TimeoutStartSec=2h", "EnvironmentFile=/etc/phi3-mlflow/environment"),
+    ),
+    "phi3-evaluate.timer": ScheduleFile(systemd, "03:00:00 UTC", "25:00:00 UTC"),
+    "cronjob.yaml": ScheduleFile(
+        kubernetes,
+        "concurrencyPolicy:",
+        "concurencyPolicy:",
+        ("concurrencyPolicy: Forbid", "activeDeadlineSeconds: 7200", "secretRef:"),
+    ),
+    "github-workflow.yaml": ScheduleFile(
+        json_schema("vendor.github-workflows"),
+        "timeout-minutes:",
+        "timeout-minuts:",
+        (
+            "cancel-in-progress: false",
+            "timeout-minutes: 120",
+            "MLFLOW_TRACKING_URI: ${{ secrets.MLFLOW_TRACKING_URI }}",
+        ),
+    ),
+    "airflow_dag.py": ScheduleFile(
+        airflow_dag,
+        "max_active_runs=",
+        "max_active_run=",
+        ("max_active_runs=1", "execution_timeout=timedelta(hours=2)", "append_env=True"),
+        (pytest.mark.slow,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=file.marks) for name, file in FILES.items()])
+def test_each_file_passes_its_own_validator_and_a_typo_fails_it(tmp_path, request, name):
     for other in ("service", "timer"):  # the timer is verified with its service
         copied = (SCHEDULES / f"phi3-evaluate.{other}").read_text("utf-8")
         (tmp_path / f"phi3-evaluate.{other}").write_text(copied)
-    text = (SCHEDULES / name).read_text("utf-8")
+    file, text = FILES[name], (SCHEDULES / name).read_text("utf-8")
     (tmp_path / name).write_text(text)
-    assert complaint(tmp_path, name, request) == ""
-    assert text.count(right) == 1
-    (tmp_path / name).write_text(text.replace(right, wrong))
-    assert complaint(tmp_path, name, request) != ""
+    assert file.validator(tmp_path, name, request) == ""
+    assert text.count(file.right) == 1
+    (tmp_path / name).write_text(text.replace(file.right, file.wrong))
+    assert file.validator(tmp_path, name, request) != ""
 
 
 def test_every_file_in_schedules_is_validated():
@@ -114,28 +160,10 @@ def test_each_file_pits_the_challenger_against_the_champion_with_parameters_that
     assert "slot" in asked
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        (
-            "phi3-evaluate.service",
-            ["Type=oneshot", "TimeoutStartSec=2h", "EnvironmentFile=/etc/phi3-mlflow/environment"],
-        ),
-        ("cronjob.yaml", ["concurrencyPolicy: Forbid", "activeDeadlineSeconds: 7200", "secretRef:"]),
-        (
-            "github-workflow.yaml",
-            [
-                "cancel-in-progress: false",
-                "timeout-minutes: 120",
-                "MLFLOW_TRACKING_URI: ${{ secrets.MLFLOW_TRACKING_URI }}",
-            ],
-        ),
-        ("airflow_dag.py", ["max_active_runs=1", "execution_timeout=timedelta(hours=2)", "append_env=True"]),
-    ],
-)
-def test_each_file_forbids_overlap_ends_in_time_and_takes_the_server_from_outside(name, words):
+@pytest.mark.parametrize("name", [name for name, file in FILES.items() if file.words])
+def test_each_file_forbids_overlap_ends_in_time_and_takes_the_server_from_outside(name):
     text = (SCHEDULES / name).read_text("utf-8")
-    assert [word for word in words if word not in text] == []
+    assert [word for word in FILES[name].words if word not in text] == []
 
 
 @pytest.mark.fault("schedules: a job of systemd's that may read homes and write anywhere")
@@ -165,7 +193,7 @@ def store(tmp_path_factory):
     from support.python_models import signature
 
     folder = tmp_path_factory.mktemp("schedules")
-    uri = f"sqlite:///{folder}/mlflow.db"
+    uri = sqlite_store(folder)
     mlflow.set_tracking_uri(uri)
     experiment = mlflow.create_experiment("copiers", artifact_location=str(folder / "artifacts"))
     move = "mlflow.MlflowClient().set_registered_model_alias('copier', '{}', '3')"

@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from support import warm_starts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 without_gpu = pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="a GPU is at hand")
@@ -46,8 +47,11 @@ def call(*command, cwd=REPOSITORY, timeout=600, **environment) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-def entry_point(name: str, *options: str, **environment) -> Finished:
-    return call(sys.executable, "-m", f"entrypoints.{name}", *options, **environment)
+def entry_point(name: str, *options: str, cwd=REPOSITORY, timeout=600, **environment) -> Finished:
+    """`python -m entrypoints.name`, in a process of its own that finds MLflow imported."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [f"entrypoints.{name}", *map(str, options)]
+    return Finished(*warm_starts.run(command, cwd, os.environ | {"PATH": path} | environment, timeout))
 
 
 @contextmanager

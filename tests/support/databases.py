@@ -1,15 +1,36 @@
-"""Servers that are no part of MLflow, on loopback: PostgreSQL, and any command."""
+"""Tracking stores: sqlite files, and a PostgreSQL on loopback."""
 
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import cache
 from pathlib import Path
 
 from support.commands import free_port
+
+
+@cache
+def _tables() -> bytes:
+    """A sqlite file with MLflow's tables, which take seconds to make, and nothing in them."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "mlflow.db")
+        SqlAlchemyStore(f"sqlite:///{file}", folder)
+        with closing(sqlite3.connect(file)) as connection, connection:
+            connection.execute("DELETE FROM experiments")  # its artifacts lie where a store is first opened
+        return file.read_bytes()
+
+
+def sqlite_store(folder: Path) -> str:
+    """The URI of a new tracking store in `folder`, whose tables are there already."""
+    (folder / "mlflow.db").write_bytes(_tables())
+    return f"sqlite:///{folder}/mlflow.db"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import REPOSITORY, call, free_port, serving
-from support.databases import database
+from support.databases import database, sqlite_store
 
 from slm.base.parameters import Parameters
 from slm.base.stopping import Stopped
@@ -284,7 +284,7 @@ def test_a_database_that_is_restarted_under_way_costs_nothing(copiers, tmp_path)
 def test_the_next_start_ends_what_kill_9_left_with_its_children_and_nothing_that_lives(copiers, tmp_path):
     import mlflow
 
-    uri, experiment = f"sqlite:///{tmp_path}/mlflow.db", "crashes"
+    uri, experiment = sqlite_store(tmp_path), "crashes"
     client, go = mlflow.MlflowClient(uri), tmp_path / "go"
     killed = start(copiers, 1, uri, experiment, tmp_path, WAIT_FOR=f"{tmp_path}/never")
     waiting(killed, tmp_path / "never")

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 from support.commands import REPOSITORY, call, entry_point, free_port, serving
-from support.databases import database, stopped_after, until
+from support.databases import database, sqlite_store, stopped_after, until
 from support.project_runs import check_child, parent_and_children, run_from_git
 
 pytestmark = pytest.mark.slow
@@ -85,7 +85,7 @@ def with_auth(tmp_path_factory):
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
     )
     settings = {"MLFLOW_AUTH_CONFIG_PATH": str(config), "MLFLOW_FLASK_SERVER_SECRET_KEY": "of-the-test"}
-    store = f"--backend-store-uri=sqlite:///{folder}/mlflow.db", f"--artifacts-destination={folder}/store"
+    store = f"--backend-store-uri={sqlite_store(folder)}", f"--artifacts-destination={folder}/store"
     with serving(folder, "--app-name=basic-auth", *store, **settings) as uri:
         with signed_in(uri, "admin", "of-the-admin"):
             AuthServiceClient(uri).create_user("ada", "of-ada-and-long")

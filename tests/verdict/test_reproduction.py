@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from support.commands import REPOSITORY, call, in_process
+from support.databases import sqlite_store
 
 from entrypoints import compare, evaluate
 from slm.base import console, environment
@@ -104,7 +105,7 @@ def store(tmp_path_factory, int4_export, fp32_export):
     from slm.models import model_logging
 
     folder = tmp_path_factory.mktemp("reproduction")
-    uri = f"sqlite:///{folder}/mlflow.db"
+    uri = sqlite_store(folder)
     mlflow.set_tracking_uri(uri)
     experiment = mlflow.create_experiment("reproduction", artifact_location=str(folder / "artifacts"))
     with mlflow.start_run(experiment_id=experiment):
