@@ -18,6 +18,10 @@ lint:
 format:
     ruff check --fix . && ruff format .
 
+# Small faults put into the code that gives figures and words; about an hour. `mutmut results` lists what survived
+mutants *names:
+    mutmut run {{names}}
+
 # The table of benchmarks/README.md; needs benchmarks/requirements.txt
 bench *groups:
     python -m benchmarks {{groups}}

@@ -11,7 +11,7 @@ model gets a child run; the run itself gets the comparison and the verdict.
 import sys
 
 from slm.answers import endpoints
-from slm.base import model_uri, parameters
+from slm.base import parameters
 from slm.base.errors import BadInput
 from slm.evaluation import schedule
 from slm.models import checkpoints, onnx_export
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 def evaluate(args: parameters.Parameters) -> str:
     """The story of the run; returns the gate's state."""
     from slm.engines import engine as engines
-    from slm.evaluation import conclusion, promotion, requests, scoring
+    from slm.evaluation import conclusion, forecast, promotion, requests, scoring
 
     # What was asked for, checked before anything is opened or fetched
     engine = engines.chosen(args.engine)
@@ -40,8 +40,8 @@ def evaluate(args: parameters.Parameters) -> str:
     uris = [uri.strip() for uri in args.model_uris.split(",") if uri.strip()]
     if args.baseline and not uris:
         raise BadInput("baseline: needs model_uris to compare with it; with none, the pipeline is the baseline")
-    if args.alias and not (thresholds and len(uris) == 1 and model_uri.can_be_promoted(uris[0])):
-        raise BadInput("alias: needs thresholds, and one registered version in model_uris, models:/name/3 or @alias")
+    requests.check_alias(args, uris, thresholds)
+    requests.check_gate(args, thresholds, prompt_set)
     schedule.check(args)
     for uri in filter(endpoints.is_endpoint, [*uris, args.baseline]):
         endpoints.check(uri)
@@ -50,19 +50,24 @@ def evaluate(args: parameters.Parameters) -> str:
         onnx_export.check(args.precision, args.execution_provider)
         source = checkpoints.find(args.model, args.revision, args.subfolder)
 
+    if args.check:
+        named, baseline = models_named(args, uris, source)[:2]
+        forecast.show(args, prompt_set, thresholds, named, baseline)
+        return "none"
+
     with schedule.run("evaluate", args) as settled:
         if settled:  # another start is at it, or its slot is done
             return settled
 
         # The models: those named, or both wrappers of `model`, the pipeline being the baseline
+        named, baseline, is_first = models_named(args, uris, source)
         if source is None:
-            named = [(uri, registry.resolve(uri, args.trust_code)) for uri in uris]
-            if args.baseline:
-                named.append((args.baseline, registry.resolve(args.baseline, args.trust_code)))
-            subject, baseline = prompt_set.name, len(uris) if args.baseline else None
+            subject = prompt_set.name
+            if len(uris) == 1 and baseline and not args.force and promotion.is_unchanged(*named[0], *named[1]):
+                schedule.mark_done(args, "none")
+                return "none"
         else:
-            named = log_both(source, args)
-            subject, baseline = f"{source.name} on {prompt_set.name}", 1
+            named, subject = log_both(source, args), f"{source.name} on {prompt_set.name}"
 
         settled = schedule.unchanged(args, [uri for _, uri in named], prompt_set, thresholds)
         if settled:
@@ -71,13 +76,31 @@ def evaluate(args: parameters.Parameters) -> str:
         # Each scored as logged, compared, gated
         before = promotion.alias_version(named[0][1], args.alias)
         results = [scoring.score_model(label, uri, prompt_set, args, thresholds) for label, uri in named]
-        verdict = conclusion.finish(subject, results, args, prompt_set, thresholds, baseline)
-        if args.alias and verdict.state == "pass":
+        verdict = conclusion.finish(subject, results, args, prompt_set, thresholds, baseline, is_first)
+        if args.alias and verdict.state in ("pass", "none" if is_first else "pass"):
             promotion.promote(named[0][1], args.alias, before, results[0][0].model.manifest_sha256)
         schedule.mark_done(args, verdict.state)
         if args.traces:
             conclusion.show_answers(results, prompt_set)
         return verdict.state
+
+
+def models_named(
+    args: parameters.Parameters, uris: list[str], source: checkpoints.Source | None
+) -> tuple[list[tuple[str, str]], int | None, bool]:
+    """Labels and resolved URIs, the place of the baseline, and whether this is the first version with the alias.
+
+    Both wrappers of `source` have no URIs before they are logged.
+    """
+    from slm.evaluation import promotion
+
+    if source is not None:
+        return [(f"onnx {args.precision} of {source.name}", ""), (f"pipeline of {source.name}", "")], 1, False
+    named = [(uri, registry.resolve(uri, args.trust_code)) for uri in uris]
+    is_first = promotion.is_first(args, uris[0])
+    if not args.baseline or is_first:
+        return named, None, is_first
+    return [*named, (args.baseline, registry.resolve(args.baseline, args.trust_code))], len(uris), False
 
 
 def log_both(source: checkpoints.Source, args: parameters.Parameters) -> list[tuple[str, str]]:
@@ -94,7 +117,8 @@ def log_both(source: checkpoints.Source, args: parameters.Parameters) -> list[tu
         raise BadInput(f"model: {args.model} is an ONNX GenAI folder; run -e onnx, or give evaluate its model_uris")
     with console.step(f"Exporting to ONNX, {args.precision}"):
         export = onnx_export.export(checkpoint, args.precision, args.execution_provider)
-    with console.step("Logging both wrappers"):
+    # MLflow's page of evaluations leaves out a run that has logged models, and the runs below it
+    with console.step("Logging both wrappers"), lifecycle.child_run("wrappers"):
         name = args.registered_model_name
         pipeline = model_logging.log_pipeline(checkpoint, options, registered_model_name=name)
         onnx = model_logging.log_onnx(export, "chat", options, args.precision, registered_model_name=name)

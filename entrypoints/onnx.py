@@ -58,7 +58,8 @@ def log_and_score(args: parameters.Parameters) -> str:
 
         # The model as logged, scored
         uri = scoring.scored_uri(logged, checkpoint, args.registered_model_name, precision)
-        scored = scoring.score_model("onnx", uri, prompt_set, args)
+        label = "onnx" if source.is_onnx else f"onnx {precision}"
+        scored = scoring.score_model(label, uri, prompt_set, args)
         return conclusion.finish(f"{source.name} on {prompt_set.name}", [scored], args, prompt_set).state
 
 

@@ -27,7 +27,7 @@ def parse_args(argv: list[str] | None) -> parameters.Parameters:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return lifecycle.exit_code(lambda: serve(parse_args(argv)), kept="")
+    return lifecycle.exit_code(lambda: serve(parse_args(argv)), stopped_by="the server has stopped, after {}")
 
 
 def serve(args: parameters.Parameters) -> str:
@@ -51,9 +51,9 @@ def serve(args: parameters.Parameters) -> str:
     with lifecycle.run("serve", args) if "MLFLOW_RUN_ID" in os.environ else nullcontext():
         # The model, and the server until a signal comes
         with console.step(f"Loading {args.model_uri}"):
-            model, defaults = http_app.load(args.model_uri, args.trust_code)
+            model, defaults, names = http_app.load(args.model_uri, args.trust_code, args.served_model_name)
         host_names = [args.host, *args.allowed_hosts.split(",")]
-        app = http_app.build(model, defaults, api_key=api_key, host_names=host_names)
+        app = http_app.build(model, defaults, api_key=api_key, host_names=host_names, names=names)
         config = uvicorn.Config(
             app,
             http=connections.Guarded,
@@ -64,7 +64,9 @@ def serve(args: parameters.Parameters) -> str:
             server_header=False,
             timeout_graceful_shutdown=3,
         )
-        console.out.print(f"Serving {model.name} at http://{args.host}:{args.port}/v1", markup=False)
+        console.out.print(f"Serving {names[0]} at http://{args.host}:{args.port}/v1", markup=False)
+        if names[1:]:
+            console.out.print(f"It answers to {', '.join(names[1:])} too", markup=False)
         uvicorn.Server(config).run(sockets=[listener])
     return "none"
 

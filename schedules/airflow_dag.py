@@ -1,5 +1,10 @@
 """Evaluates the challenger against the champion every night, and moves the alias on a pass. Airflow 3.
 
+Replace ORG, COMMIT and /opt/phi3-mlflow, and phi3 in models:/phi3 by the name of your registered model.
+First set the alias challenger: MLflow's page of the version does it, or in Python
+mlflow.MlflowClient().set_registered_model_alias("phi3", "challenger", "1"). There need be no champion: the first
+start makes the challenger the first one, if it keeps the rules that compare with nothing.
+
 Copy it to the DAGs folder. Each worker needs a clone of the project, at the commit that is to judge, with an
 environment of its own, since Airflow's pins and this project's don't go together:
 

@@ -11,8 +11,10 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
+from support import warm_starts
 from support.commands import REPOSITORY, free_port, serving
 from support.databases import sqlite_store
 from support.questions import GENERATION
@@ -24,6 +26,9 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")  # the waits be
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+# Each of two workers begins with one: the first one needs every export, and the second one none. Else both would begin
+# with the exports, and one of them would wait for the other one's lock
+FIRST = ("test_spark.py", "test_mlflow_serving.py")
 FAULTS = pytest.StashKey[dict[str, dict[str, str]]]()  # fault -> test -> outcome
 
 
@@ -53,6 +58,8 @@ def pytest_collection_modifyitems(config, items):
     """Notes which fault a test shows, one at most; puts files with slow tests first."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])  # so that no worker has a long file left at the end
+    first = [path for path in dict.fromkeys(item.path for item in items) if path.name in FIRST]
+    items.sort(key=lambda item: first.index(item.path) if item.path in first else len(first))
     for item in items:
         names = [name for marker in item.iter_markers("fault") for name in marker.args]
         if len(names) > 1:
@@ -110,6 +117,21 @@ def _no_experiment_is_left_set():
     """mlflow.set_experiment writes into the environment, where every later test and its processes would find it."""
     yield
     assert "MLFLOW_EXPERIMENT_ID" not in os.environ
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exports_start_warm():
+    """An export is two programs that import torch: here, forks that find it imported."""
+    from slm.models import onnx_export
+
+    def python(module: list[str]) -> subprocess.CompletedProcess:
+        environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
+        process = warm_starts.Process(module, REPOSITORY, environment, imported=warm_starts.EXPORTS)
+        out, err = process.communicate()
+        return subprocess.CompletedProcess(module, process.wait(), out, err)
+
+    with mock.patch.object(onnx_export, "_python", python):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,19 @@
 """Keeps answers on disk as they come. A repeated or resumed run reads them, and does not generate them again.
 
 The cache has one file for each identity, such as a model with its parameters, libraries and machine. The file has one
-JSON line per answer, and one line at the end of each complete run. The key of an answer is a hash over the messages or
-the text, the parameters and the repeat. Failed answers are not kept. Opening a file removes the answers that
-`reuse` excludes from it. No other answers are removed. To remove all answers, delete the folder `answers` in the cache.
+JSON line per answer, and one line at the end of each complete run. Each line names its run. The key of an answer is a
+hash over the messages or the text, the parameters and the repeat. Failed answers are not kept. Opening a file removes
+the answers that `reuse` excludes from it. No other answers are removed. To remove all answers, delete the folder
+`answers` in the cache.
 This module scores nothing.
 """
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,28 +25,44 @@ from slm.base.hashing import digest
 Reuse = Literal["all", "interrupted", "none"]
 
 
-class Answers:
-    """An open file of answers. `kept` has the lines of the reusable answers, by their key. Other lines are removed.
+@dataclass(frozen=True)
+class Measured:
+    """What a complete run took for all of its answers."""
 
-    Each line has the peak_memory_bytes of the first run that ended after the answer. It is 0 if no run ended.
-    """
+    seconds: float  # from its first question to its last answer
+    peak_memory_bytes: int
+
+
+class Answers:
+    """An open file of answers. `kept` has the lines of the reusable answers, by their key. Other lines are removed."""
 
     def __init__(self, path: Path, reuse: Reuse):
         lines = [] if reuse == "none" else _read(path)
         ends = [place for place, line in enumerate(lines) if "peak_memory_bytes" in line]
         if reuse == "interrupted" and ends:
             lines = lines[ends[-1] + 1 :]
-        self.kept: dict[str, dict[str, Any]] = {}
-        peak = 0
-        for line in reversed(lines):  # the peak comes after its answers, and the last of several answers counts
-            peak = line.get("peak_memory_bytes", peak)
-            if "asked" in line:
-                self.kept.setdefault(line["asked"], line | {"peak_memory_bytes": peak})
+        # of several answers to a question, the last one counts
+        self.kept: dict[str, dict[str, Any]] = {line["asked"]: line for line in lines if "asked" in line}
+        self._lines, self._run = lines, uuid.uuid4().hex[:12]
         mended = path.with_name(f"{path.name}.{os.getpid()}")
         with open(mended, "w", encoding="utf-8", opener=cache.opener) as file:
             file.writelines(map(_line, lines))
         mended.replace(path)
         self._file = path.open("a", encoding="utf-8")
+
+    def measured(self, asked: Iterable[str]) -> Measured | None:
+        """What the kept answers to all these questions took together. None unless they are all answers of one run.
+
+        Answers of a batch share its time, so the time of some of them means nothing. The run must have ended.
+        """
+        wanted = set(asked)
+        runs = {self.kept[key]["run"] for key in wanted}
+        mine = [line for line in self._lines if line["run"] in runs]
+        ends = [line["peak_memory_bytes"] for line in mine if "peak_memory_bytes" in line]
+        answers = [line for line in mine if "asked" in line]
+        if len(runs) != 1 or not ends or {line["asked"] for line in answers} != wanted:
+            return None
+        return Measured(sum(line["elapsed"] for line in answers), ends[-1])
 
     def add(self, asked: str, answer: Mapping[str, Any], elapsed: float) -> None:
         """Appends an answer. `asked` is its key, and `elapsed` the time since the previous answer in seconds."""
@@ -57,7 +76,7 @@ class Answers:
         self._file.close()
 
     def _write(self, line: dict) -> None:
-        self._file.write(_line(line))
+        self._file.write(_line({"run": self._run} | line))
         self._file.flush()  # data in the kernel stays if this process ends
 
 
@@ -98,6 +117,7 @@ def _read(path: Path) -> list[dict]:
         for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 line = json.loads(text)
+                line["run"]
                 if "peak_memory_bytes" not in line:
                     line["asked"], line["answer"]["text"], line["elapsed"]
             except (ValueError, TypeError, KeyError):

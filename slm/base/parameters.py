@@ -18,7 +18,7 @@ from slm.base.wording import quoted
 
 CHARACTERS = 4000  # of one value. MLflow keeps at most 6,000 characters of a parameter
 ALL = ("pipeline", "onnx", "evaluate")  # the entry points that log or score models
-ENTRY_POINTS = (*ALL, "serve")
+ENTRY_POINTS = (*ALL, "serve", "rollback")
 ENGINES = {"local": "slm.engines.local", "spark": "slm.engines.spark.engine"}  # each engine's module, see slm/engines
 
 
@@ -40,7 +40,7 @@ PARAMETERS = (
     Parameter("revision", "", ALL, "commit, branch or tag of the hub repository"),
     Parameter("subfolder", "", ALL, "folder in the hub repository, or in a local folder"),
     Parameter("prompts", "prompts/smoke.jsonl", ALL, "prompt set: path, web address, or URI that MLflow can download"),
-    Parameter("max_tokens", 64, ALL, "tokens generated at most per answer", low=1, high=2**20),
+    Parameter("max_tokens", 64, ALL, "tokens generated at most per scored answer", low=1, high=2**20),
     Parameter("temperature", 0.0, ALL, "0 is greedy", low=0.0, high=2.0),
     Parameter("top_p", 1.0, ALL, "nucleus sampling", low=1e-6, high=1.0),
     Parameter("seed", 0, ALL, "of the sampling", low=0, high=2**62),
@@ -118,6 +118,7 @@ PARAMETERS = (
         pattern=r"[\w:.+/@-]{1,200}",
         remedy="write letters, digits and : . + - / @, such as 2026-11-22T03:00Z",
     ),
+    Parameter("check", False, ("evaluate",), "say what would run, what it can find and how long it takes; run nothing"),
     Parameter("force", False, ("evaluate",), "evaluate a slot that is done, or one in which nothing changed, again"),
     Parameter(
         "trust_code",
@@ -125,7 +126,28 @@ PARAMETERS = (
         ("evaluate", "serve"),
         "true runs code that was logged with a model, where this project doesn't know it",
     ),
-    Parameter("model_uri", "", ("serve",), "logged chat model: models:/name@alias, models:/name/3, runs:/…, folder"),
+    Parameter(
+        "model_uri",
+        "",
+        ("serve", "rollback"),
+        "logged chat model: models:/name@alias, models:/name/3, runs:/…, folder; of rollback: models:/name@alias",
+    ),
+    Parameter(
+        "version",
+        "",
+        ("rollback",),
+        "version that gets the alias; empty: the one that had it before",
+        pattern=r"\d{1,9}",
+        remedy="write a version's number, such as 3",
+    ),
+    Parameter(
+        "served_model_name",
+        "",
+        ("serve",),
+        "name that clients ask for; empty: the registered model's, and else the checkpoint's",
+        pattern=r"[\w.:@/-]{1,200}",
+        remedy="write letters, digits and . : @ / - _",
+    ),
     Parameter("host", "127.0.0.1", ("serve",), "address to listen at"),
     Parameter("port", 5005, ("serve",), "port to listen at", low=1, high=65535),
     Parameter(
@@ -177,9 +199,12 @@ class Parameters(argparse.Namespace):
     resume: bool
     traces: bool
     slot: str
+    check: bool
     force: bool
     trust_code: bool
     model_uri: str
+    version: str
+    served_model_name: str
     host: str
     port: int
     allowed_hosts: str
@@ -198,13 +223,22 @@ ABSENT = {parameter.name: parameter.default for parameter in PARAMETERS} | {"res
 class _Parser(argparse.ArgumentParser):
     """argparse that raises BadInput for a mistake. For an unknown name, the message has the nearest name."""
 
+    entry_point = ""
+
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             name = (unknown.split() or [""])[0].split("=")[0].lstrip("-")
             name = name if name.isidentifier() and len(name) < 80 else quoted(name)
-            near = difflib.get_close_matches(name, [parameter.name for parameter in PARAMETERS], 1)
-            message = f"{name}: there is no such parameter" + (f"; did you mean {near[0]}?" if near else "")
+            elsewhere = [parameter.entry_points for parameter in PARAMETERS if parameter.name == name]
+            mine = [parameter.name for parameter in PARAMETERS if self.entry_point in parameter.entry_points]
+            near = difflib.get_close_matches(name, mine, 1)
+            if elsewhere and self.entry_point in elsewhere[0]:  # it lacks its two hyphens
+                message = f"{name}: there is no such parameter in this form; write --{name}=…"
+            elif elsewhere:
+                message = f"{name}: is a parameter of {' and '.join(elsewhere[0])}, not of {self.entry_point}"
+            else:
+                message = f"{name}: there is no such parameter" + (f"; did you mean {near[0]}?" if near else "")
         raise BadInput(message)
 
 
@@ -220,6 +254,7 @@ def parse(entry_point: str, description: str, argv: list[str] | None) -> Paramet
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.entry_point = entry_point
     table = [parameter for parameter in PARAMETERS if entry_point in parameter.entry_points]
     for parameter in table:
         shown = json.dumps(parameter.default)

@@ -21,6 +21,11 @@ def quoted(value: object) -> str:
         return "a number of thousands of digits"
 
 
+def counted(number: int, what: str) -> str:
+    """`1 prompt`, `1,200 prompts`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest known name, or nothing."""
     near = difflib.get_close_matches(str(word)[:100].lower(), list(known), n=1)

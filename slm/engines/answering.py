@@ -31,56 +31,63 @@ def score(
     asked: list[Question],
     generation: dict,
     reuse: kept_answers.Reuse = "all",
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[int], None] = lambda tokens: None,
     score_answer: ScoreAnswer = built_in,
 ) -> ScoredModel:
-    """Answers all questions (slm/answers/asking.py) and scores the answers. Calls `advance` once for each answer.
+    """Answers all questions (slm/answers/asking.py) and scores the answers.
 
-    `reuse` says which answers of earlier runs are taken. A kept answer keeps its measured seconds, so a speed is never
-    the speed of reading a file. With "interrupted", only the answers of a stopped run are taken. The comparison of
-    speeds needs that. The answers of an endpoint may have changed unseen, so a finished run's are not taken.
+    Calls `advance` once for each answer, with the tokens that were generated for it.
+    `reuse` says which answers of earlier runs are taken. With "interrupted", only the answers of a stopped run are. The
+    answers of an endpoint may have changed unseen, so a finished run's are not taken.
+    Speed, latency and memory are the figures of one run: of this one if it gave all answers, or of the earlier run that
+    gave exactly these. In any other case they are left out, and `ScoredModel.unmeasured` says why.
     """
     facts = model.facts
     if not facts.sha256 and reuse == "all":
         reuse = "interrupted"
     answered: dict[tuple[str, int], Answer] = {}
-    elapsed = 0.0
     with kept_answers.opened(identity(facts, generation), reuse) as kept:
-        missing, peak = [], 0
+        missing = []
         for question in asked:
             if question.key not in kept.kept:
                 missing.append(question)
                 continue
-            found = kept.kept[question.key]
-            answered[question.prompt.id, question.repeat] = found["answer"]
-            elapsed, peak = elapsed + found["elapsed"], max(peak, found["peak_memory_bytes"])
-            advance()
-        before = time.perf_counter()
+            answered[question.prompt.id, question.repeat] = kept.kept[question.key]["answer"]
+            advance(0)
+        reused = len(asked) - len(missing)
+        start = before = time.perf_counter()
         for question, answer in answers(model, missing, generation.get("batch_size") or 0):
             now = time.perf_counter()
             answered[question.prompt.id, question.repeat] = answer
             if not answer.get("error"):
                 model.check_unchanged()
                 kept.add(question.key, answer, now - before)
-            elapsed, before = elapsed + now - before, now
-            advance()
-        own = loading.peak_memory_bytes() or 0  # of the model alone: a judge is loaded later
+            before = now
+            advance(answer["output_tokens"] or 0)
+        peak = loading.peak_memory_bytes() or 0  # of the model alone: a judge is loaded later
         if missing:
-            kept.finish(own)
-        if missing or not peak:  # else nothing was generated now, and this process's memory means nothing
-            peak = max(peak, own)
+            kept.finish(peak)
+        if reused:
+            measured = None if missing else kept.measured(question.key for question in asked)
+        else:
+            measured = kept_answers.Measured(before - start, peak)
     samples = tuple(
         _sample(facts, question, answered[question.prompt.id, question.repeat], score_answer) for question in asked
     )
     estimates = estimate(samples, prompt_set)
-    metrics = metrics_of(facts, samples, estimates)
-    if peak and facts.sha256:  # the memory of an endpoint is elsewhere
-        metrics["peak_memory_bytes"] = float(peak)
-    tokens = [sample.output_tokens for sample in samples if sample.error is None]
-    if tokens and None not in tokens and elapsed:  # a model of others may not count tokens
-        metrics["output_tokens_per_second"] = sum(count for count in tokens if count) / elapsed
+    metrics, unmeasured = metrics_of(facts, samples, estimates, latencies=measured is not None), ""
+    if measured:
+        if measured.peak_memory_bytes and facts.sha256:  # the memory of an endpoint is elsewhere
+            metrics["peak_memory_bytes"] = float(measured.peak_memory_bytes)
+        tokens = [sample.output_tokens for sample in samples if sample.error is None]
+        if tokens and None not in tokens and measured.seconds:  # a model of others may not count tokens
+            metrics["output_tokens_per_second"] = sum(count for count in tokens if count) / measured.seconds
+    else:
+        unmeasured = (
+            f"{reused} of {len(asked)} answers are reused" if missing else "no one run gave exactly these answers"
+        )
     sent = {question.prompt.id: (question.text, question.token_ids) for question in asked if question.repeat == 0}
-    return ScoredModel(facts, samples, estimates, metrics, len(asked) - len(missing), sent=sent)
+    return ScoredModel(facts, samples, estimates, metrics, reused, sent=sent, unmeasured=unmeasured)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,11 @@ def read_prompts(args: Parameters) -> PromptSet:
                 raise BadInput(f"prompts: {given!r} does not exist, from the repository's root or from here")
             path = located
         asked = scorer_calls.read(args.scorers, args.judge)
-        return scorer_calls.add(asked, read_prompt_set(path, given, scorer_calls.IN_ROWS))
+        found = scorer_calls.add(asked, read_prompt_set(path, given, scorer_calls.IN_ROWS))
+    if found.unnamed:
+        rows = "1 row names" if found.unnamed == 1 else f"{found.unnamed} rows name"
+        console.out.print(f"{found.name}: {rows} no scorer, and get `contains`", markup=False)
+    return found
 
 
 def score(request: Request, prompt_set: PromptSet) -> ScoredModel:

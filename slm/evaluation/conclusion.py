@@ -1,6 +1,7 @@
 """The end of an evaluation: compare, gate, log and show. Each step is a function, and `finish` calls them in order."""
 
 import datetime
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,8 +14,19 @@ from slm.evaluation.scoring import Result
 from slm.models import manifest
 from slm.prompts import prompt_sets
 from slm.report import summary
-from slm.tracking import earlier_runs, mlflow_client, registry, tags
+from slm.tracking import earlier_runs, mlflow_client, registry, run_records, tags
 from slm.verdict import estimation, gate, reproduction, scored_model, statistics
+from slm.verdict.scored_model import OVERALL
+
+HEADLINE = (  # the metrics of a scored model that its parent run has too
+    *(f"{OVERALL}/{part}" for part in ("mean", "ci95_low", "ci95_high")),
+    "rows",
+    "rows_failed",
+    "rows_unscored",
+    "output_tokens_per_second",
+    "latency_seconds/p95",
+)
+COLOURS = {"pass": "bold green", "regress": "bold red", "inconclusive": "bold yellow", "none": "bold"}
 
 
 def finish(
@@ -24,15 +36,18 @@ def finish(
     prompt_set: prompt_sets.PromptSet,
     thresholds: tuple[gate.Threshold, ...] = (),
     baseline: int | None = None,
+    is_first: bool = False,
 ) -> gate.Verdict:
     """Compares and gates the scored models, logs reports into the child runs and the active run, and prints the table.
 
-    `baseline` is the place in `results` of the model that the others are compared with.
+    `baseline` is the place in `results` of the model that the others are compared with. `is_first` is as in
+    `gate.decide`.
     """
     used = engine.chosen(args.engine)
-    report = compared(title, [scored for scored, _ in results], used, prompt_set, thresholds, baseline)
+    report = compared(title, [scored for scored, _ in results], used, prompt_set, thresholds, baseline, is_first)
     tag_models(report, results)
     record_run(report, results, thresholds)
+    put_headline(report)
     upload_reports(report, [run_id for _, run_id in results])
     show(report)
     used.release(prompt_set)
@@ -46,6 +61,7 @@ def compared(
     prompt_set: prompt_sets.PromptSet,
     thresholds: tuple[gate.Threshold, ...],
     baseline: int | None,
+    is_first: bool = False,
 ) -> summary.Report:
     """Compares the models with the baseline and applies the gate. Looks up the figures of earlier runs."""
     against = None if baseline is None else models[baseline]
@@ -56,7 +72,8 @@ def compared(
         differences.append({} if other is None else used.differences(scored, other, prompt_set))
         gated = () if place == baseline and len(models) > 1 else thresholds
         figures: dict[str, Any] = {**scored.metrics, **scored.estimates}
-        verdicts.append(gate.decide(gated, figures, differences[-1], None if other is None else other.metrics))
+        theirs = None if other is None else other.metrics
+        verdicts.append(gate.decide(gated, figures, differences[-1], theirs, is_first))
     machine = environment.describe()
     facts = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -82,20 +99,32 @@ def tag_models(report: summary.Report, results: Sequence[Result]) -> None:
     """Writes differences and verdicts into each model's child run, and onto its registered version."""
     mlflow = mlflow_client.quiet_mlflow()
     client = mlflow.MlflowClient()
-    for scored, differences, verdict, (_, run_id) in zip(
-        report.models, report.differences, report.verdicts, results, strict=True
+    for place, (scored, differences, verdict, (_, run_id)) in enumerate(
+        zip(report.models, report.differences, report.verdicts, results, strict=True)
     ):
         if differences:
             with mlflow.start_run(run_id=run_id, nested=True):
                 mlflow.log_metrics(estimation.difference_metrics(differences), model_id=scored.model.model_id)
         client.set_tag(run_id, tags.GATE, verdict.state)
-        tag_version(scored, verdict, report)
+        if scored.model.version:
+            tag_version(scored.model.version, scored, verdict, report, is_baseline=place == report.baseline)
 
 
-def tag_version(scored: scored_model.ScoredModel, verdict: gate.Verdict, report: summary.Report) -> None:
-    """Writes scores and verdict onto the scored registered version. A model without a version gets no tags."""
-    version = scored.model.version
-    if version:
+def tag_version(
+    version: tuple[str, str],
+    scored: scored_model.ScoredModel,
+    verdict: gate.Verdict,
+    report: summary.Report,
+    is_baseline: bool,
+) -> None:
+    """Writes scores and verdict onto a scored registered version, in the place of an earlier evaluation's.
+
+    The tags tell of the evaluation that judged the version. So an evaluation in which it is the baseline, or which has
+    no gate, doesn't replace those of one that judged it.
+    """
+    earlier = registry.version_tags(*version)
+    is_judged = earlier.get(tags.GATE, "none") != "none"
+    if not (tags.EVALUATION_RUN in earlier and (is_baseline or (is_judged and verdict.state == "none"))):
         found = {tags.PROMPTS: report.prompt_set.name, tags.PROMPTS_SHA256: report.prompt_set.sha256}
         found |= {tags.GATE: verdict.state, tags.EVALUATION_RUN: report.facts["run"]}
         found[tags.GIT_COMMIT] = environment.describe()["git_commit"]
@@ -103,7 +132,9 @@ def tag_version(scored: scored_model.ScoredModel, verdict: gate.Verdict, report:
         for name, figure in scored.estimates.items():
             if "/" not in name:
                 found[tags.of_score(name, scored_model.OVERALL)] = summary.estimate(figure)
-        registry.tag_version(*version, {name: value for name, value in found.items() if value})
+        found = {name: value for name, value in found.items() if value}
+        stale = [name for name in earlier if tags.is_of_score(name) and name not in found]
+        registry.tag_version(*version, found, removed=stale)
 
 
 def record_run(report: summary.Report, results: Sequence[Result], thresholds: tuple[gate.Threshold, ...]) -> None:
@@ -115,12 +146,32 @@ def record_run(report: summary.Report, results: Sequence[Result], thresholds: tu
     models = [(child, scored.record) for scored, child in results]
     whole = reproduction.whole_record(environment.describe(), models, report.baseline, rules)
     started = mlflow.MlflowClient().get_run(run_id).data
-    given = {name.removeprefix("cfg."): value for name, value in started.params.items() if name.startswith("cfg.")}
+    plain = {name.removeprefix("cfg."): value for name, value in started.params.items() if name.startswith("cfg.")}
+    given = {name: value for name, value in (started.params | plain).items() if not name.startswith("cfg.")}
     defaults = {parameter.name: str(parameter.default) for parameter in parameters.PARAMETERS}
     whole["again"] = reproduction.again(started.tags, given, defaults, records, report.baseline)
     found = {tags.GATE: report.verdict.state, tags.PROMPTS_SHA256: report.prompt_set.sha256}
     mlflow.set_tags(found | {tags.FINGERPRINT: whole["fingerprint"], tags.OUTPUTS_SHA256: whole["outputs"]["sha256"]})
     mlflow.MlflowClient().log_text(run_id, reproduction.as_json(whole), "evaluation/environment.json")
+
+
+def put_headline(report: summary.Report) -> None:
+    """Gives the active run what MLflow's table of runs shows: the name, the headline figures and the dataset.
+
+    The figures are those of the candidate, or of the first one.
+    """
+    mlflow = mlflow_client.quiet_mlflow()
+    place = int(report.baseline == 0 and len(report.models) > 1)
+    figures = {name: report.models[place].metrics.get(name) for name in HEADLINE}
+    gap = {f"difference/{OVERALL}": report.differences[place].get(OVERALL)} if report.differences[place] else {}
+    for name, found in gap.items():
+        figures |= {f"{name}/{part}": getattr(found, part, None) for part in ("mean", "ci95_low", "ci95_high")}
+    run_id, now = mlflow.active_run().info.run_id, int(time.time() * 1000)
+    kept = {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
+    metrics = [mlflow.entities.Metric(name, value, now, 0) for name, value in kept.items()]
+    mlflow.MlflowClient().log_batch(run_id, metrics)  # log_metrics would link them to a model that the run logged
+    run_records.log_dataset(report.prompt_set)
+    run_records.name_run(run_id, summary.run_name(report))
 
 
 def upload_reports(report: summary.Report, child_runs: Sequence[str]) -> None:
@@ -133,7 +184,8 @@ def upload_reports(report: summary.Report, child_runs: Sequence[str]) -> None:
         "report.html": html_page.render(report),
         "junit.xml": summary.junit(report),
     }
-    mlflow.set_tag("mlflow.note.content", artifacts["report.md"])  # the description on the run's page
+    description = f"**{summary.escaped(html_page.headline(report))}.**\n\n{artifacts['report.md']}"
+    mlflow.set_tag("mlflow.note.content", description)  # on the run's page
     for run_id in (mlflow.active_run().info.run_id, *child_runs):
         for name, text in artifacts.items():
             mlflow.MlflowClient().log_text(run_id, text, f"evaluation/{name}")
@@ -151,9 +203,26 @@ def show(report: summary.Report) -> None:
         console.out.print(remark, markup=False)
     for check in report.verdict.checks:
         console.out.print(f"  {check.state:12} {check.metric} {check.rule}: {check.reason}", markup=False)
-    server = credentials.scrubbed(mlflow_client.quiet_mlflow().get_tracking_uri())
-    verdict = f"gate: [bold]{report.verdict.state}[/bold]   run: {report.facts['run']}   tracking: {server}"
+    mlflow = mlflow_client.quiet_mlflow()
+    server, run = credentials.scrubbed(mlflow.get_tracking_uri()), mlflow.active_run().info
+    colour = COLOURS[report.verdict.state]
+    verdict = f"gate: [{colour}]{report.verdict.state}[/{colour}]   run: {report.facts['run']}   tracking: {server}"
     console.out.print(verdict)
+    console.out.print(f"report: {credentials.scrubbed(report_place(server, run))}", markup=False)
+
+
+def report_place(server: str, run) -> str:
+    """Where the report is: its file where this machine stores it, else the run's page, else the artifact's URI."""
+    from mlflow.utils.file_utils import local_file_uri_to_path
+    from mlflow.utils.uri import is_local_uri
+
+    if is_local_uri(run.artifact_uri):
+        return f"{local_file_uri_to_path(run.artifact_uri)}/evaluation/report.html"
+    if server.startswith(("http://", "https://")):
+        return (
+            f"{server.rstrip('/')}/#/experiments/{run.experiment_id}/runs/{run.run_id}/artifacts/evaluation/report.html"
+        )
+    return f"{run.artifact_uri}/evaluation/report.html"
 
 
 def show_answers(results: Sequence[Result], prompt_set: prompt_sets.PromptSet) -> None:

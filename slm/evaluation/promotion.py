@@ -1,15 +1,49 @@
-"""Moves the registry alias to the version that passed, unless somebody else moved the alias since the run began."""
+"""Moves the registry alias: to the first champion, to a version that passed, and back.
+
+The alias stays where somebody else moved it since the run began.
+"""
 
 from slm.base import console, model_uri
-from slm.base.errors import Unavailable
+from slm.base.errors import BadInput, Unavailable
+from slm.base.parameters import Parameters
 from slm.models import manifest
-from slm.tracking import registry
+from slm.tracking import registry, run_records, tags
 
 
 def alias_version(uri: str, alias: str) -> str:
     """The version that `alias` points to now, in the registered model of `uri`. "" if there is no such alias."""
     version = model_uri.registered_version(uri)
     return registry.alias_version(version[0], alias) if version and alias else ""
+
+
+def is_first(args: Parameters, uri: str) -> bool:
+    """Whether the alias that `baseline` names is the one to be set, and isn't set yet.
+
+    Then the model of `uri` may become the first version with this alias. Its gate has nothing to compare with.
+    """
+    name, _, alias = args.baseline.removeprefix("models:/").partition("@")
+    if not alias or alias != args.alias or not uri.startswith((f"models:/{name}/", f"models:/{name}@")):
+        return False
+    if registry.alias_version(name, alias) or not registry.has_model(name):
+        return False
+    console.out.print(
+        f"{name}@{alias} isn't set: the first {alias}; rules against a baseline don't apply", markup=False
+    )
+    return True
+
+
+def is_unchanged(uri: str, resolved: str, baseline: str, resolved_baseline: str) -> bool:
+    """Whether candidate and baseline are the same model. Says so, and tags the active run."""
+    if not registry.have_same_files(resolved, resolved_baseline):
+        return False
+    told = [
+        given if given == found else f"{given} ({found})"
+        for given, found in ((uri, resolved), (baseline, resolved_baseline))
+    ]
+    line = f"skipped: {told[0]} and {told[1]} are the same model; there is nothing to evaluate"
+    console.out.print(line, markup=False)
+    run_records.tag_active_run({tags.GATE: "none", tags.SKIPPED: line}, line)
+    return True
 
 
 def promote(uri: str, alias: str, before: str, manifest_sha256: str) -> None:
@@ -33,5 +67,37 @@ def promote(uri: str, alias: str, before: str, manifest_sha256: str) -> None:
     if now != before:
         moved = f"was {before or 'not set'} when this run began and is {now or 'not set'} now"
         raise Unavailable(f"alias: {name}@{alias} {moved}; version {version} passed and nothing was moved: run again")
+    _move(name, alias, version, before)
+
+
+def set_back(uri: str, version: str) -> None:
+    """Moves the alias in `models:/name@alias` to `version`, or to the version that had it before.
+
+    Raises:
+        BadInput: there is no such alias or version, or it isn't known which version was before.
+    """
+    name, _, alias = uri.removeprefix("models:/").partition("@")
+    now = registry.alias_version(name, alias)
+    if not now:
+        raise BadInput(f"model_uri: {uri} isn't set; evaluate -P alias={alias} sets it")
+    if not version:
+        version = registry.version_tags(name, now).get(f"{alias}.{tags.BEFORE}", "")
+        if not version:
+            raise BadInput(f"version: it isn't known which version had {name}@{alias} before version {now}; name one")
+    if version == now:
+        raise BadInput(f"version: {name}@{alias} is version {now} already")
+    if not registry.has_version(name, version):
+        raise BadInput(f"version: {name} has no version {version}")
     registry.set_alias(name, alias, version)
-    console.out.print(f"{name}@{alias} is now version {version}" + (f", was {before}" if before != version else ""))
+    line = f"{name}@{alias} is version {version} again, was {now}"
+    console.out.print(line, markup=False)
+    run_records.tag_active_run({}, line)
+
+
+def _move(name: str, alias: str, version: str, before: str) -> None:
+    if before == version:
+        console.out.print(f"{name}@{alias} stays version {version}")
+        return
+    registry.tag_version(name, version, {f"{alias}.{tags.BEFORE}": before} if before else {})
+    registry.set_alias(name, alias, version)
+    console.out.print(f"{name}@{alias} is now version {version}, " + (f"was {before}" if before else "the first"))

@@ -1,9 +1,12 @@
 """The parameters of a request that need more than a type check: the gate and the generation. No model is opened."""
 
-from slm.base import parameters
+from slm.base import model_uri, parameters
 from slm.base.errors import BadInput
 from slm.base.parameters import Parameters
+from slm.base.wording import quoted
 from slm.models import checkpoints
+from slm.prompts.prompt_sets import PromptSet
+from slm.scorers import scorer_calls
 from slm.verdict import gate
 
 
@@ -28,8 +31,39 @@ def read_gate(args: Parameters) -> tuple[gate.Threshold, ...]:
     return gate.read_thresholds(text, path.name)
 
 
+def check_gate(args: Parameters, thresholds: tuple[gate.Threshold, ...], prompt_set: PromptSet) -> None:
+    """Checks that the evaluation can give what the gate asks for.
+
+    Raises:
+        BadInput: see `gate.check_names` and `gate.check_baseline`.
+    """
+    gate.check_baseline(thresholds, bool(args.baseline or not args.model_uris.strip()))
+    names = prompt_set.scorer_names
+    if names is not None:
+        gate.check_names(thresholds, names, scorer_calls.read(args.scorers, args.judge).user_scorers, args.repeats)
+
+
+def check_alias(args: Parameters, uris: list[str], thresholds: tuple[gate.Threshold, ...]) -> None:
+    """Checks that a version can pass and get the alias.
+
+    Raises:
+        BadInput: there is no gate, or not one registered version. The message says which.
+    """
+    if not args.alias:
+        return
+    if not thresholds:
+        raise BadInput("alias: needs a gate; add thresholds=gates/default.yaml, or a file of your own")
+    if len(uris) != 1:
+        found = f"model_uris names {len(uris)}" if uris else "model_uris is empty"
+        raise BadInput(f"alias: needs one registered version, and {found}; write model_uris=models:/NAME/3")
+    if not model_uri.can_be_promoted(uris[0]):
+        raise BadInput(
+            f"alias: needs a registered version, models:/NAME/3 or models:/NAME@ALIAS, not {quoted(uris[0])}"
+        )
+
+
 def generation(args: Parameters) -> dict:
-    """The parameters of generation and hardware. The logged model takes them as its defaults."""
+    """The parameters of generation and hardware. The logged model takes them as its defaults, but for max_tokens."""
     names = ("max_tokens", "temperature", "top_p", "seed", "batch_size", "dtype", "device")
     chosen = {name: getattr(args, name) for name in names if name in vars(args)}
     return chosen | {"stop": parameters.stop_strings(args.stop)}

@@ -99,7 +99,5 @@ def score_model(
 
 
 def _reuse(resume: bool, thresholds: tuple[gate.Threshold, ...]) -> Reuse:
-    """Which kept answers may be used. A gate on speed or memory needs measurements now, of the baseline too."""
-    if not resume:
-        return "none"
-    return "interrupted" if any(rule.metric.startswith(MEASURED) for rule in thresholds) else "all"
+    """Which kept answers may be used. A gate on speed or memory measures all answers now, the baseline's too."""
+    return "none" if not resume or any(rule.metric.startswith(MEASURED) for rule in thresholds) else "all"

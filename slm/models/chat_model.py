@@ -48,7 +48,8 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 
 VERSION = "0.2.0"  # of this file. The repository's own copy runs a logged model of the same version
-DEFAULTS = {"max_tokens": 64, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": [], "n": 1}
+# Of a request that doesn't say. 512 tokens are a page: most answers end by themselves before
+DEFAULTS = {"max_tokens": 512, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": [], "n": 1}
 SPAN_STEP = 64  # tokens; keys and values are allocated for a multiple of this number
 SCRATCH_BYTES = 2**28  # for attention; they limit the tokens of a prompt that go through a graph at once
 CACHE_BYTES = 2 * 2**30  # for the keys and values of the rows that are generated at once, with padding

@@ -46,8 +46,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 def log_pipeline(checkpoint: Checkpoint, generation: dict, save_weights: bool = True, **log) -> ModelInfo:
     """Logs a checkpoint as a transformers chat model (task llm/v1/chat) named "pipeline".
 
-    `generation` holds the defaults of max_tokens, temperature, top_p, seed and stop. It may hold batch_size, threads,
-    dtype and device.
+    `generation` holds the defaults of temperature, top_p, seed and stop. It may hold batch_size, threads, dtype and
+    device. The default of max_tokens is the wrapper's: an evaluation's limit would cut the answers of a served model.
     """
     return _log("pipeline", checkpoint, "chat", generation, save_weights=save_weights, **log)
 
@@ -55,8 +55,7 @@ def log_pipeline(checkpoint: Checkpoint, generation: dict, save_weights: bool = 
 def log_onnx(export: Checkpoint, schema: str, generation: dict, precision: str, **log) -> ModelInfo:
     """Logs an ONNX GenAI folder as a pyfunc model named "onnx", with the `prompt` or the `chat` schema.
 
-    `generation` holds the defaults of max_tokens, temperature, top_p, seed and stop. It may hold batch_size, threads
-    and execution_provider.
+    `generation` is as in `log_pipeline`, with execution_provider in the place of dtype and device.
     """
     return _log("onnx", export, schema, generation, metadata={"precision": precision}, **log)
 
@@ -85,6 +84,8 @@ def _log(name, checkpoint, schema, generation, *, metadata=None, save_weights=Tr
         flavor_name="transformers" if name == "pipeline" else "pyfunc",
         registered_model_name=registered_model_name or None,
         metadata=metadata,
+        params={"model": checkpoint.name, "precision": metadata.get("precision", ""), "schema": schema}
+        | ({"revision": checkpoint.revision} if checkpoint.revision else {}),
         validate_serving_input=False,  # the next step loads and scores the model
         checkpoint=checkpoint,
         wrapper=name,
@@ -169,7 +170,7 @@ def signature(schema: str, generation: dict) -> ModelSignature:
     """
     params = ParamSchema(
         [
-            ParamSpec("max_tokens", DataType.long, int(generation["max_tokens"])),
+            ParamSpec("max_tokens", DataType.long, chat_model.DEFAULTS["max_tokens"]),
             ParamSpec("temperature", DataType.double, float(generation["temperature"])),
             ParamSpec("top_p", DataType.double, float(generation["top_p"])),
             ParamSpec("seed", DataType.long, int(generation["seed"])),

@@ -8,7 +8,7 @@ template and scores no answer.
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slm.base.errors import BadInput
@@ -30,6 +30,12 @@ class PromptSet:
     source: str
     prompts: tuple[Prompt, ...]
     sha256: str
+    unnamed: int = field(default=0, kw_only=True)  # rows that expect a text and name no scorer: they got `contains`
+
+    @property
+    def scorer_names(self) -> frozenset[str] | None:
+        """The scorers of its rows. None if not all rows are at hand."""
+        return frozenset(call.name for prompt in self.prompts for call in prompt.scorers)
 
 
 def read_prompt_set(path: Path, source: str, known_scorers: KnownScorers) -> PromptSet:
@@ -43,6 +49,7 @@ def read_prompt_set(path: Path, source: str, known_scorers: KnownScorers) -> Pro
     """
     prompts: list[Prompt] = []
     places: dict[str, str] = {}
+    unnamed = 0
     rows = READERS.get(path.suffix.lower())
     if rows is None:
         raise BadInput(f"{path.name}: a prompt set is a {', '.join(READERS)} file; rename or convert it")
@@ -57,12 +64,13 @@ def read_prompt_set(path: Path, source: str, known_scorers: KnownScorers) -> Pro
             problem = f"`id` {quoted(prompt.id)} is already used in {places[prompt.id]}"
             raise BadInput(f"{path.name} {place}: {problem}; {remedy}")
         places[prompt.id] = place
+        unnamed += bool(prompt.expected) and isinstance(row, dict) and "scorers" not in row
         prompts.append(prompt)
         if len(prompts) > ROWS:
             raise BadInput(f"{path.name}: has more than {ROWS:,} rows; split it, or draw a sample")
     if not prompts:
         raise BadInput(f"{path.name}: no rows; write at least one prompt")
-    return _prompt_set(path.stem, source, prompts)
+    return replace(_prompt_set(path.stem, source, prompts), unnamed=unnamed)
 
 
 def with_scorers(prompt_set: PromptSet, calls: Iterable[ScorerCall]) -> PromptSet:
@@ -72,7 +80,7 @@ def with_scorers(prompt_set: PromptSet, calls: Iterable[ScorerCall]) -> PromptSe
         own = {call.name for call in prompt.scorers}
         added = tuple(call for call in calls if call.name not in own)
         changed.append(replace(prompt, scorers=prompt.scorers + added))
-    return _prompt_set(prompt_set.name, prompt_set.source, changed)
+    return replace(_prompt_set(prompt_set.name, prompt_set.source, changed), unnamed=prompt_set.unnamed)
 
 
 def _prompt_set(name: str, source: str, prompts: Iterable[Prompt]) -> PromptSet:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from slm.report.summary import MISSING, Report
+from slm.report.summary import MISSING, Report, megabytes, p_value, seconds_of
 from slm.verdict import estimation
 from slm.verdict.gate import Check
 from slm.verdict.scored_model import OVERALL, ScoredModel
@@ -241,7 +241,7 @@ def cost_rows(report: Report) -> list[dict]:
             {
                 "text": MISSING if value is None else _cost(metric, value),
                 "share": None if value is None or not largest else round(100 * value / largest, 2),
-                "ratio": f"{value / against:.2f}\u00d7" if value and against and place != report.baseline else "",
+                "ratio": f"{_ratio(value / against)}\u00d7" if value and against and place != report.baseline else "",
             }
             for place, value in enumerate(values)
         ]
@@ -253,7 +253,8 @@ def latency_curves(report: Report) -> list[Curve]:
     """The curve of each model with at least one answer. Failed answers are left out."""
     curves = []
     for place, model in enumerate(report.models):
-        seconds = sorted(sample.latency_seconds for sample in model.samples if sample.error is None)
+        measured = [] if model.unmeasured else model.samples
+        seconds = sorted(sample.latency_seconds for sample in measured if sample.error is None)
         count = len(seconds)
         if count:
             ranks = sorted({round((count - 1) * step / (CURVE_POINTS - 1)) for step in range(CURVE_POINTS)})
@@ -336,10 +337,8 @@ def _told(gap: Difference, adjusted: float | None) -> str:
 
 def _detail(gap: Difference, adjusted: float | None) -> str:
     pairs = f"{gap.n:,} pair{'' if gap.n == 1 else 's'}"
-    corrected = (
-        "" if adjusted is None or adjusted == gap.p_value else f" ({_p_value(adjusted).lstrip('= ')} after Holm)"
-    )
-    return f"p {_p_value(gap.p_value)}{corrected}, {pairs}, detectable {_number(gap.detectable)}"
+    corrected = "" if adjusted is None or adjusted == gap.p_value else f" ({p_value(adjusted).lstrip('= ')} after Holm)"
+    return f"p {p_value(gap.p_value)}{corrected}, {pairs}, detectable {_number(gap.detectable)}"
 
 
 def _state(gate: str) -> str:
@@ -386,16 +385,14 @@ def _amount(value: float) -> str:
     return _number(abs(value))
 
 
-def _p_value(p: float) -> str:
-    if math.isnan(p):
-        return MISSING
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
 
 
 def _cost(metric: str, value: float) -> str:
     if metric.endswith("_bytes"):
-        return f"{value / 1e6:,.0f} MB"
-    return f"{value:,.1f}" if metric.endswith("per_second") else f"{value:,.2f} s"
+        return megabytes(value)
+    return f"{value:,.1f}" if metric.endswith("per_second") else f"{seconds_of(value)} s"
 
 
 def _date(start: float) -> str:

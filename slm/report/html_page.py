@@ -13,6 +13,7 @@ import math
 import re
 from pathlib import Path
 
+from slm.base.wording import counted
 from slm.report.chart_data import (
     DASHES,
     GATE_SHAPES,
@@ -21,7 +22,6 @@ from slm.report.chart_data import (
     _finite,
     _gap,
     _number,
-    _p_value,
     _rule,
     checks,
     cost_rows,
@@ -38,7 +38,7 @@ from slm.report.chart_data import (
     trend_axis,
     trends,
 )
-from slm.report.summary import MISSING, Report, visible
+from slm.report.summary import MISSING, Report, p_value, visible
 from slm.verdict import estimation
 from slm.verdict.gate import Check
 from slm.verdict.scored_model import OVERALL, Sample, ScoredModel
@@ -53,12 +53,13 @@ def render(report: Report) -> str:
 
     source = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_finalize)
-    environment.filters |= {"number": _number, "gap": _gap, "p_value": _p_value, "safe_json": _safe_json}
+    environment.filters |= {"number": _number, "gap": _gap, "p_value": p_value, "safe_json": _safe_json}
     scores, gaps, curves = score_rows(report), difference_rows(report), latency_curves(report)
     flipped = flips(report)
     answers = answer_data(report, flipped)
     return environment.from_string(source).render(
         report=report,
+        heading=heading(report),
         headline=headline(report),
         remarks=findings(report)[1 if report.verdict.state == "none" else 0 :],
         checks=sorted(checks(report), key=lambda entry: list(STATES).index(entry[1].state)),
@@ -86,6 +87,16 @@ def render(report: Report) -> str:
 # What is said ---------------------------------------------------------------------------------------------------------
 
 
+def heading(report: Report) -> str:
+    """The models that were compared, and on which prompts: the run's title names them, and may name more."""
+    labels = [model.model.label for model in report.models]
+    told = ", ".join(labels)
+    if report.baseline is not None and len(labels) > 1:
+        others = [label for place, label in enumerate(labels) if place != report.baseline]
+        told = f"{', '.join(others)} against {labels[report.baseline]}"
+    return f"{told} on {report.title}" if report.title == report.prompt_set.name else f"{told}: {report.title}"
+
+
 def headline(report: Report) -> str:
     """The verdict in words. Without a gate, the first finding."""
     state, judged = report.verdict.state, checks(report)
@@ -93,7 +104,8 @@ def headline(report: Report) -> str:
     if state == "none":
         return f"No gate. {findings(report)[0]}"
     if state == "pass":
-        return "Pass: the one rule holds" if len(judged) == 1 else f"Pass: {len(judged)} of {len(judged)} rules hold"
+        held = f"{len(concerned)} of {len(concerned)} rules hold" if len(concerned) > 1 else "the one rule holds"
+        return f"Pass: {held}" + ("" if len(judged) == len(concerned) else ", of those that apply to a first champion")
     if state == "regress":
         more = len(concerned) - 1
         rest = f"; {more} more {'rule is' if more == 1 else 'rules are'} broken" if more else ""
@@ -124,19 +136,19 @@ def _alone(model: ScoredModel) -> str:
     if found is None or math.isnan(found.mean):
         return f"{model.model.label}: no answer was scored"
     interval = f"95 % interval {_number(found.ci95_low)} to {_number(found.ci95_high)}"
-    return f"{model.model.label} scores {_number(found.mean)}, {interval}, on {found.n:,} prompts"
+    return f"{model.model.label} scores {_number(found.mean)}, {interval}, on {counted(found.n, 'prompt')}"
 
 
 def _compared(candidate: str, baseline: str, gap: Difference | None) -> str:
     if gap is None or gap.n == 0:
         return f"{candidate} and {baseline} can't be compared: no prompt was scored for both"
     if gap.mean == 0:
-        return f"{candidate} scores the same as {baseline} on {gap.n:,} prompts"
+        return f"{candidate} scores the same as {baseline} on {counted(gap.n, 'prompt')}"
     seen = f"{candidate} scores {_amount(gap.mean)} {'less' if gap.mean < 0 else 'more'} than {baseline}"
     if gap.ci95_low <= 0 <= gap.ci95_high:
-        return f"{seen}, which {gap.n:,} prompts can't tell from chance"
+        return f"{seen}, which {counted(gap.n, 'prompt')} can't tell from chance"
     interval = f"{_gap(gap.ci95_low)} to {_gap(gap.ci95_high)}"
-    return f"{seen}, and the 95 % interval, {interval}, leaves out 0 (p {_p_value(gap.p_value)})"
+    return f"{seen}, and the 95 % interval, {interval}, leaves out 0 (p {p_value(gap.p_value)})"
 
 
 def _broken(report: Report, place: int, check: Check) -> str:

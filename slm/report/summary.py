@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 from rich.table import Table
 from rich.text import Text
 
+from slm.base.wording import counted
 from slm.prompts.prompt_sets import PromptSet
 from slm.tracking.earlier_runs import Point
 from slm.verdict import estimation, reproduction
@@ -96,11 +97,11 @@ def lines(models: Sequence[ScoredModel]) -> list[Line]:
         line("rows failed", "rows_failed", "{:.0f}".format),
         line("rows unscored", "rows_unscored", "{:.0f}".format),
         line("output tokens per second", "output_tokens_per_second", "{:.1f}".format, section=True),
-        line("latency p50, s", "latency_seconds/p50", "{:.2f}".format),
-        line("latency p95, s", "latency_seconds/p95", "{:.2f}".format),
-        line("model load, s", "model_load_seconds", "{:.1f}".format),
-        line("peak memory", "peak_memory_bytes", _megabytes),
-        line("model size", "model_bytes", _megabytes),
+        line("latency p50, s", "latency_seconds/p50", seconds_of),
+        line("latency p95, s", "latency_seconds/p95", seconds_of),
+        line("model load, s", "model_load_seconds", seconds_of),
+        line("peak memory", "peak_memory_bytes", megabytes),
+        line("model size", "model_bytes", megabytes),
     ]
 
 
@@ -114,6 +115,9 @@ def _remarks(report: Report) -> list[str]:
         reproducible = model.record.get("reproducible", "")
         if reproducible.startswith(reproduction.COMPARABLE):
             told.append(f"{model.model.label}, done again: {reproducible}")
+        if model.unmeasured:
+            why = f"{model.unmeasured}; resume=false measures them"
+            told.append(f"{model.model.label}: no speed, latency or memory, because {why}")
     for model in report.models:
         rows, shown = int(model.metrics.get("rows", 0)), len(model.samples)
         if shown < rows:
@@ -132,10 +136,10 @@ def _remarks(report: Report) -> list[str]:
         for name in sorted(compared, key=lambda name: (name != OVERALL, name)):
             gap = compared[name]
             if name == OVERALL or adjusted.get(name, 1) < 0.05:
-                p = f"p = {gap.p_value:.2f}" if name == OVERALL else f"p = {adjusted[name]:.3f} after Holm"
+                p = f"p {p_value(gap.p_value)}" if name == OVERALL else f"p {p_value(adjusted[name])} after Holm"
+                seen = f"{gap.mean:+.2f} [{gap.ci95_low:+.2f}, {gap.ci95_high:+.2f}], {p}, {counted(gap.n, 'pair')}"
                 told.append(
-                    f"{pair}, {name}: {gap.mean:+.2f} [{gap.ci95_low:+.2f}, {gap.ci95_high:+.2f}], {p}, {gap.n} pairs; "
-                    f"a difference under {gap.detectable:.2f} would not have been found"
+                    f"{pair}, {name}: {seen}; a difference under {gap.detectable:.2f} would not have been found"
                 )
         flips = estimation.flips(scored, baseline).get(OVERALL)
         if flips:
@@ -153,7 +157,7 @@ def table(report: Report) -> Table:
     drawn = Table(title=report.title, title_justify="left", title_style="bold", header_style="bold")
     drawn.add_column("")
     for model in report.models:
-        drawn.add_column(model.model.label, justify="right")
+        drawn.add_column(model.model.label.removeprefix("models:/"), justify="right", overflow="fold")
     for line in lines(report.models):
         if line.section:
             drawn.add_section()
@@ -200,7 +204,9 @@ def junit(report: Report) -> str:
         for check in verdict.checks:
             name = _plain(f"{check.metric} {check.rule}")
             case = ElementTree.SubElement(suite, "testcase", classname="gate", name=name)
-            if check.state != "pass":
+            if check.state == "none":  # it doesn't apply
+                ElementTree.SubElement(case, "skipped", message=_plain(check.reason))
+            elif check.state != "pass":
                 ElementTree.SubElement(case, "failure", type=check.state, message=_plain(check.reason))
         case = ElementTree.SubElement(suite, "testcase", classname="rows", name="every row is answered")
         listed = [sample for sample in model.samples if sample.error]
@@ -209,7 +215,7 @@ def junit(report: Report) -> str:
             text = "; ".join(f"{sample.id}: {(sample.error or {}).get('message')}" for sample in listed[:20])
             ElementTree.SubElement(case, "error", type="rows_failed", message=_plain(f"{failed} rows: {text}"))
         suite.set("tests", str(len(verdict.checks) + 1))
-        suite.set("failures", str(sum(check.state != "pass" for check in verdict.checks)))
+        suite.set("failures", str(sum(check.state not in ("pass", "none") for check in verdict.checks)))
         suite.set("errors", str(int(bool(failed))))
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
@@ -226,10 +232,37 @@ def estimate(entry: Estimate | None) -> str:
     return f"{entry.mean:.2f} [{entry.ci95_low:.2f}, {entry.ci95_high:.2f}]"
 
 
+def p_value(p: float) -> str:
+    """`< 0.001`, `= 0.023`, `= 0.41`, or n/a."""
+    if math.isnan(p):
+        return MISSING
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
+
+
+def run_name(report: Report) -> str:
+    """What a run did and how it ended, the end first: `regress: phi3/3 vs phi3@champion on general`."""
+    every = [model.model.label.removeprefix("models:/") for model in report.models]
+    labels = [label for place, label in enumerate(every) if place != report.baseline]
+    told = labels[0] if len(labels) == 1 else f"{len(labels)} models"
+    against = "" if report.baseline is None else f" vs {every[report.baseline]}"
+    found = report.models[int(report.baseline == 0)].estimates.get(OVERALL) if len(labels) == 1 else None
+    ending: str = report.verdict.state
+    if ending == "none":
+        ending = "evaluated" if found is None or math.isnan(found.mean) else f"score {found.mean:.2f}"
+    return _one_line(f"{ending}: {told}{against} on {report.prompt_set.name}")
+
+
 def _count(models: Sequence[ScoredModel], name: str) -> str:
     counts = sorted({model.estimates[name].n for model in models if name in model.estimates})
     return "/".join(map(str, counts)) or "0"
 
 
-def _megabytes(value: float) -> str:
-    return f"{value / 1e6:,.0f} MB"
+def megabytes(value: float) -> str:
+    """`270 MB`, `0.4 MB`, or `3 kB`: a small value isn't 0."""
+    if value < 1e5:
+        return f"{value / 1e3:,.0f} kB"
+    return f"{value / 1e6:,.0f} MB" if value >= 1e6 else f"{value / 1e6:.1f} MB"
+
+
+def seconds_of(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"

@@ -132,6 +132,7 @@ def _trace(
         }
     )
     tags = {"mlflow.traceName": sample.id, "id": sample.id, "repeat": str(sample.repeat)}
+    tags |= {"mlflow.eval.requestId": f"{sample.id}#{sample.repeat}"}  # by which MLflow pairs the rows of two runs
     tags |= {"scorer": ", ".join(sample.scores), "finish_reason": sample.finish_reason}
     if prompt is not None:
         tags |= {"cluster": prompt.cluster or "", "tags": ", ".join(prompt.tags)}

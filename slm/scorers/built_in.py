@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from slm.base import strict_json
 from slm.base.wording import quoted
 
+SHORT_WORD = 4  # letters. A longer word is rarely a part of another one
 PATTERN_SECONDS = 1.0  # of processor time, for a search by the scorer regex
 
 _CHOICE = r"(?<![^\W_]|[-'\u2019&.+/])[{choices}](?![^\W_]|[&+#/]|[-'\u2019][^\W_]|\.[A-Z]\.)"
@@ -53,12 +54,15 @@ def exact_match(
     return _verdict("equals", (text for text in expected if plain(text) == plain(output)), output, expected)
 
 
-def contains(output: str, expected: tuple[str, ...], ignore_case: bool = True, whole_word: bool = False) -> Score:
-    """1 if an expected text occurs in the answer. With `whole_word`, no letter or digit may stand beside the text."""
+def contains(output: str, expected: tuple[str, ...], ignore_case: bool = True, whole_word: bool | None = None) -> Score:
+    """1 if an expected text occurs in the answer. With `whole_word`, no letter or digit may stand beside the text.
+
+    By default, that holds for numbers and for words of up to SHORT_WORD letters: "no" isn't in "not", nor 10 in 100.
+    """
 
     def found(text: str) -> bool:
         where, what = (output.casefold(), text.casefold()) if ignore_case else (output, text)
-        if whole_word:
+        if _is_short_word(text.strip()) if whole_word is None else whole_word:
             return re.search(rf"(?<![^\W_]){re.escape(what)}(?![^\W_])", where) is not None
         return what in where
 
@@ -120,14 +124,19 @@ def number(output: str, expected: tuple[str, ...], tolerance: int | float = 0.0)
 
 
 def json_schema(output: str, expected: tuple[str, ...], schema: dict | None = None) -> Score:
-    """1 if the answer is JSON and fits `schema`. A code fence around the answer is ignored, as are expected texts."""
+    """1 if the answer is JSON and fits `schema`. A code fence around the whole answer is taken off, and told.
+
+    Expected texts are ignored.
+    """
     fence = re.fullmatch(r"```(?:json|JSON)?[ \t]*\n(.*?)\n?[ \t]*```", output.strip(), re.DOTALL)
     try:
         value = json.loads(fence[1] if fence else output, parse_constant=strict_json.no_constant)
     except (ValueError, RecursionError) as error:
-        return Score(0.0, f"not JSON: {error}; got {quoted(output)}")
+        around = "has text around its code fence" if not fence and "```" in output else f"not JSON: {error}"
+        return Score(0.0, f"{around}; got {quoted(output)}")
+    told = ", in a code fence" if fence else ""
     if schema is None:
-        return Score(1.0, "is JSON")
+        return Score(1.0, f"is JSON{told}")
     import jsonschema
     import referencing
 
@@ -137,7 +146,7 @@ def json_schema(output: str, expected: tuple[str, ...], schema: dict | None = No
     errors = kind(schema, registry=referencing.Registry()).iter_errors(value)
     worst = jsonschema.exceptions.best_match(errors)
     if worst is None:
-        return Score(1.0, "fits the schema")
+        return Score(1.0, f"fits the schema{told}")
     return Score(0.0, f"does not fit the schema at {worst.json_path}: {quoted(worst.message)}")
 
 
@@ -229,6 +238,11 @@ def _whole_number(text: str) -> decimal.Decimal | None:
 
 def _without_punctuation(text: str) -> str:
     return "".join(m for m in text if m not in string.punctuation and not unicodedata.category(m).startswith("P"))
+
+
+def _is_short_word(text: str) -> bool:
+    """Whether a text is a number, or a word of few Latin letters. Other scripts may have no blanks between words."""
+    return text.isascii() and (text.isdigit() or (text.isalnum() and len(text) <= SHORT_WORD))
 
 
 def _any_of(expected: tuple[str, ...]) -> str:

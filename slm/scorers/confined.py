@@ -20,6 +20,7 @@ SECONDS = 5  # of processor time for one score, or for the check of one option
 ROOM = 2**30  # bytes of memory for the child process
 OPTION_KINDS = {
     bool: "true or false",
+    bool | None: "true or false",
     str: "text",
     str | None: "text",
     int | float: "a number",
@@ -58,7 +59,7 @@ def call_error(name: str, expected: tuple[str, ...], options: dict) -> str | Non
             has = f"it has {', '.join(parameters)}" if parameters else "it has none"
             return f"scorer {name} has no option {quoted(option)}{did_you_mean(option, parameters)}; {has}"
         kind = parameters[option].annotation
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, bool | None)):
             return f"option {option} of scorer {name} is {quoted(value)}; {OPTION_KINDS[kind]} belongs there"
     if not expected and name != "json_schema" and options.get("pattern") is None:
         return f"scorer {name} needs `expected`"

@@ -274,7 +274,7 @@ def _served(uri: str) -> Iterator[tuple[str, str, str]]:
     from slm.serving import http_app
 
     try:
-        model, defaults = http_app.load(uri)
+        model, defaults, _ = http_app.load(uri)
     except BadInput as error:
         raise BadInput(f"judge: {str(error).removeprefix('model_uri: ')}") from None
     key = secrets.token_urlsafe()

@@ -30,7 +30,7 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -43,7 +43,17 @@ from slm.answers import endpoints
 from slm.base.errors import BadInput
 from slm.models import wrappers
 from slm.serving.batching import Worker
-from slm.serving.protocol import METRICS_TYPE, STREAM_HEADERS, ApiError, Limits, ServedNames, read_keys, read_request
+from slm.serving.protocol import (
+    METRICS_TYPE,
+    STREAM_HEADERS,
+    ApiError,
+    Limits,
+    ServedNames,
+    check_model,
+    model_names,
+    read_keys,
+    read_request,
+)
 from slm.tracking import mlflow_client, registry
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,10 +61,16 @@ from slm.tracking import mlflow_client, registry
 
 
 def build(
-    model, defaults: dict, limits: Limits | None = None, api_key: str = "", host_names: Iterable[str] = ()
+    model,
+    defaults: dict,
+    limits: Limits | None = None,
+    api_key: str = "",
+    host_names: Iterable[str] = (),
+    names: Sequence[str] = (),
 ) -> FastAPI:
     """The application for a loaded chat model. `defaults` are the parameters that a request does not give.
 
+    `names` are the names that clients may ask for (`protocol.model_names`); with none, it is the checkpoint's.
     `api_key` may hold several keys, separated by commas. The server answers to loopback's names and to `host_names`.
 
     Raises:
@@ -66,6 +82,8 @@ def build(
     limits = limits or Limits()
     worker = Worker(model, limits)
     started = int(time.time())
+    names = names or (model.name,)
+    model.name = names[0]  # in every answer
 
     @asynccontextmanager
     async def lifespan(app):
@@ -118,8 +136,7 @@ def build(
 
     @app.get("/v1/models/{name:path}", dependencies=protected)
     async def one_model(name: str):
-        if name != model.name:
-            raise ApiError(404, f"model: {name!r:.80} is not served here; {model.name!r} is", code="model_not_found")
+        check_model(name, names)
         return card()
 
     def client_of(request: Request) -> str:
@@ -130,7 +147,7 @@ def build(
         exchange = Exchange(worker, request)
         try:
             asked = read_request(await read_body(request, limits))
-            row = asked.row(model.name, limits)
+            row = asked.row(names, limits)
             try:
                 exchange.rows = await asyncio.to_thread(model.prepare, row, defaults)
             except ValueError as refusal:  # Refused, from the copy of slm.chat_model in the logged model
@@ -261,8 +278,10 @@ def _event(content: dict) -> str:
 # The model
 
 
-def load(uri: str, trust_code: bool = False) -> tuple[wrappers.Wrapper, dict[str, Any]]:
-    """The wrapper of the model that `uri` names, and the parameters that were logged with the model.
+def load(
+    uri: str, trust_code: bool = False, served_model_name: str = ""
+) -> tuple[wrappers.Wrapper, dict[str, Any], tuple[str, ...]]:
+    """The wrapper of the model that `uri` names, the parameters that were logged with it, and its `model_names`.
 
     Raises:
         BadInput: this project did not log it as a chat model, its files were changed, or its code isn't trusted.
@@ -270,7 +289,7 @@ def load(uri: str, trust_code: bool = False) -> tuple[wrappers.Wrapper, dict[str
     mlflow = mlflow_client.quiet_mlflow()
     if endpoints.is_endpoint(uri):
         raise BadInput(f"model_uri: {uri} is an endpoint, which serves already; name a logged model")
-    uri = registry.resolve(uri, trust_code)
+    given, uri = uri, registry.resolve(uri, trust_code)
     with registry.local_copy(uri) as folder:
         try:
             description = mlflow.models.Model.load(str(folder))
@@ -284,4 +303,5 @@ def load(uri: str, trust_code: bool = False) -> tuple[wrappers.Wrapper, dict[str
             raise BadInput(f"model_uri: {uri}: {' '.join(str(error).split())}") from None
     if not hasattr(opened.wrapper, "stream"):
         raise BadInput(f"model_uri: {uri} was logged by an older version of this project; log it again")
-    return opened.wrapper, {param.name: param.default for param in opened.description.signature.params}
+    names = model_names(given, uri, opened.wrapper.name, served_model_name)
+    return opened.wrapper, {param.name: param.default for param in opened.description.signature.params}, names

@@ -2,14 +2,14 @@
 
 import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import prometheus_client
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from slm.base import strict_json
+from slm.base import model_uri, strict_json
 from slm.base.errors import BadInput
 
 PROMPT_TOKENS = 8  # prompt tokens that the model reads in the time of one generated token
@@ -109,15 +109,14 @@ class ChatRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    def row(self, name: str, limits: Limits) -> dict:
+    def row(self, names: Sequence[str], limits: Limits) -> dict:
         """The request as a row of the model's input.
 
         Raises:
             ApiError: the request needs something that this server does not have.
         """
-        if self.model and self.model != name:
-            text = f"model: {self.model!r:.80} is not served here; {name!r} is"
-            raise ApiError(404, text, param="model", code="model_not_found")
+        if self.model:
+            check_model(self.model, names)
         for field_name, value in (self.model_extra or {}).items():
             if value is None or field_name in IGNORED or value in NEUTRAL.get(field_name, ()):
                 continue
@@ -133,6 +132,26 @@ class ChatRequest(BaseModel):
         messages = [message.plain(place) for place, message in enumerate(self.messages)]
         own = {name: getattr(self, name) for name in ("temperature", "top_p", "seed", "stop", "n")}
         return {"messages": messages, "max_tokens": max_tokens} | own
+
+
+def check_model(asked: str, names: Sequence[str]) -> None:
+    """
+    Raises:
+        ApiError: the model that a client asks for has none of these names.
+    """
+    if asked not in names:
+        text = f"model: {asked!r:.80} is not served here; {names[0]!r} is"
+        raise ApiError(404, text, param="model", code="model_not_found")
+
+
+def model_names(uri: str, resolved: str, checkpoint: str, chosen: str = "") -> tuple[str, ...]:
+    """The names that clients may ask for. The first one is the name in answers and in /v1/models.
+
+    A registered model has its name, alone and with the alias or version. Every model has the checkpoint's name too.
+    """
+    given, version = uri.removeprefix("models:/"), model_uri.registered_version(resolved)
+    registered = [version[0], "/".join(version), given, uri, resolved] if version else []
+    return tuple(dict.fromkeys(filter(None, [chosen, *registered, checkpoint])))
 
 
 def read_request(body: bytes) -> ChatRequest:

@@ -49,3 +49,25 @@ def history(prompts_sha256: str, model_name: str, names) -> dict[str, tuple]:
                 point = Point(run.info.run_id, run.info.start_time / 1000, version, told.get(tags.GATE, ""), *figures)
                 found[name] = (*found.get(name, ()), point)
     return found
+
+
+def newest(prompts_sha256: str) -> dict[str, float]:
+    """The metrics of the newest finished runs on these prompts in the experiment of the environment.
+
+    Of two runs with the same metric, the newer one counts. No run need be active.
+    """
+    import os
+
+    mlflow = quiet_mlflow()
+    client, name = mlflow.MlflowClient(), os.environ.get("MLFLOW_EXPERIMENT_NAME", "")
+    found = client.get_experiment_by_name(name) if name else None
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_ID") or (found.experiment_id if found else "" if name else "0")
+    if not experiment:
+        return {}
+    runs = client.search_runs(
+        [experiment],
+        f"tags.`{tags.PROMPTS_SHA256}` = '{prompts_sha256}' and status = 'FINISHED'",
+        max_results=10,
+        order_by=["attributes.start_time DESC"],
+    )
+    return {key: value for run in reversed(runs) for key, value in run.data.metrics.items()}

@@ -16,7 +16,7 @@ from slm.base.errors import BadInput, Unavailable, exhausted
 from slm.base.parameters import Parameters
 from slm.base.stopping import Stopped
 from slm.base.wording import one_line
-from slm.tracking import runs, store, tags
+from slm.tracking import run_records, runs, store, tags
 from slm.tracking.mlflow_client import _or_found, is_infrastructure, quiet_mlflow
 
 VERDICT_CODES = {"none": 0, "pass": 0, "regress": 3, "inconclusive": 5}
@@ -26,11 +26,12 @@ _open_runs: list[str] = []
 
 
 def exit_code(
-    story: Callable[[], str], kept: str = "; the run is ended, and its answers are kept for the next one"
+    story: Callable[[], str],
+    stopped_by: str = "stopped by {}; the run is ended, and its answers are kept for the next one",
 ) -> int:
     """Runs an entry point's story, which returns the verdict of the gate. Returns the exit code for its end.
 
-    `kept` says after a stop what the story leaves.
+    `stopped_by` says what a signal has ended, and what is left.
     """
     try:
         with stopping.listening(_end_open_runs):
@@ -41,7 +42,7 @@ def exit_code(
         return error.exit_code
     except Stopped as stopped:
         _end_waiting_run("KILLED", f"stopped by {stopped}")
-        console.err.print(f"stopped by {stopped}{kept}")
+        console.err.print(stopped_by.format(stopped), markup=False)
         return stopped.exit_code
     except Exception as error:
         reason = exhausted(error)
@@ -74,7 +75,8 @@ def run(name: str, args: Parameters) -> Iterator[Any]:
         known = opened.data.params
         plain = {name: str(value) for name, value in vars(args).items()}
         mlflow.log_params({name: value for name, value in plain.items() if name not in known})
-        mlflow.log_params({f"cfg.{name}": value for name, value in plain.items()})
+        # `mlflow run` logs a text as the shell gets it, in quotes
+        mlflow.log_params({f"cfg.{name}": value for name, value in plain.items() if known.get(name, value) != value})
         yield active
 
 
@@ -100,7 +102,7 @@ def _ending(active) -> Iterator[Any]:
             status, reason = "KILLED", f"stopped by {error}"
         with environment.variables(PATIENCE):  # the error is raised even if the store refuses the tag
             with suppress(Exception):
-                mlflow.MlflowClient().set_tag(run_id, tags.ERROR, credentials.scrubbed(reason))
+                _tell(mlflow.MlflowClient(), run_id, status, credentials.scrubbed(reason))
             with suppress(Exception):
                 mlflow.end_run(status)
         raise
@@ -129,8 +131,17 @@ def _end_waiting_run(status: str, reason: str) -> None:
     with environment.variables(PATIENCE), suppress(Exception):
         client = quiet_mlflow().MlflowClient()
         _scrub(client, client.get_run(run_id))
-        client.set_tag(run_id, tags.ERROR, credentials.scrubbed(reason))
+        _tell(client, run_id, status, credentials.scrubbed(reason))
         client.set_terminated(run_id, status)
+
+
+def _tell(client, run_id: str, status: str, reason: str) -> None:
+    """Writes why a run ended early: the tag `error`, and for MLflow's pages its name and description."""
+    client.set_tag(run_id, tags.ERROR, reason)
+    word = "stopped" if status == "KILLED" else "error"
+    if tags.PARENT not in client.get_run(run_id).data.tags:
+        name = reason if reason.startswith(word) else f"{word}: {reason}"
+        run_records.name_run(run_id, name, f"**{word}**\n\n    {reason}\n")
 
 
 def _scrub(client, run) -> None:

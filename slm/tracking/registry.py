@@ -1,7 +1,7 @@
 """Finds and describes logged models and registered versions. Sets the tags and aliases of versions."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def resolve(uri: str, trust_code: bool = False) -> str:
     except Exception as error:
         if is_infrastructure(error) or exhausted(error):
             raise
-        raise BadInput(f"{uri}: there is no such model: {one_line(error)}") from None
+        raise BadInput(f"{uri}: there is no such model{_registered_hint(uri)}: {one_line(error)}") from None
     if state != "READY":
         raise BadInput(f"{uri} is {state}: its logging never came to an end; log it again")
     wrappers.check(uri, described, trust_code, lambda: _file_of(uri, wrappers.FILE))
@@ -62,12 +62,26 @@ def resolve(uri: str, trust_code: bool = False) -> str:
     return uri
 
 
+def _registered_hint(uri: str) -> str:
+    """` (did you mean …?)` where a text that is no URI names a registered model; else nothing."""
+    name = uri.removeprefix("models:/").partition("@")[0].partition("/")[0]
+    if not name or not has_model(name):
+        return ""
+    client = quiet_mlflow().MlflowClient()
+    versions = client.search_model_versions(f"name = '{name.replace(chr(39), chr(39) * 2)}'", max_results=1000)
+    newest = max((int(version.version) for version in versions), default=0)
+    return f" (did you mean models:/{name}/{newest}?)" if newest else ""
+
+
 def _file_of(uri: str, name: str) -> bytes:
     """A small file of a logged model."""
     import tempfile
 
+    logged = re.fullmatch(r"models:/(m-[0-9a-f]+)", uri)
     with tempfile.TemporaryDirectory(prefix="phi3-mlflow-") as scratch:
         try:
+            if logged:  # MLflow takes models:/m-…/name for a version
+                uri = quiet_mlflow().get_logged_model(logged[1]).artifact_location
             found = quiet_mlflow().artifacts.download_artifacts(artifact_uri=f"{uri}/{name}", dst_path=scratch)
         except Exception as error:
             if is_infrastructure(error) or exhausted(error):
@@ -144,8 +158,17 @@ def alias_version(name: str, alias: str) -> str:
         return ""
 
 
-def tag_version(name: str, version: str, tags: dict[str, str], description: str = "") -> None:
+def version_tags(name: str, version: str) -> dict[str, str]:
+    return dict(quiet_mlflow().MlflowClient().get_model_version(name, version).tags)
+
+
+def tag_version(
+    name: str, version: str, tags: dict[str, str], description: str = "", removed: Iterable[str] = ()
+) -> None:
+    """Sets a version's tags and, if there is one, its description. Removes the tags in `removed`."""
     client = quiet_mlflow().MlflowClient()
+    for key in removed:
+        client.delete_model_version_tag(name, version, key)
     for key, value in tags.items():
         client.set_model_version_tag(name, version, key, value)
     if description:
@@ -154,3 +177,52 @@ def tag_version(name: str, version: str, tags: dict[str, str], description: str 
 
 def set_alias(name: str, alias: str, version: str) -> None:
     quiet_mlflow().MlflowClient().set_registered_model_alias(name, alias, version)
+
+
+def has_model(name: str) -> bool:
+    """Whether the registry has a model of this name."""
+    return _is_there(lambda: quiet_mlflow().MlflowClient().get_registered_model(name))
+
+
+def has_version(name: str, version: str) -> bool:
+    """Whether the registry has this version of a model."""
+    return _is_there(lambda: quiet_mlflow().MlflowClient().get_model_version(name, version))
+
+
+def _is_there(asked: Callable[[], object]) -> bool:
+    try:
+        asked()
+    except quiet_mlflow().exceptions.MlflowException as error:
+        if is_infrastructure(error):
+            raise
+        return False
+    return True
+
+
+def have_same_files(first: str, second: str) -> bool:
+    """Whether two resolved URIs name one model: the same version, or versions with the same files.
+
+    MLmodel differs each time a model is logged. So its signature and metadata are compared in its place. A model that
+    others logged lists no files, and is equal only to versions of the same logged model.
+    """
+    import json
+
+    from slm.models import manifest
+
+    if first == second:
+        return True
+    if endpoints.is_endpoint(first) or endpoints.is_endpoint(second):
+        return False
+    sources = [version_source(uri) for uri in (first, second)]
+    if sources[0] and sources[0] == sources[1]:
+        return True
+    listed, told = [], []
+    for uri in (first, second):
+        try:
+            files = json.loads(_file_of(uri, manifest.NAME))["files"]
+        except (BadInput, ValueError, KeyError, TypeError):
+            return False
+        described = quiet_mlflow().models.get_model_info(uri)
+        listed.append({name: record for name, record in files.items() if name != "MLmodel"})
+        told.append((described.signature, described.metadata))
+    return bool(listed[0]) and listed[0] == listed[1] and told[0] == told[1]

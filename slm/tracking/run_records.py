@@ -1,9 +1,14 @@
 """Writes the dataset, metrics, tags and samples of a run. Finds other runs by their tags."""
 
 import os
+import re
 
+from slm.base.parameters import ENTRY_POINTS
 from slm.tracking.earlier_runs import HISTORY
 from slm.tracking.mlflow_client import _or_found, quiet_mlflow
+
+# MLflow's own names are of the form selective-ram-123
+UNNAMED = re.compile(rf"([a-z]+-[a-z]+-\d+|{'|'.join(ENTRY_POINTS)})?")
 
 
 def log_dataset(prompt_set):
@@ -36,7 +41,9 @@ def log_dataset(prompt_set):
 def log_scored(scored, dataset, tags: dict[str, str]) -> None:
     """Logs a scored model's metrics, tags and samples to the active run. Metrics link to the model and the dataset."""
     mlflow = quiet_mlflow()
-    mlflow.log_metrics(scored.metrics, model_id=scored.model.model_id, dataset=dataset)
+    # MLflow's pages have the columns in this order: the overall score first
+    first = {name: value for name, value in scored.metrics.items() if name.startswith("score/")}
+    mlflow.log_metrics(first | scored.metrics, model_id=scored.model.model_id, dataset=dataset)
     mlflow.set_tags(tags)
     mlflow.log_text("".join(f"{line}\n" for line in scored.sample_lines()), "evaluation/samples.jsonl")
 
@@ -53,8 +60,21 @@ def runs_with(tags: dict[str, str], status: str = "") -> list:
     return [run for run in found if run.info.run_id != own.run_id]
 
 
-def tag_active_run(tags: dict[str, str]) -> None:
-    quiet_mlflow().set_tags(tags)
+def name_run(run_id: str, name: str, description: str = "") -> None:
+    """Names a run by what it did, unless a person named it. A description is written too, if there is one."""
+    client = quiet_mlflow().MlflowClient()
+    if UNNAMED.fullmatch(client.get_run(run_id).info.run_name or ""):
+        client.update_run(run_id, name=name[:250])
+    if description:
+        client.set_tag(run_id, "mlflow.note.content", description)
+
+
+def tag_active_run(tags: dict[str, str], name: str = "") -> None:
+    """Tags the active run, and names it if there is a name."""
+    mlflow = quiet_mlflow()
+    mlflow.set_tags(tags)
+    if name:
+        name_run(mlflow.active_run().info.run_id, name)
 
 
 def tag_waiting_run(tags: dict[str, str]) -> None:

@@ -18,6 +18,7 @@ OUTPUTS_SHA256 = "outputs.sha256"
 
 # of a registered version
 EVALUATION_RUN = "evaluation.run"
+BEFORE = "before"  # `<alias>.before`: the version that had the alias when this version got it
 GIT_COMMIT = "git_commit"
 SOURCE = "source"
 REVISION = "revision"
@@ -27,6 +28,7 @@ PRECISION = "precision"
 ERROR = "error"
 PROCESS = "process"
 SEEN = "process.seen"
+PARENT = "mlflow.parentRunId"
 
 # of a start with a slot
 SLOT = "slot"
@@ -36,6 +38,11 @@ INPUTS = "slot.inputs"
 VERDICT = "slot.verdict"  # the last tag of a start that is done
 EARLIER = "unchanged.run"
 SKIPPED = "skipped"
+
+
+def is_of_score(tag: str) -> bool:
+    """Whether a version's tag holds a score, see `of_score`."""
+    return tag == "score" or tag.startswith("score.")
 
 
 def of_score(scorer: str, overall: str) -> str:

@@ -11,18 +11,21 @@ This module reads no files, and logs and promotes nothing.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Literal
 
 from slm.base.errors import BadInput
 from slm.base.strict_yaml import parse_yaml
-from slm.base.wording import did_you_mean, quoted
+from slm.base.wording import counted, did_you_mean, quoted
+from slm.verdict import scored_model
+from slm.verdict.scored_model import OVERALL
 from slm.verdict.statistics import Difference, Estimate, prompts_needed, prompts_to_settle
 
 GATE_CHARACTERS = 100_000
-KEYWORDS = ("min", "max", "max_drop", "min_ratio", "max_ratio")
+RELATIVE = ("max_drop", "min_ratio", "max_ratio")  # to a baseline
+KEYWORDS = ("min", "max", *RELATIVE)
 
 State = Literal["pass", "regress", "inconclusive", "none"]
 FROM_BEST: tuple[State, ...] = ("pass", "inconclusive", "regress")
@@ -53,7 +56,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The worst state of all checks. The state is `none` only if there are no rules."""
+    """The worst state of all checks. The state is `none` only if there are no rules, or none that applies."""
 
     state: State
     checks: tuple[Check, ...]
@@ -78,17 +81,70 @@ def read_thresholds(text: str, name: str) -> tuple[Threshold, ...]:
     return tuple(_threshold(metric, rules, name) for metric, rules in metrics.items())
 
 
+def check_names(
+    thresholds: tuple[Threshold, ...], scorers: Iterable[str], open_names: Iterable[str], repeats: int
+) -> None:
+    """Checks that an evaluation can give every metric that the gate names, in the form that its rules need.
+
+    `scorers` are the names of all scores but the overall one. A scorer in `open_names` may give further scores, as
+    `<scorer>/<name>`.
+
+    Raises:
+        BadInput: no scorer gives the metric, a limit is beyond 0 to 1 for a score, or a rule doesn't fit the metric.
+    """
+    names = [OVERALL, *sorted(scorers)]
+    kinds = [f"pass_{how}_{k}" for how in ("at", "hat") for k in scored_model.ks(repeats)]
+    means = {f"{name}/mean" for name in names} | {f"{name}/{kind}/mean" for name in names for kind in kinds}
+    parts = {f"{name.removesuffix('/mean')}/{part}" for name in means for part in ("stderr", "ci95_low", "ci95_high")}
+    for threshold in thresholds:
+        metric = threshold.metric
+        is_open = any(metric.startswith(f"{name}/") for name in open_names)
+        if metric not in {*means, *parts, *scored_model.PLAIN} and not is_open:
+            known = sorted(means) + sorted(scored_model.PLAIN)
+            hint = did_you_mean(metric, known)
+            there = "" if hint else f"; there are {', '.join(known)}"
+            raise BadInput(f"thresholds: {quoted(metric)} is no metric of these prompts and scorers{hint}{there}")
+        is_mean = metric in means or (is_open and metric.endswith("/mean"))
+        for keyword in KEYWORDS:
+            limit = getattr(threshold, keyword)
+            if limit is None:
+                continue
+            if is_mean and keyword in ("min", "max") and not 0 <= limit <= 1:
+                remedy = f"; write {limit / 100:g} for {limit:g} %" if 1 < limit <= 100 else ""
+                raise BadInput(f"thresholds: {metric} goes from 0 to 1, and `{keyword}` is {limit:g}{remedy}")
+            if is_mean and keyword.endswith("_ratio"):
+                raise BadInput(f"thresholds: {metric} is a score, and `{keyword}` is for single figures; use max_drop")
+            if keyword == "max_drop" and not is_mean:
+                raise BadInput(
+                    f"thresholds: {metric} is a single figure, and `max_drop` compares scores; use max_ratio"
+                )
+
+
+def check_baseline(thresholds: tuple[Threshold, ...], has_baseline: bool) -> None:
+    """
+    Raises:
+        BadInput: a rule compares with a baseline, and there is none.
+    """
+    for threshold in thresholds:
+        for keyword in RELATIVE:
+            if getattr(threshold, keyword) is not None and not has_baseline:
+                rule = f"{threshold.metric} `{keyword}`"
+                raise BadInput(f"thresholds: {rule} compares with a baseline; add baseline=models:/NAME@champion")
+
+
 def decide(
     thresholds: tuple[Threshold, ...],
     metrics: Mapping[str, float | Estimate],
     differences: Mapping[str, Difference],
     baseline: Mapping[str, float] | None = None,
+    is_first: bool = False,
 ) -> Verdict:
     """Checks every rule of every threshold.
 
     `metrics` has estimates by the scorer's name, and plain figures by the metric's name. A threshold names an estimate
     as `<scorer>/mean`. `differences` (candidate minus baseline) has the scorers' names too. Without a baseline,
-    `differences` is empty. `baseline` has the baseline's plain figures.
+    `differences` is empty. `baseline` has the baseline's plain figures. `is_first` means that there is nothing to
+    compare with yet, so that the rules in RELATIVE don't apply.
     """
     named = {f"{name}/mean" if isinstance(value, Estimate) else name: value for name, value in metrics.items()}
     compared = {f"{name}/mean": difference for name, difference in differences.items()}
@@ -96,7 +152,9 @@ def decide(
     for threshold in thresholds:
         for keyword in KEYWORDS:
             limit = getattr(threshold, keyword)
-            if limit is not None:
+            if limit is not None and is_first and keyword in RELATIVE:
+                checks.append(Check(threshold.metric, f"{keyword} {limit:g}", "none", "there is no champion yet"))
+            elif limit is not None:
                 outcome = _outcome(threshold.metric, keyword, limit, named, compared, baseline)
                 checks.append(Check(threshold.metric, f"{keyword} {limit:g}", *outcome))
     return _verdict(tuple(checks))
@@ -169,7 +227,7 @@ def _on_interval(keyword: str, limit: float, estimate: Estimate) -> tuple[State,
     low, high = estimate.ci95_low, estimate.ci95_high
     if estimate.n == 0 or any(map(math.isnan, (estimate.mean, low, high))):
         return "inconclusive", "no answer was scored", None
-    seen = f"{estimate.mean:.3f}, 95 % interval {low:.3f} to {high:.3f} from {estimate.n} prompts"
+    seen = f"{estimate.mean:.3f}, 95 % interval {low:.3f} to {high:.3f} from {counted(estimate.n, 'prompt')}"
     if (low >= limit) if keyword == "min" else (high <= limit):
         return "pass", seen, None
     if (high < limit) if keyword == "min" else (low > limit):
@@ -189,7 +247,7 @@ def _against_baseline(
     low, high = difference.ci95_low, difference.ci95_high
     if difference.n == 0 or any(map(math.isnan, (difference.mean, low, high))):
         return "inconclusive", "no row was scored for both candidate and baseline"
-    seen = f"{difference.mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f} from {difference.n} pairs"
+    seen = f"{difference.mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f} from {counted(difference.n, 'pair')}"
     if low > -limit:
         return "pass", seen
     if high < -limit:
@@ -216,7 +274,7 @@ def _beyond(keyword: str) -> str:
 
 
 def _it_takes(prompts: int | None) -> str:
-    return "no number of prompts would tell" if prompts is None else f"it takes about {prompts:,} prompts"
+    return "no number of prompts would tell" if prompts is None else f"it takes about {counted(prompts, 'prompt')}"
 
 
 def worst(verdicts: Sequence[Verdict]) -> Verdict:

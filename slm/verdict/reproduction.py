@@ -181,6 +181,7 @@ def again(
         chosen["resume"] = "false"
     url, commit = tags.get("mlflow.source.git.repoURL"), tags.get("mlflow.source.git.commit", "")
     command = ["mlflow", "run", *((url, "-v", commit) if url else (".",))]
+    command += ["--env-manager", tags.get("mlflow.project.env", "local")]  # MLflow sets no tag for `local`
     command += ["-e", tags.get("mlflow.project.entryPoint") or PurePath(tags.get("mlflow.source.name", "main")).stem]
     return shlex.join([*command, *(word for name, value in chosen.items() for word in ("-P", f"{name}={value}"))])
 

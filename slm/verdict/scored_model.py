@@ -11,6 +11,17 @@ from slm.answers.asking import ModelFacts
 from slm.verdict import statistics
 
 OVERALL = "score"  # the overall score: the mean of a row's scores, and then the mean over rows
+PLAIN = (  # the metrics of a scored model that are single figures
+    "rows",
+    "rows_failed",
+    "rows_unscored",
+    "output_tokens_per_second",
+    "latency_seconds/p50",
+    "latency_seconds/p95",
+    "model_load_seconds",
+    "peak_memory_bytes",
+    "model_bytes",
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,7 @@ class ScoredModel:
     record: dict[str, Any] = field(default_factory=dict)  # the content of environment.json, for repeating the run
     # prompt id -> the text and the token ids that the model got
     sent: dict[str, tuple[str, list[int] | None]] = field(default_factory=dict)
+    unmeasured: str = ""  # why there are no figures of speed, latency and memory; "": there are
 
     @cached_property
     def values(self) -> dict[str, dict[str, float]]:
@@ -55,11 +67,14 @@ class ScoredModel:
 
 
 def metrics_of(
-    model: ModelFacts, samples: tuple[Sample, ...], estimates: dict[str, statistics.Estimate]
+    model: ModelFacts,
+    samples: tuple[Sample, ...],
+    estimates: dict[str, statistics.Estimate],
+    latencies: bool = True,
 ) -> dict[str, float]:
     """Counts, estimates and latencies, by the name of the metric. Values that are not finite are left out."""
     answered = [sample for sample in samples if sample.error is None]
-    latencies = [sample.latency_seconds for sample in answered]
+    seconds = [sample.latency_seconds for sample in answered]
     metrics = {
         "rows": len(samples),
         "rows_failed": len(samples) - len(answered),
@@ -69,8 +84,8 @@ def metrics_of(
     for name, entry in estimates.items():
         for figure in ("mean", "stderr", "ci95_low", "ci95_high"):
             metrics[f"{name}/{figure}"] = getattr(entry, figure)
-    if latencies:
-        metrics |= {f"latency_seconds/p{q}": statistics.percentile(latencies, q) for q in (50, 95)}
+    if latencies and seconds:
+        metrics |= {f"latency_seconds/p{q}": statistics.percentile(seconds, q) for q in (50, 95)}
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
 
 
@@ -93,7 +108,7 @@ def values_by_scorer(samples: tuple[Sample, ...]) -> dict[str, dict[str, float]]
     means = {name: {key: sum(values) / len(values) for key, values in rows.items()} for name, rows in collected.items()}
     for name, rows in collected.items():
         if all(value in (0, 1) for values in rows.values() for value in values):
-            for k in _ks(repeats):
+            for k in ks(repeats):
                 enough = {key: (len(values), int(sum(values))) for key, values in rows.items() if len(values) >= k}
                 if enough:
                     means[f"{name}/pass_at_{k}"] = {
@@ -105,5 +120,6 @@ def values_by_scorer(samples: tuple[Sample, ...]) -> dict[str, dict[str, float]]
     return means
 
 
-def _ks(repeats: int) -> list[int]:
+def ks(repeats: int) -> list[int]:
+    """The k of pass@k and pass^k: 2, 4, 8, … and the number of repeats."""
     return sorted({2**power for power in range(1, repeats.bit_length()) if 2**power < repeats} | {repeats} - {1})

@@ -90,15 +90,17 @@ def paired_difference(
     interval is +- z^2/(n + z^2). This is Wilson's upper bound on the rate of differing pairs: about 3.7/n, a two-sided
     rule of three.
     Interval of other scores: Student's t, cut to [-1, 1] if all scores are in [0, 1]. A few differing pairs show little
-    of the true spread. So for scores in [0, 1] with fewer than 10 differing pairs, the interval is widened. It then
-    includes Tango's interval, in which each differing pair counts in full. If no pair differs, Tango's interval is
-    used.
+    of the true spread. So for scores in [0, 1] with d < 10 differing pairs, the interval is widened. It then includes
+    Tango's interval of the signs, in units of the largest difference that may be possible: the largest one seen, times
+    5^(1/d), and at most 1. If the sizes are even from 0 to some size, that size is below this bound in 80 % of samples.
+    If no pair differs, Tango's interval is used. tests/verdict/test_statistics.py simulates their coverage.
 
     p of 0/1 scores: exact [McNemar]. p of other scores: the signed-rank test with [Pratt]'s zeros. With clusters, p
     is that signed-rank test on the sums of the clusters. If nothing differs, p is 1.
 
     detectable = (z_0.975 + z_0.8) * stderr. If Tango's interval is used and (half the final interval) / z_0.975 is
-    larger than stderr, this value replaces stderr. Without a differing pair, stderr is 0.
+    larger than stderr, this value replaces stderr. Without a differing pair, stderr is 0. For scores in [0, 1],
+    detectable is at most 1.
 
     Raises:
         ValueError: a score is NaN or infinite, or the lengths differ.
@@ -114,7 +116,8 @@ def paired_difference(
     binary, unit = _is_binary(new) and _is_binary(old), _in_unit(new) and _in_unit(old)
     better, worse = int(np.sum(gaps > 0)), int(np.sum(gaps < 0))
     rows, p = _effective_rows(gaps, codes), _p_value(gaps, codes, binary)
-    return _difference(n, mean, stderr, int(codes.max()) + 1, rows, binary, unit, better, worse, p)
+    largest = float(np.max(np.abs(gaps)))
+    return _difference(n, mean, stderr, int(codes.max()) + 1, rows, binary, unit, better, worse, largest, p)
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,8 @@ def difference_from_sums(sums: Sums, better: int, worse: int, counts: Sequence[t
         return Difference(math.nan, math.nan, math.nan, math.nan, math.nan, 0, math.nan)
     mean, stderr, rows = _figures(sums)
     p = _p_from_counts(counts, sums.binary and sums.groups == sums.n)
-    return _difference(sums.n, mean, stderr, sums.groups, rows, sums.binary, sums.unit, better, worse, p)
+    largest = max(abs(sums.low), abs(sums.high))
+    return _difference(sums.n, mean, stderr, sums.groups, rows, sums.binary, sums.unit, better, worse, largest, p)
 
 
 def prompts_needed(difference: Difference, margin: float) -> int | None:
@@ -269,18 +273,23 @@ def _difference(
     unit: bool,
     better: int,
     worse: int,
+    largest: float,
     p_value: float,
 ) -> Difference:
+    """A difference. `better` and `worse` count the pairs, and `largest` is the largest difference of a pair."""
     low, high = _student(mean, stderr, groups - 1)
     error, differing = stderr, better + worse
     if unit:
         low, high = max(low, -1.0), min(high, 1.0)
-    if binary or (unit and differing < FEW_PAIRS):
+    even = differing > 0 and stderr == 0  # all pairs differ alike: Student's interval has no bounds
+    if binary or (unit and (differing < FEW_PAIRS or even)):
         more, less = better / n * rows, worse / n * rows
-        tango = -_tango_upper(less, more, rows), _tango_upper(more, less, rows)
-        low, high = tango if binary or not differing else (min(low, tango[0]), max(high, tango[1]))
+        unit_size = 1.0 if binary or not differing else min(1.0, largest * 5 ** (1 / differing))
+        tango = -unit_size * _tango_upper(less, more, rows), unit_size * _tango_upper(more, less, rows)
+        low, high = tango if binary or not differing or even else (min(low, tango[0]), max(high, tango[1]))
         error = float(np.fmax(stderr, (high - low) / 2 / Z_95))
-    return Difference(mean, stderr, low, high, p_value, n, (Z_95 + Z_80) * error)
+    detectable = (Z_95 + Z_80) * error
+    return Difference(mean, stderr, low, high, p_value, n, min(detectable, 1.0) if unit else detectable)
 
 
 def _figures(sums: Sums) -> tuple[float, float, float]:

@@ -66,6 +66,34 @@ def test_each_repeat_of_a_prompt_is_an_answer_of_its_own(cache):
     assert again.reused == 6 and len(asked) == 8
 
 
+MEASURED = ("output_tokens_per_second", "latency_seconds/p50", "latency_seconds/p95", "peak_memory_bytes")
+
+
+def figures(found: ScoredModel) -> dict[str, float]:
+    return {name: found.metrics[name] for name in MEASURED if name in found.metrics}
+
+
+def test_the_speed_of_a_run_whose_answers_are_all_reused_is_the_one_that_was_measured(cache):
+    first = score([], prompts(3), sha256="c" * 64)
+    assert set(figures(first)) == set(MEASURED)
+    again = score([], prompts(3), sha256="c" * 64)
+    assert again.reused == 3 and figures(again) == pytest.approx(figures(first), rel=0.05) and again.unmeasured == ""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "unmeasured"),
+    [
+        (3, 6, "3 of 6 answers are reused"),  # the other three may have had a batch to themselves
+        (6, 3, "no one run gave exactly these answers"),  # three of six: the others had a share of the time
+    ],
+)
+def test_the_speed_of_answers_of_which_some_are_reused_is_told_as_unknown(cache, first, second, unmeasured):
+    score([], prompts(first), sha256="d" * 64)
+    found = score([], prompts(second), sha256="d" * 64)
+    assert (found.reused, found.unmeasured, figures(found)) == (3, unmeasured, {})
+    assert found.metrics["rows"] == second and "model_load_seconds" in found.metrics
+
+
 def test_an_interrupted_run_is_what_came_after_the_last_end(cache):
     """Of three runs, two ended; only the answers of the third, which broke off, may be used again."""
     for key, ends in (("first", True), ("second", True), ("third", False)):

@@ -146,13 +146,14 @@ def test_help_and_a_typo_answer_without_importing_anything_heavy(name):
             "(org/name); "
             "did you mean smollm2-135m-instruct?",
         ),
+        ("onnx", "--alias=champion", "error: alias: is a parameter of evaluate, not of onnx"),
         ("onnx", "--model=./nowhere", "error: model: ./nowhere does not exist"),
         ("onnx", "--precision=fp16", "error: precision: 'fp16' can't be exported for cpu; one of int4, int8, fp32"),
         ("pipeline", "--save_weights=false", "error: save_weights: false needs a hub id to refer to"),
         ("evaluate", "--thresholds=gone.yaml", "error: thresholds: 'gone.yaml' does not exist"),
         ("evaluate", "--scorers=exact", "error: scorers: 'exact' is no built-in scorer"),
         ("serve", "--port=5005", "error: model_uri: is empty; name a logged chat model, as models:/name@alias"),
-        ("evaluate", "--alias=champion", "error: alias: needs thresholds, and one registered version in model_uris"),
+        ("evaluate", "--alias=champion", "error: alias: needs a gate; add thresholds=gates/default.yaml"),
     ],
 )
 @pytest.mark.fault("parameters: a typo, one line and no run")

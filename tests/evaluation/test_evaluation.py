@@ -9,7 +9,7 @@ from support.commands import REPOSITORY
 from support.databases import sqlite_store
 from support.python_models import COPIER
 
-from entrypoints import evaluate
+from entrypoints import evaluate, rollback
 
 PROMPTS = 300
 MOVE = "mlflow.MlflowClient().set_registered_model_alias('copier', 'champion', '3')"
@@ -144,13 +144,16 @@ def test_an_unchanged_run_reuses_all_answers_and_a_gate_on_speed_none(run, tmp_p
     assert told not in out and "gate: pass" in out
 
 
-def test_peak_memory_is_that_of_the_runs_that_gave_the_answers(run, tmp_path, store, monkeypatch):
+def test_memory_and_speed_are_those_of_the_run_that_gave_all_answers(run, tmp_path, store, monkeypatch):
     lines, file = store[1].read_text().splitlines(keepends=True), tmp_path / "some.jsonl"
-    for begin, end, own, found in ((0, 9, 900, 900), (9, 18, 200, 200), (12, 27, 100, 200), (3, 27, 50, 900)):
+    for begin, end, own, found in ((0, 9, 900, 900), (9, 18, 200, 200), (9, 18, 100, 200), (3, 27, 50, None)):
         file.write_text("".join(lines[begin:end]))
         monkeypatch.setattr("slm.answers.loading.peak_memory_bytes", lambda own=own: own)
-        [child] = run("1", prompts=file)[2].values()
-        assert child.data.metrics["peak_memory_bytes"] == found
+        _, out, children = run("1", prompts=file)
+        [child] = children.values()
+        assert child.data.metrics.get("peak_memory_bytes") == found
+        assert ("latency_seconds/p50" in child.data.metrics) == (found is not None)
+    assert "no speed, latency or memory, because 15 of 24 answers are reused; resume=false measures them" in out
 
 
 def test_several_models_are_each_compared_with_the_same_baseline(run, tmp_path):
@@ -213,3 +216,176 @@ def test_the_gate_that_comes_with_the_project_is_one():
     from slm.verdict.gate import read_thresholds
 
     assert read_thresholds((REPOSITORY / "gates" / "default.yaml").read_text("utf-8"), "default.yaml")
+
+
+# The first champion, the same one again, and back ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_champion(run):
+    import mlflow
+
+    mlflow.MlflowClient().delete_registered_model_alias("copier", "champion")
+
+
+def test_the_command_that_replaces_a_champion_makes_the_first_one(run, without_champion, tmp_path):
+    rules = gate(tmp_path, "score/mean: {min: 0.5, max_drop: 0.05}\nrows_failed: {max: 0}")
+    code, out, _ = run("1", thresholds=rules, **AGAINST_CHAMPION)
+    assert code == 0, out
+    assert "copier@champion isn't set: the first champion; rules against a baseline don't apply" in out
+    assert "none         score/mean max_drop 0.05: there is no champion yet" in out
+    assert "copier@champion is now version 1, the first" in out and champion() == "1"
+
+
+def test_a_first_champion_keeps_the_rules_that_need_no_baseline(run, without_champion, tmp_path):
+    import mlflow
+
+    rules = gate(tmp_path, "score/mean: {min: 0.95, max_drop: 0.05}")
+    code, out, _ = run("1", thresholds=rules, **AGAINST_CHAMPION)
+    assert code == 3 and "gate: regress" in out
+    with pytest.raises(mlflow.exceptions.MlflowException):
+        champion()
+
+
+def test_a_first_champion_needs_the_alias_that_is_set(run, without_champion, tmp_path):
+    rules = gate(tmp_path, "score/mean: {min: 0.5}")
+    code, out, _ = run("1", thresholds=rules, baseline="models:/copier@chmpion", alias="champion")
+    assert code == 2 and "there is no such model" in out
+
+
+@pytest.mark.parametrize("versions", ["1", "5"])
+def test_the_champion_again_is_not_evaluated(run, tmp_path, versions):
+    """Version 5 is the logged model of version 1, registered once more."""
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    if versions == "5" and len(client.search_model_versions("name = 'copier'")) == 4:
+        mlflow.register_model(client.get_model_version("copier", "1").source, "copier")
+    thresholds = gate(tmp_path, "score/mean: {max_drop: 0.05}")
+    code, out, children = run(versions, thresholds=thresholds, **AGAINST_CHAMPION)
+    told = f"skipped: models:/copier/{versions} and models:/copier@champion (models:/copier/1) are the same model"
+    assert code == 0 and told in out and children == {} and champion() == "1"
+    code, out, children = run(versions, thresholds=thresholds, force="true", **AGAINST_CHAMPION)
+    assert "are the same model" not in out and children
+
+
+def test_a_champion_keeps_the_tags_of_the_evaluation_that_judged_it(run, tmp_path):
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    client.set_model_version_tag("copier", "2", "score.brief", "1.00 [0.90, 1.00]")
+    rules = gate(tmp_path, "score/mean: {max_drop: 0.05}")
+    run("2", thresholds=rules, **AGAINST_CHAMPION)
+    judged = client.get_model_version("copier", "2").tags
+    assert judged["gate"] == "pass" and "score.brief" not in judged  # of an earlier evaluation
+    run("3", thresholds=rules, **AGAINST_CHAMPION)  # against version 2
+    run("2")  # without a gate
+    assert client.get_model_version("copier", "2").tags == judged
+
+
+def test_rollback_sets_the_alias_back_and_says_what_it_did(run, tmp_path, capsys):
+    rules = gate(tmp_path, "score/mean: {max_drop: 0.05}")
+    run("2", thresholds=rules, **AGAINST_CHAMPION)
+    assert rollback.main(["--model_uri=models:/copier@champion"]) == 0
+    assert "copier@champion is version 1 again, was 2" in capsys.readouterr().out and champion() == "1"
+    assert rollback.main(["--model_uri=models:/copier@champion", "--version=3"]) == 0
+    assert "copier@champion is version 3 again, was 1" in capsys.readouterr().out and champion() == "3"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--model_uri=models:/copier/1"], "model_uri: 'models:/copier/1' names no alias"),
+        (["--model_uri=models:/copier@nobody"], "model_uri: models:/copier@nobody isn't set"),
+        (["--model_uri=models:/copier@champion"], "isn't known which version had copier@champion before version 1"),
+        (["--model_uri=models:/copier@champion", "--version=77"], "version: copier has no version 77"),
+        (["--model_uri=models:/copier@champion", "--version=1"], "version: copier@champion is version 1 already"),
+        (["--model_uri=models:/copier@champion", "--version=x"], "version: 'x' can't be one"),
+    ],
+)
+def test_a_rollback_that_can_not_be_is_one_line(run, capsys, options, told):
+    assert rollback.main(options) == 2
+    err = capsys.readouterr().err
+    assert told in err and err.count("\n") == 1 and champion() == "1"
+
+
+# Before anything is generated -----------------------------------------------------------------------------------------
+
+
+def test_check_says_what_would_run_find_and_take_and_generates_nothing(run, tmp_path):
+    rules = gate(tmp_path, "score/mean: {max_drop: 0.05}\nrows_failed: {max: 0}")
+    code, out, children = run("2", check="true", thresholds=rules, **AGAINST_CHAMPION)
+    assert code == 0 and children == {}, out
+    assert out.splitlines() == [
+        "prompts   numbers: 300 rows, exact_match 300",
+        "model     models:/copier/2",
+        "baseline  models:/copier@champion, which is models:/copier/1",
+        "gate      score/mean max_drop 0.05; rows_failed max 0",
+        "alias     champion is version 1",
+        "can find  a difference of 0.07 or more in the score, if one answer in five differs",
+        "takes     unknown: no run on these prompts has measured the speed here",
+        "check: nothing was generated",
+    ]
+    run("3", baseline="models:/copier/1")
+    _, out, _ = run("2", check="true", thresholds=rules, **AGAINST_CHAMPION)
+    assert re.search(r"can find  a difference of 0\.\d\d or more in the score, as in the last run", out), out
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"thresholds": "score/mean: {min: 60}"}, "score/mean goes from 0 to 1, and `min` is 60; write 0.6 for 60 %"),
+        ({"thresholds": "contains/mean: {min: 0.6}"}, "'contains/mean' is no metric of these prompts and scorers"),
+        ({"thresholds": "score/mean: {max_drop: 0.1}"}, "`max_drop` compares with a baseline; add baseline="),
+        ({"alias": "champion"}, "alias: needs a gate; add thresholds=gates/default.yaml"),
+        ({"thresholds": "score/mean: {min: 0.1}", "alias": "x", "model_uris": ""}, "alias: needs one registered"),
+        ({"model_uris": "copier"}, "copier: there is no such model (did you mean models:/copier/"),
+        ({"model_uris": "models:/copier"}, "there is no such model (did you mean models:/copier/"),
+    ],
+)  # fmt: skip
+def test_what_could_only_fail_later_is_refused_before_a_model_is_loaded(run, tmp_path, options, told):
+    if "thresholds" in options:
+        options = options | {"thresholds": gate(tmp_path, options["thresholds"])}
+    code, out, children = run("1", **options)
+    assert code == 2 and told in out and out.count("\n") == 1 and children == {}, out
+
+
+def test_the_parent_shows_how_it_ended_without_a_click(run, tmp_path, store):
+    import mlflow
+
+    rules = gate(tmp_path, "score/mean: {max_drop: 0.05}")
+    _, out, _ = run("3", thresholds=rules, **AGAINST_CHAMPION)
+    run("1", thresholds=gate(tmp_path, "score/mean: {min: 60}"))
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name(tmp_path.name).experiment_id
+    [parent] = [run for run in client.search_runs([experiment]) if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.info.run_name == "regress: copier/3 vs copier@champion on numbers"
+    assert parent.data.tags["mlflow.note.content"].startswith(
+        "**Regress: score/mean fell by 0.30, and 0.05 is allowed.**"
+    )
+    metrics = parent.data.metrics
+    assert (metrics["score/mean"], metrics["difference/score/mean"]) == (pytest.approx(0.6), pytest.approx(-0.3))
+    assert metrics["rows"] == 300 and "exact_match/mean" not in metrics  # the headline alone
+    [dataset] = parent.inputs.dataset_inputs
+    assert dataset.dataset.name == "numbers"
+    assert not [name for name in parent.data.params if name.startswith("cfg.")]
+    assert f"report: {tmp_path}/artifacts/" in out
+
+
+@pytest.mark.slow
+def test_a_model_that_was_logged_twice_is_one_and_another_precision_is_another(int4_export, int8_export, tracking):
+    from support.questions import GENERATION
+
+    from slm.models import model_logging
+    from slm.tracking import registry
+
+    with tracking.start_run():
+        first, again = (model_logging.log_onnx(int4_export, "chat", GENERATION, "int4") for _ in range(2))
+        other = model_logging.log_onnx(int8_export, "chat", GENERATION, "int8")
+        prompt = model_logging.log_onnx(int4_export, "prompt", GENERATION, "int4")
+    assert registry.have_same_files(first.model_uri, again.model_uri)
+    assert not registry.have_same_files(first.model_uri, other.model_uri)
+    assert not registry.have_same_files(first.model_uri, prompt.model_uri)  # the same weights, asked in another form
+    found = tracking.search_logged_models(filter_string="params.precision = 'int8'", output_format="list")
+    assert [model.model_id for model in found] == [other.model_id]
+    assert found[0].params.items() >= {"model": "smollm2-135m-instruct", "schema": "chat"}.items()

@@ -1,5 +1,6 @@
 """The README and the pages of docs/ say what the project does: their commands, names, tables and links."""
 
+import inspect
 import json
 import re
 import shlex
@@ -124,10 +125,27 @@ def test_the_example_prompt_set_row_and_gate_are_valid(tmp_path):
     assert len(read_thresholds(blocks(PAGES["gates-and-promotion.md"], "yaml")[0], "gate.yaml")) == 5
 
 
+def test_the_example_rows_of_scorers_are_valid(tmp_path):
+    from slm.prompts.prompt_sets import read_prompt_set
+    from slm.scorers.built_in import BUILT_IN
+    from slm.scorers.confined import CHECKS
+
+    file = tmp_path / "set.jsonl"
+    file.write_text(blocks(PAGES["scorers-and-judges.md"], "jsonl")[0])
+    prompts = read_prompt_set(file, "", CHECKS).prompts
+    asked = {call.name: call.options for prompt in prompts for call in prompt.scorers}
+    with_options = {
+        name for name in CHECKS if set(inspect.signature(BUILT_IN[name]).parameters) - {"output", "expected"}
+    }
+    assert with_options == {name for name, options in asked.items() if options}
+
+
 def test_every_block_of_data_or_code_can_be_read():
     for text in TEXTS.values():
         for block in blocks(text, "json"):
             assert json.loads(block)
+        for block in blocks(text, "jsonl"):
+            assert all(json.loads(line) for line in block.splitlines())
         for block in blocks(text, "yaml"):
             assert yaml.safe_load(block)
         for block in blocks(text, "python"):

@@ -8,9 +8,11 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -179,6 +181,32 @@ def test_the_systemd_unit_writes_into_its_cache_and_its_tmp_alone():
     assert done.code == 0, done.out[-300:]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a second user")
+def test_git_answers_the_systemd_unit_s_user_in_a_clone_of_root(tmp_path):
+    lines = (SCHEDULES / "phi3-evaluate.service").read_text("utf-8").splitlines()
+    [given] = [line.removeprefix("Environment=") for line in lines if "GIT_CONFIG" in line]
+    folder = Path(tempfile.mkdtemp())  # pytest's own can't be entered by others
+    try:
+        folder.chmod(0o755)
+        clone = folder / "phi3-mlflow"
+        assert call("git", "clone", "-q", "--depth=1", f"file://{REPOSITORY}", clone).code == 0
+        settings = dict(word.split("=", 1) for word in given.replace("/opt/phi3-mlflow", str(clone)).split())
+        for extra, code in ((settings, 0), ({}, 128)):  # without them: dubious ownership
+            environment = {"PATH": os.environ["PATH"], "HOME": "/"} | extra
+            asked = ["git", "-C", str(clone), "rev-parse", "HEAD"]
+            assert subprocess.run(asked, user="nobody", env=environment, capture_output=True).returncode == code
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith(".timer")])
+def test_each_file_says_what_to_replace_and_which_alias_comes_first(name):
+    head = " ".join(re.sub(r"(?m)^# ?", "", (SCHEDULES / name).read_text("utf-8"))[:1500].split())
+    assert "and phi3 in models:/phi3 by the name" in head or "Replace phi3 in models:/phi3 by the name" in head
+    assert 'set_registered_model_alias("phi3", "challenger", "1")' in head
+    assert "There need be no champion" in head
+
+
 # What a start with a slot does
 
 
@@ -315,7 +343,7 @@ def test_unchanged_inputs_are_not_evaluated_again_and_keep_their_verdict(start, 
     code, out = start("night-3")
     assert f"run {first.info.run_id}" in out  # the one that has the figures
     code, out = start("night-4", force="true")
-    assert code == 3 and "unchanged" not in out and "gate: regress" in out
+    assert code == 3 and "unchanged: slot" not in out and "gate: regress" in out
     others = experiment.get_experiment_by_name(tmp_path.name).experiment_id
     assert experiment.search_logged_models([others]) == []  # no weights are logged again
     assert (

@@ -171,7 +171,13 @@ def test_a_broken_rule_names_its_model_where_several_were_judged():
 
 def test_the_top_tells_prompt_set_and_facts():
     told = words(html_page.render(report(FEW)))
-    assert "prompt set smoke, 4 prompts its SHA-256 5ha0000000000000 date 2026-01-02 run abc123" in told
+    assert "new: new on smoke No gate." in told and "prompt set smoke, 4 prompts date 2026-01-02" in told
+    # hashes and ids are at the end
+    assert re.search(r"SHA-256 of the prompts 5ha0{61} run abc123$", told), told[-200:]
+
+
+def test_the_title_names_the_models_and_the_baseline():
+    assert "<h1>new against old: new on smoke</h1>" in html_page.render(report(FEW_WORSE, FEW))
 
 
 def test_scores_and_differences_stand_as_numbers_beside_their_drawings():

@@ -1,9 +1,13 @@
 """The report in words: which scorer it names, junit.xml, and a table in Markdown."""
 
+import io
+import math
+import re
 from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 from support.scored import prompts, report, scored
 
 from slm.report import summary
@@ -44,3 +48,195 @@ def test_a_pipe_in_a_cell_ends_no_cell_of_the_markdown_table():
     )
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in rows} == {3}  # two columns: no cell was cut in two
+
+
+# The whole text of each form -----------------------------------------------------------------------------------------
+
+RIGHT, WRONG = {"contains": 1.0, "number": 1.0}, {"contains": 0.0, "number": 1.0}
+COSTS = {
+    "output_tokens_per_second": 81.25,
+    "latency_seconds/p50": 0.0123,
+    "latency_seconds/p95": 1.5,
+    "model_load_seconds": 0.0,
+    "peak_memory_bytes": 1_234_567_890.0,
+    "model_bytes": 4200.0,
+}
+
+
+def pair() -> summary.Report:
+    four = prompts(4)
+    ours, theirs = scored([RIGHT, WRONG, WRONG, WRONG], four), scored([RIGHT, RIGHT, WRONG, RIGHT], four)
+    ours = replace(ours, model=replace(ours.model, label="models:/m/2"), metrics=ours.metrics | COSTS)
+    theirs = replace(theirs, model=replace(theirs.model, label="models:/m@champion"))
+    checks = (
+        gate.Check("score/mean", "min 0.5", "pass", "fine"),
+        gate.Check("score/mean", "max_drop 0.1", "regress", "fell"),
+        gate.Check("rows", "min_ratio 1", "none", "there is no champion yet"),
+    )
+    compared = estimation.differences(ours, theirs, four)
+    made = report([ours, theirs], four, gate.Verdict("regress", checks), compared)
+    return replace(made, title="set")
+
+
+def test_the_lines_of_the_table_are_scores_then_costs():
+    lines = [(line.label, line.cells, line.section) for line in summary.lines(pair().models)]
+    assert lines == [
+        ("contains (4)", ("0.25 [0.05, 0.70]", "0.75 [0.30, 0.95]"), False),
+        ("number (4)", ("1.00 [0.51, 1.00]", "1.00 [0.51, 1.00]"), False),
+        ("score, over all (4)", ("0.62 [0.23, 1.00]", "0.88 [0.48, 1.00]"), True),
+        ("rows failed", ("0", "0"), False),
+        ("rows unscored", ("0", "0"), False),
+        ("output tokens per second", ("81.2", "n/a"), True),
+        ("latency p50, s", ("0.012", "0.10"), False),
+        ("latency p95, s", ("1.50", "0.10"), False),
+        ("model load, s", ("0.00", "0.00"), False),
+        ("peak memory", ("1,235 MB", "n/a"), False),
+        ("model size", ("4 kB", "n/a"), False),
+    ]
+
+
+def test_counts_that_differ_between_models_are_both_told_and_pass_at_k_follows_the_score():
+    repeated = [replace(one, repeat=turn) for one in scored([RIGHT], prompts(1)).samples for turn in range(3)]
+    twice = replace(scored([RIGHT], prompts(1)), samples=tuple(repeated))
+    twice = replace(twice, estimates=estimation.estimate(twice.samples, prompts(1)))
+    four = scored([RIGHT, WRONG, WRONG, WRONG], prompts(4))
+    labels = [line.label for line in summary.lines([twice, four])]
+    assert labels[:5] == [
+        "contains (1/4)", "number (1/4)", "score, over all (1/4)", "pass@3, over all (1)", "pass^3, over all (1)",
+    ]  # fmt: skip
+
+
+def test_the_remarks_tell_the_difference_and_the_flips():
+    ignored, _, difference, flips = pair().remarks
+    assert ignored == "models:/m/2 was not given max_tokens, temperature, top_p, stop, seed: not declared by it"
+    figures = (
+        r"-0\.25 \[-0\.\d\d, \+0\.\d\d\], p = 0\.50, 4 pairs; a difference under 0\.\d\d would not have been found"
+    )
+    assert re.fullmatch(rf"models:/m/2 minus models:/m@champion, score: {figures}", difference), difference
+    assert flips == "models:/m/2: 2 worse (p1, p3); 0 better"
+
+
+def test_the_remarks_tell_what_a_model_ignored_what_was_reused_and_what_is_not_listed():
+    four = prompts(4)
+    model = scored([RIGHT] * 4, four, unmeasured="2 of 4 answers are reused")
+    model = replace(
+        model, metrics=model.metrics | {"rows": 4000.0}, record={"reproducible": "statistically comparable: x"}
+    )
+    made = report([model], four, gate.Verdict("none", ()))
+    assert made.remarks == [
+        "m was not given max_tokens, temperature, top_p, stop, seed: not declared by it",
+        "m, done again: statistically comparable: x",
+        "m: no speed, latency or memory, because 2 of 4 answers are reused; resume=false measures them",
+        "m: 4 of 4,000 answers are listed, flips and tags are of these alone; all other figures are of all answers",
+    ]
+
+
+def test_many_flips_and_a_long_id_are_cut():
+    assert summary._ids("worse", tuple(f"p{place}" for place in range(6))) == "6 worse (p0, p1, p2, p3, p4, p5)"
+    assert summary._ids("worse", tuple(f"p{place}" for place in range(7))) == "7 worse (p0, p1, p2, p3, p4, p5, …)"
+    assert summary._ids("better", ()) == "0 better"
+    assert summary._ids("worse", ("x" * 80, "x" * 81)) == f"2 worse ({'x' * 80}, {'x' * 79}…)"
+
+
+def test_markdown_is_title_table_remarks_and_gate():
+    text = summary.markdown(pair())
+    assert text.startswith(
+        "# set\n\n|  | models:/m/2 | models:/m@champion |\n| --- | ---: | ---: |\n| contains (4) | 0.25 "
+    )
+    assert text.endswith(
+        "; 0 better\n\ngate: **regress**\n- score/mean min 0.5: pass, fine\n"
+        "- score/mean max_drop 0.1: regress, fell\n- rows min_ratio 1: none, there is no champion yet\n"
+    )
+
+
+def test_junit_has_a_suite_per_model_and_a_case_per_rule():
+    assert summary.junit(pair()) == (
+        "<?xml version='1.0' encoding='utf-8'?>\n"
+        '<testsuites name="set">'
+        '<testsuite name="models:/m/2" tests="4" failures="1" errors="0">'
+        '<testcase classname="gate" name="score/mean min 0.5" />'
+        '<testcase classname="gate" name="score/mean max_drop 0.1"><failure type="regress" message="fell" /></testcase>'
+        '<testcase classname="gate" name="rows min_ratio 1"><skipped message="there is no champion yet" /></testcase>'
+        '<testcase classname="rows" name="every row is answered" /></testsuite>'
+        '<testsuite name="models:/m@champion" tests="1" failures="0" errors="0">'
+        '<testcase classname="rows" name="every row is answered" /></testsuite></testsuites>\n'
+    )
+
+
+def test_junit_names_the_rows_that_failed():
+    two = scored([RIGHT, RIGHT], prompts(2))
+    failed = replace(two.samples[0], error={"type": "refused", "message": "too long"})
+    model = replace(two, samples=(failed, two.samples[1]), metrics=two.metrics | {"rows_failed": 1.0})
+    text = summary.junit(report([model], prompts(2), gate.Verdict("none", ())))
+    assert '<error type="rows_failed" message="1 rows: p0: too long" />' in text and 'errors="1"' in text
+    unlisted = replace(two, metrics=two.metrics | {"rows_failed": 30.0})
+    assert 'message="30 rows: "' in summary.junit(report([unlisted], prompts(2), gate.Verdict("none", ())))
+
+
+def test_the_console_s_table_has_short_names_and_is_never_cut():
+    console = Console(file=io.StringIO(), width=70)
+    console.print(summary.table(pair()))
+    shown = console.file.getvalue()
+    assert shown.startswith("set") and "m@champion" in shown and "models:/" not in shown
+    assert re.search(r"contains \(4\)\s+│\s+0\.25 \[0\.05, 0\.70\] │\s+0\.75 \[0\.30, 0\.95\] │", shown)
+    assert shown.count("├") == 2  # before the overall score, and before the costs
+
+
+@pytest.mark.parametrize(
+    ("baseline", "state", "name"),
+    [
+        (1, "regress", "regress: m/2 vs m@champion on set"),
+        (0, "none", "score 0.88: m@champion vs m/2 on set"),
+        (None, "pass", "pass: 2 models on set"),
+        (None, "none", "evaluated: 2 models on set"),
+    ],
+)
+def test_a_run_is_named_by_its_end_and_what_it_did(baseline, state, name):
+    assert summary.run_name(replace(pair(), baseline=baseline, verdict=gate.Verdict(state, ()))) == name
+
+
+def test_a_run_of_one_model_is_named_by_its_score_if_there_is_one():
+    four, none = prompts(4), gate.Verdict("none", ())
+    assert summary.run_name(report([scored([RIGHT, WRONG, WRONG, WRONG], four)], four, none)) == "score 0.62: m on set"
+    unscored = scored([{"contains": None}] * 4, four)
+    assert summary.run_name(report([unscored], four, none)) == "evaluated: m on set"
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [
+        (0, "0 kB"),
+        (4200, "4 kB"),
+        (99_999, "100 kB"),
+        (100_000, "0.1 MB"),
+        (999_999, "1.0 MB"),
+        (1e6, "1 MB"),
+        (2.5e9, "2,500 MB"),
+    ],
+)
+def test_a_size_is_told_in_its_unit(size, told):
+    assert summary.megabytes(size) == told
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0, "0.00"), (0.0123, "0.012"), (0.0999, "0.1"), (0.1, "0.10"), (1.005, "1.00"), (12.3, "12.30")],
+)
+def test_seconds_are_never_0_00_but_for_0(seconds, told):
+    assert summary.seconds_of(seconds) == told
+
+
+@pytest.mark.parametrize(
+    ("p", "told"),
+    [
+        (0.0, "< 0.001"),
+        (0.000999, "< 0.001"),
+        (0.001, "= 0.001"),
+        (0.0996, "= 0.100"),
+        (0.1, "= 0.10"),
+        (1, "= 1.00"),
+        (math.nan, "n/a"),
+    ],
+)
+def test_a_p_value_is_never_0_00(p, told):
+    assert summary.p_value(p) == told

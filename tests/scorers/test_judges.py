@@ -12,7 +12,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from support import echo_models
 from support.commands import entry_point
-from support.databases import sqlite_store
 
 from slm.base import cache
 from slm.base.errors import BadInput, Unavailable
@@ -468,7 +467,7 @@ def test_a_logged_model_with_the_prompt_schema_cannot_judge(int4_export, trackin
 )
 @pytest.mark.slow
 def test_a_wrong_scorer_or_judge_ends_the_command_with_one_line(server, tmp_path, options, line):
-    done = entry_point("evaluate", *options, MLFLOW_TRACKING_URI=sqlite_store(tmp_path), COLUMNS="300")
+    done = entry_point("evaluate", *options, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db", COLUMNS="300")
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith(line)
     assert done.err.count("\n") == 1
@@ -508,7 +507,7 @@ def both(outputs, expectations):
     options += [f"--judge={server.address}#judge-1"]
 
     (tmp_path / "scratch").mkdir()
-    environment = {"MLFLOW_TRACKING_URI": sqlite_store(tmp_path), "TMPDIR": str(tmp_path / "scratch")}
+    environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "TMPDIR": str(tmp_path / "scratch")}
     server.script = [NO, YES, "garbage", NO]  # correctness and safety of a, guidelines and safety of b
     done = entry_point("evaluate", *options, **environment)
     assert done.code == 0, done.err

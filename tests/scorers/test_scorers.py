@@ -51,7 +51,12 @@ def test_exact_match(output, expected, options, value):
         ("It is paris.", ("Paris",), {}, 1.0),
         ("It is paris.", ("Paris",), {"ignore_case": False}, 0.0),
         ("London", ("Paris", "Rome"), {}, 0.0),
-        ("concatenate", ("cat",), {}, 1.0),
+        ("concatenate", ("cat",), {}, 0.0),  # a short word
+        ("concatenate", ("cat",), {"whole_word": False}, 1.0),
+        ("concatenate", ("caten",), {}, 1.0),
+        ("It is not so.", ("no",), {}, 0.0),
+        ("100", ("10",), {}, 0.0),
+        ("\u6771\u4eac\u3067\u3059", ("\u6771\u4eac",), {}, 1.0),  # no blanks between words
         ("concatenate", ("cat",), {"whole_word": True}, 0.0),
         ("a cat.", ("cat",), {"whole_word": True}, 1.0),
         ("_cat_", ("cat",), {"whole_word": True}, 1.0),
@@ -226,8 +231,8 @@ SCHEMA = {"type": "object", "required": ["age"], "properties": {"age": {"type": 
     ("output", "schema", "value", "reason"),
     [
         ('{"age": 3}', SCHEMA, 1.0, "fits the schema"),
-        ('```json\n{"age": 3}\n```', SCHEMA, 1.0, "fits the schema"),
-        ('\n```\n{"age": 3}\n```\n', SCHEMA, 1.0, "fits the schema"),
+        ('```json\n{"age": 3}\n```', SCHEMA, 1.0, "fits the schema, in a code fence"),
+        ('\n```\n{"age": 3}\n```\n', SCHEMA, 1.0, "fits the schema, in a code fence"),
         ('{"age": "3"}', SCHEMA, 0.0, "does not fit the schema at $.age: \"'3' is not of type 'integer'\""),
         ("{}", SCHEMA, 0.0, "does not fit the schema at $: \"'age' is a required property\""),
         ("[1]", None, 1.0, "is JSON"),

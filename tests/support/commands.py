@@ -47,11 +47,22 @@ def call(*command, cwd=REPOSITORY, timeout=600, **environment) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-def entry_point(name: str, *options: str, cwd=REPOSITORY, timeout=600, **environment) -> Finished:
-    """`python -m entrypoints.name`, in a process of its own that finds MLflow imported."""
+def started(name: str, *options: str, cwd=REPOSITORY, merged=False, **environment) -> warm_starts.Process:
+    """`python -m entrypoints.name`, going on in a process of its own that finds MLflow imported."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [f"entrypoints.{name}", *map(str, options)]
-    return Finished(*warm_starts.run(command, cwd, os.environ | {"PATH": path} | environment, timeout))
+    full = os.environ | {"PATH": path} | environment
+    return warm_starts.Process([f"entrypoints.{name}", *map(str, options)], cwd, full, merged)
+
+
+def entry_point(name: str, *options: str, timeout=600, **environment) -> Finished:
+    """The same, to its end."""
+    process = started(name, *options, **environment)
+    try:
+        out, err = process.communicate(timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return Finished(process.wait(), out, err)
 
 
 @contextmanager

@@ -61,7 +61,9 @@ def parent_and_children(client, experiment):
     found = client.get_experiment_by_name(experiment)
     runs = client.search_runs([found.experiment_id])
     [parent] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    return parent, {run.info.run_name: run for run in runs if run is not parent}
+    # of `evaluate`, another child holds the logged wrappers
+    scored = [run for run in runs if run is not parent and run.info.run_name != "wrappers"]
+    return parent, {run.info.run_name: run for run in scored}
 
 
 def check_child(client, child, prompts=24):

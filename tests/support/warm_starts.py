@@ -1,8 +1,9 @@
-"""Starts entry points in forks of one process that has imported MLflow already.
+"""Starts programs in forks of a process that has imported what they need: MLflow, or torch and transformers.
 
-Importing MLflow takes a core for three seconds, a fork takes milliseconds. What runs is a process of its own, with its
-own environment, working folder, output and exit code, as `python -m` makes one; only imported modules are shared, and
-none of the project's. A test about imports, or about the start itself, takes `commands.call`.
+Importing MLflow takes a core for three seconds, torch and transformers four. A fork takes milliseconds. What runs is a
+process of its own, with its own environment, working folder, output and exit code, as `python -m` makes one; only
+imported modules are shared, and none of the project's. A test about imports, or about the start itself, takes
+`commands.call`.
 """
 
 import gc
@@ -21,46 +22,79 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-# what entry points import, but for torch and onnxruntime, whose threads don't survive a fork
-PRELOADED = ("mlflow", "mlflow.pyfunc", "mlflow.models", "mlflow.store.tracking.sqlalchemy_store", "pandas")
-PRELOADED += ("mlflow.store.model_registry.sqlalchemy_store", "alembic.command", "scipy.stats", "rich.console")
-PRELOADED += ("matplotlib.figure", "jinja2", "openai", "mlflow.genai")
-_servers: dict[int, str] = {}  # this process's server, by this process
+ENTRY_POINTS = (
+    *("mlflow", "mlflow.pyfunc", "mlflow.models", "mlflow.store.tracking.sqlalchemy_store", "pandas"),
+    *("mlflow.store.model_registry.sqlalchemy_store", "alembic.command", "scipy.stats", "rich.console"),
+    *("matplotlib.figure", "jinja2", "openai", "mlflow.genai"),
+)
+# without onnxruntime and onnxruntime_genai, whose threads don't survive a fork
+EXPORTS = ("torch", "transformers", "onnx", "onnx_ir", "sympy")
+_servers: dict[tuple[int, tuple[str, ...]], str] = {}  # by the process that started one, and what it has imported
 
 
-def run(command: list[str], cwd: Path, environment: dict[str, str], timeout: float) -> tuple[int, str, str]:
-    """What `python -m` does with `command`: its exit code, and its stdout and stderr.
+class Process:
+    """What `python -m` does with `command`, going on. It has what the tests need of subprocess.Popen."""
 
-    Raises subprocess.TimeoutExpired after `timeout` seconds, and kills the process then.
-    """
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, socket.socket(socket.AF_UNIX) as asked:
-        asked.connect(_server())
+    def __init__(
+        self, command: list[str], cwd: Path, environment: dict[str, str], merged: bool = False, imported=ENTRY_POINTS
+    ):
+        """With `merged`, stdout holds stderr too."""
+        self.args, self.returncode = command, None
+        self._out = tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has ended
+        self._err = self._out if merged else tempfile.TemporaryFile()  # noqa: SIM115
         cores = sorted(os.sched_getaffinity(0))
         words = {"command": command, "cwd": str(cwd), "environment": environment, "cores": cores}
-        socket.send_fds(asked, [json.dumps(words).encode() + b"\n"], [out.fileno(), err.fileno()])
-        asked.settimeout(timeout)
-        answers = asked.makefile()
-        pid = int(answers.readline())
-        try:
-            status = int(answers.readline())
-        except TimeoutError:
-            os.kill(pid, signal.SIGKILL)
-            raise subprocess.TimeoutExpired(command, timeout) from None
-        out.seek(0)
-        err.seek(0)
-        return os.waitstatus_to_exitcode(status), out.read().decode(), err.read().decode()
+        self._asked = socket.socket(socket.AF_UNIX)
+        self._asked.connect(_server(imported))
+        files = [self._out.fileno(), self._err.fileno()]
+        socket.send_fds(self._asked, [json.dumps(words).encode() + b"\n"], files)
+        self._answers = self._asked.makefile()
+        self.pid = int(self._answers.readline())
+
+    def poll(self) -> int | None:
+        return (
+            self.wait(0) if self.returncode is None and select.select([self._asked], [], [], 0)[0] else self.returncode
+        )
+
+    def wait(self, timeout: float = 600) -> int:
+        """The exit code. Raises subprocess.TimeoutExpired after `timeout` seconds."""
+        if self.returncode is None:
+            if not select.select([self._asked], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            self.returncode = os.waitstatus_to_exitcode(int(self._answers.readline()))
+            self._asked.close()
+        return self.returncode
+
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
+        """What it wrote to stdout and stderr, when it has ended."""
+        self.wait(timeout)
+        return _content(self._out), "" if self._err is self._out else _content(self._err)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
-def _server() -> str:
+def _content(file) -> str:
+    file.seek(0)
+    return file.read().decode()
+
+
+def _server(imported: tuple[str, ...]) -> str:
     """The socket of this process's server. It is started at the first call, and ends with this process."""
-    if os.getpid() not in _servers:
+    key = os.getpid(), imported
+    if key not in _servers:
         path = Path(tempfile.mkdtemp(prefix="starts-"), "socket")
-        process = subprocess.Popen([sys.executable, __file__, str(path)], stdin=subprocess.PIPE, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(path), *imported], stdin=subprocess.PIPE, start_new_session=True
+        )
         while not path.exists():
             assert process.poll() is None, "the server of warm starts has ended"
             time.sleep(0.05)
-        _servers[os.getpid()] = str(path)
-    return _servers[os.getpid()]
+        _servers[key] = str(path)
+    return _servers[key]
 
 
 def _asked(path: str) -> tuple[dict, list[int]]:
@@ -95,7 +129,7 @@ def _asked(path: str) -> tuple[dict, list[int]]:
 def _main() -> None:
     sys.path.pop(0)  # this file's folder
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # with several cores, numpy starts threads
-    for name in PRELOADED:
+    for name in sys.argv[2:]:
         importlib.import_module(name)
     # a lock that another thread held would stay locked in every fork; jemalloc, pyarrow's allocator, sees to its own
     threads = sorted(Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").iterdir())

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from support.commands import REPOSITORY, call, free_port, serving
+from support.commands import REPOSITORY, call, free_port, serving, started
 from support.databases import database, sqlite_store
 
 from slm.base.parameters import Parameters
@@ -60,30 +60,21 @@ def copiers(tmp_path_factory):
     return folder
 
 
-def start(
-    copiers: Path, skill: int, uri: str, experiment: str, folder: Path, resume: str = "false", **environment
-) -> subprocess.Popen:
+def start(copiers: Path, skill: int, uri: str, experiment: str, folder: Path, resume: str = "false", **environment):
     """An `evaluate` of one copier, going on."""
-    command = [
-        sys.executable,
-        "-m",
-        "entrypoints.evaluate",
-        f"--model_uris={copiers}/copier-{skill}",
-        "--trust_code=true",
-    ]
-    command += [f"--prompts={copiers}/numbers.jsonl", f"--resume={resume}", "--traces=false"]
+    options = [f"--model_uris={copiers}/copier-{skill}", "--trust_code=true", "--traces=false"]
+    options += [f"--prompts={copiers}/numbers.jsonl", f"--resume={resume}"]
     own = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_EXPERIMENT_NAME": experiment, "PHI3_MLFLOW_CACHE": str(folder)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | own | environment, **pipes)
+    return started("evaluate", *options, merged=True, **own | environment)
 
 
-def ended(process: subprocess.Popen) -> str:
+def ended(process) -> str:
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     return out
 
 
-def waiting(process: subprocess.Popen, file: Path) -> None:
+def waiting(process, file: Path) -> None:
     for _ in range(1200):
         if Path(f"{file}.waiting").exists():
             return
@@ -122,7 +113,7 @@ def test_six_first_starts_on_a_fresh_sqlite_file_all_succeed_each_with_its_own_f
 
 
 @pytest.mark.slow
-def test_six_mlflow_runs_succeed_on_a_file_that_was_set_up_as_the_readme_says(tmp_path):
+def test_mlflow_runs_at_once_succeed_on_a_file_that_was_set_up_as_the_readme_says(tmp_path):
     import mlflow
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -139,10 +130,10 @@ def test_six_mlflow_runs_succeed_on_a_file_that_was_set_up_as_the_readme_says(tm
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"MLFLOW_TRACKING_URI": uri, "PATH": path}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path, "env": environment}
-    processes = [subprocess.Popen([str(word) for word in command], **quiet) for _ in range(6)]
-    assert [process.wait(300) for process in processes] == [1] * 6  # the prompt set isn't there: the cheapest ending
+    processes = [subprocess.Popen([str(word) for word in command], **quiet) for _ in range(3)]
+    assert [process.wait(300) for process in processes] == [1] * 3  # the prompt set isn't there: the cheapest ending
     found = mlflow.MlflowClient(uri).search_runs(["0"])
-    assert [run.data.tags["error"].partition(" does")[0] for run in found] == ["prompts: 'none'"] * 6
+    assert [run.data.tags["error"].partition(" does")[0] for run in found] == ["prompts: 'none'"] * 3
 
 
 @pytest.mark.slow
@@ -462,5 +453,5 @@ def test_a_server_that_is_stopped_tells_of_no_answers(capsys):
     def story():
         raise Stopped(signal.SIGTERM, "")
 
-    assert lifecycle.exit_code(story, kept="") == 143
-    assert capsys.readouterr().err == "stopped by SIGTERM\n"
+    assert lifecycle.exit_code(story, stopped_by="the server has stopped, after {}") == 143
+    assert capsys.readouterr().err == "the server has stopped, after SIGTERM\n"

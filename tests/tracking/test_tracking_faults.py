@@ -180,7 +180,7 @@ def test_scores_that_the_server_does_not_take_are_kept_and_uploaded_later(run, p
         proxy.add(action)
         return action
 
-    proxy.add(gone, "POST", METRICS, range(2, 3))  # the third: the scores'
+    proxy.add(gone, "POST", METRICS, range(1, 2))  # the second, after the parameters: the scores'
     code, out = run()
     assert code == 4
     found = re.search(r"uploaded by python -m (\S+) (\S+)", error_line(out))
@@ -216,7 +216,7 @@ def test_an_artifact_that_is_not_taken_ends_the_run_failed_with_the_reason(run, 
 
 @pytest.mark.fault("tracking: the run deleted under way")
 def test_a_run_that_is_deleted_under_way_is_one_line(run, proxy, server):
-    proxy.add(lambda: server.delete_run(newest(server, parents=False).info.run_id), "POST", METRICS, range(2, 3))
+    proxy.add(lambda: server.delete_run(newest(server, parents=False).info.run_id), "POST", METRICS, range(1, 2))
     code, out = run()
     assert code == 4
     assert "deleted" in error_line(out)

@@ -48,3 +48,10 @@ def test_holms_family_is_the_scorers_without_the_overall_score_made_of_them():
 
     found = estimation.holm_p_values({"a": gap(0.01), "b": gap(0.03), "score": gap(0.001)})
     assert found == {"a": pytest.approx(0.02), "b": pytest.approx(0.03), "score": 0.001}  # statsmodels: 0.02, 0.03
+
+
+def test_a_flip_is_a_change_of_the_score_and_no_rounding_error():
+    three = prompts(3)
+    old = scored([{"contains": 0.3}, {"contains": 0.5}, {"contains": 0.2}], three)
+    new = scored([{"contains": 0.1 + 0.2}, {"contains": 0.4}, {"contains": 0.25}], three)
+    assert estimation.flips(new, old)["contains"] == estimation.Flips(worse=("p1",), better=("p2",))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from slm.base.errors import BadInput
+from slm.verdict import gate
 from slm.verdict.gate import Check, Threshold, Verdict, decide, read_thresholds
 from slm.verdict.statistics import Difference, Estimate, mean_estimate, paired_difference
 
@@ -390,3 +391,120 @@ def test_of_500_evaluations_with_twice_the_margin_lost_8_in_10_regress_and_none_
 def test_few_prompts_are_inconclusive_and_not_wrong():
     seen = simulated(0.0, n=24)
     assert seen["inconclusive"] >= 0.95 and seen["regress"] <= 0.05
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules that no evaluation could decide
+
+
+def rule(metric: str, **limits: float) -> tuple[gate.Threshold, ...]:
+    return (gate.Threshold(metric, **limits),)
+
+
+@pytest.mark.parametrize(
+    "thresholds",
+    [
+        rule("score/mean", min=0, max=1),
+        rule("contains/ci95_low", min=0.2),
+        rule("contains/ci95_high", max=0.9),
+        rule("score/stderr", max=0.1),
+        rule("mine/latency", max=60),
+        rule("number/pass_at_3/mean", min=0.5),
+        rule("score/pass_hat_2/mean", max_drop=0.1),
+        rule("mine/anything/mean", min=0.5),
+        rule("latency_seconds/p95", max_ratio=2),
+        rule("rows_failed", max=0),
+    ],
+)
+def test_metrics_that_the_scorers_can_give_may_be_named(thresholds):
+    gate.check_names(thresholds, {"contains", "number", "mine"}, {"mine"}, 3)
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "told"),
+    [
+        (rule("contans/mean", min=0.5), "'contans/mean' is no metric of these prompts and scorers (did you mean 'con"),
+        (rule("contains", min=0.5), "'contains' is no metric of these prompts and scorers (did you mean 'contains"),
+        (rule("number/pass_at_5/mean", min=0.5), "'number/pass_at_5/mean' is no metric"),
+        (rule("accuracy", min=0.5), "'accuracy' is no metric of these prompts and scorers; there are contains/mean, "),
+        (rule("score/mean", min=60), "score/mean goes from 0 to 1, and `min` is 60; write 0.6 for 60 %"),
+        (rule("score/mean", min=1.5), "`min` is 1.5; write 0.015 for 1.5 %"),
+        (rule("score/mean", min=100), "`min` is 100; write 1 for 100 %"),
+        (rule("mine/a/mean", min=2), "mine/a/mean goes from 0 to 1, and `min` is 2"),
+        (rule("score/mean", min_ratio=0.9), "`min_ratio` is for single figures; use max_drop"),
+        (rule("rows_failed", max_drop=0.1), "rows_failed is a single figure, and `max_drop` compares scores"),
+    ],
+)  # fmt: skip
+def test_a_rule_that_no_evaluation_could_decide_is_refused(thresholds, told):
+    with pytest.raises(BadInput) as refused:
+        gate.check_names(thresholds, {"contains", "number", "mine"}, {"mine"}, 3)
+    assert str(refused.value).startswith("thresholds: ") and told in str(refused.value)
+
+
+@pytest.mark.parametrize("limit", [-1, 101])
+def test_a_limit_that_is_no_percentage_gets_no_remedy(limit):
+    with pytest.raises(BadInput) as refused:
+        gate.check_names(rule("score/mean", max=limit), {"contains"}, (), 1)
+    assert str(refused.value) == f"thresholds: score/mean goes from 0 to 1, and `max` is {limit}"
+
+
+def test_a_near_name_is_told_without_the_list_of_all():
+    with pytest.raises(BadInput) as refused:
+        gate.check_names(rule("contans/mean", max=1), {"contains"}, (), 1)
+    assert str(refused.value).endswith("(did you mean 'contains/mean'?)")
+
+
+@pytest.mark.parametrize("keyword", gate.RELATIVE)
+def test_a_rule_against_a_baseline_needs_one(keyword):
+    thresholds = rule("score/mean", **{keyword: 0.5})
+    gate.check_baseline(thresholds, True)
+    with pytest.raises(BadInput, match=f"score/mean `{keyword}` compares with a baseline; add baseline=models:/NAME@"):
+        gate.check_baseline(thresholds, False)
+
+
+@pytest.mark.parametrize("keyword", gate.RELATIVE)
+def test_of_a_first_champion_rules_against_a_baseline_do_not_count(keyword):
+    metrics = {"score": mean_estimate([1.0] * 300), "rows": 300.0, "rows_failed": 0.0}
+    thresholds = (*rule("score/mean", min=0.5), *rule("score/mean", **{keyword: 0.5}))
+    verdict = gate.decide(thresholds, metrics, {}, None, is_first=True)
+    assert verdict.state == "pass"
+    assert [check.state for check in verdict.checks] == ["pass", "none"]
+    assert verdict.checks[1] == Check("score/mean", f"{keyword} 0.5", "none", "there is no champion yet")
+    assert gate.decide(thresholds[1:], metrics, {}, None, is_first=True).state == "none"
+    assert gate.decide(thresholds, metrics, {}, None).state == "inconclusive"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# At the limits
+
+
+@pytest.mark.parametrize("limit", [1.0, 1.5])
+def test_a_drop_of_the_whole_score_is_refused(limit):
+    with pytest.raises(BadInput, match="more than a score can fall"):
+        read_thresholds(f"a: {{max_drop: {limit}}}", "gate.yaml")
+
+
+def test_equal_bounds_are_a_rule():
+    assert read_thresholds("rows: {min: 5, max: 5}", "gate.yaml") == (Threshold("rows", min=5.0, max=5.0),)
+    [ratio] = read_thresholds("rows: {max_ratio: 1.5}", "gate.yaml")
+    assert ratio == Threshold("rows", max_ratio=1.5)
+
+
+def test_a_single_scored_row_is_judged_too():
+    one = mean_estimate([1.0])
+    assert decide(rule("s/mean", min=0.1), {"s": one, "rows": 1.0}, {}).state == "pass"
+    gap = paired_difference([1.0], [1.0])
+    verdict = decide(rule("s/mean", max_drop=0.9), {"s": one, "rows": 1.0}, {"s": gap}, {})
+    assert verdict.state == "pass", verdict.checks
+
+
+def test_a_regress_against_the_baseline_names_the_limit():
+    gap = paired_difference([0.0] * 100, [1.0] * 100)
+    [check] = decide(rule("s/mean", max_drop=0.05), {"s": mean_estimate([0.0] * 100)}, {"s": gap}, {}).checks
+    assert check.state == "regress" and check.reason.endswith(" from 100 pairs, is below -0.05")
+
+
+@pytest.mark.parametrize("keyword", ["min_ratio", "max_ratio"])
+def test_a_ratio_at_its_limit_keeps_the_rule(keyword):
+    [check] = decide(rule("rows", **{keyword: 1.5}), {"rows": 3.0}, {}, {"rows": 2.0}).checks
+    assert (check.state, check.reason) == ("pass", "3 is 1.50 of the baseline's 2")

@@ -45,8 +45,9 @@ def test_a_run_from_a_git_url_is_done_again_by_its_recorded_command_to_the_byte(
         assert record["reproducible"] == "byte-identical on the same kind of CPU"
         assert record["code"]["git_commit"] == git_server.commit and not record["code"]["git_dirty"]
         again = shlex.split(record["again"])
-        assert again[:7] == ["mlflow", "run", git_server.url, "-v", git_server.commit, "-e", "evaluate"]
-        options = ("--env-manager", "local", "--experiment-name", f"{tmp_path.name}-again")
+        assert again[:5] == ["mlflow", "run", git_server.url, "-v", git_server.commit]
+        assert again[5:9] == ["--env-manager", "local", "-e", "evaluate"]
+        options = ("--experiment-name", f"{tmp_path.name}-again")
         done = call(*again, *options, cwd=replayed, MLFLOW_TRACKING_URI=tracking_server)
         assert done.code == 0, done.err
         second, replays = parent_and_children(client, f"{tmp_path.name}-again")
@@ -301,7 +302,7 @@ def test_the_command_names_what_an_alias_stood_for_and_promotes_nothing():
     tags = {"mlflow.source.git.repoURL": "git://host/p", "mlflow.source.git.commit": "c0ffee"}
     command = reproduction.again(tags, given, {"max_tokens": "64", "stop": ""}, records, 1)
     assert shlex.split(command) == [
-        *("mlflow", "run", "git://host/p", "-v", "c0ffee", "-e", "main"),
+        *("mlflow", "run", "git://host/p", "-v", "c0ffee", "--env-manager", "local", "-e", "main"),
         *("-P", "model_uris=models:/phi3/7", "-P", "baseline=models:/phi3/6"),
         *("-P", "stop=a b", "-P", "resume=false"),
     ]

@@ -276,6 +276,52 @@ def test_scores_between_0_and_1_get_students_interval_on_their_differences():
     assert difference.p_value == pytest.approx(stats.wilcoxon(gaps, zero_method="pratt").pvalue)
 
 
+def test_a_few_graded_pairs_are_as_wide_as_their_sizes_allow():
+    new, old = [0.95, 0.90, 0.97, 0.85, 0.98, 0.93], [0.94, 0.92, 0.91, 0.84, 0.95, 0.90]
+    difference = paired_difference(new, old)
+    assert difference.ci95_low < stats.t.interval(0.95, 5, *gaps_of(new, old))[0]
+    assert difference.ci95_high - difference.ci95_low < 0.15  # 1.2 where each differing pair counts in full
+    assert difference.detectable < 0.15
+
+
+def gaps_of(new, old) -> tuple[float, float]:
+    gaps = np.subtract(new, old)
+    return float(gaps.mean()), float(stats.sem(gaps))
+
+
+def test_pairs_that_all_differ_alike_are_bounded_by_their_size():
+    difference = paired_difference([0.52] * 12, [0.5] * 12)
+    assert (difference.mean, difference.stderr) == (pytest.approx(0.02), 0.0)
+    assert -0.02 < difference.ci95_low < 0.02 <= difference.ci95_high < 0.03
+
+
+@pytest.mark.parametrize("n", [2, 5, 40])
+def test_no_detectable_difference_is_above_the_range_of_the_score(n):
+    assert paired_difference([1.0] + [0.0] * (n - 1), [0.0] * n).detectable <= 1.0
+    assert paired_difference([0.9] + [0.0] * (n - 1), [0.0] * n).detectable <= 1.0
+
+
+@pytest.mark.parametrize("n", [6, 12, 24, 60])
+@pytest.mark.parametrize(
+    ("rate", "sizes", "lean"),
+    [
+        (1.0, (0.0, 0.1), 0.0),  # all differ a little
+        (0.3, (0.0, 0.5), 0.3),  # some differ, more of them up
+        (0.1, (0.0, 1.0), 0.0),  # a few differ by anything
+        (0.2, (0.25, 0.25), -0.4),  # a few differ by a quarter, more of them down
+    ],
+)
+def test_the_interval_of_graded_pairs_holds_the_truth_about_95_times_in_100(n, rate, sizes, lean):
+    random, times = np.random.default_rng(n), 400
+    differs = random.random((times, n)) < rate
+    up = random.random((times, n)) < (1 + lean) / 2
+    gaps = differs * np.where(up, 1, -1) * random.uniform(*sizes, (times, n))
+    truth = rate * lean * sum(sizes) / 2
+    found = [paired_difference(np.maximum(row, 0), np.maximum(-row, 0)) for row in gaps]
+    missed = sum(not one.ci95_low - 1e-12 <= truth <= one.ci95_high + 1e-12 for one in found)
+    assert missed / times < 0.075  # 5 % and chance: 2.3 standard errors
+
+
 def test_equal_pairs_among_many_graded_ones_are_ranked_as_pratt_ranks_them():
     new = np.concatenate([np.random.default_rng(2).random(30), np.full(20, 0.5)])
     gaps = new - 0.45 - np.where(np.arange(50) < 30, 0, 0.05)

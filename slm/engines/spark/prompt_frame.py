@@ -46,6 +46,10 @@ class SparkPromptSet(PromptSet):
     def is_whole(self) -> bool:
         return self.last_shown is None
 
+    @property
+    def scorer_names(self) -> frozenset[str] | None:
+        return super().scorer_names if self.is_whole else None
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The prompt set

@@ -1,0 +1,96 @@
+"""The tour of docs/quickstart.md, word for word: a first champion, a better one, a bad one, the same one, served.
+
+Each command of the page is run, and each line that the page shows is compared with what was printed. Figures, ids and
+paths may differ.
+"""
+
+import contextlib
+import io
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from support.commands import REPOSITORY, entry_point, free_port, running
+from support.databases import sqlite_store
+
+PAGE = (REPOSITORY / "docs" / "quickstart.md").read_text(encoding="utf-8")
+TOUR = PAGE.split("## A support bot")[1].split("\n## ")[0]
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TOUR, re.DOTALL | re.MULTILINE)
+CODES = [0, 0, 0, 0, 0, 3, 0]  # of the commands before the server's
+
+
+def shape(line: str) -> str:
+    """A printed line without what differs from run to run."""
+    line = re.sub(r"(worse|better) \([^)]*\)", r"\1", line)
+    line = re.sub(r"\b[0-9a-f]{32}\b|(?<=tracking: )\S+|(?<=report: )\S+|127\.0\.0\.1:\d+", "#", line)
+    return re.sub(r"(?<![\w/@-])[+-]?\d[\d,.]*\d|(?<![\w/@-])[+-]?\d", "#", line)
+
+
+def test_the_shape_of_a_line_keeps_its_words_and_states():
+    assert shape("  pass         rows_failed max 0: 0") == "  pass         rows_failed max #: #"
+    assert shape("x/2: 0 worse; 3 better (a-1, b-2)") == "x/2: # worse; # better"
+    assert shape("gate: pass   run: " + "a" * 32) == "gate: pass   run: #"
+
+
+@pytest.mark.slow
+def test_the_tour_of_the_quickstart_prints_what_it_says(tmp_path):
+    clone = tmp_path / "clone"
+    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "mlruns", "site", "mutants", ".*_cache")
+    shutil.copytree(REPOSITORY, clone, ignore=ignored)
+    files = iter(("supportbot.jsonl", "tone.py", "gate.yaml"))
+    environment = {"MLFLOW_TRACKING_URI": sqlite_store(tmp_path), "COLUMNS": "300"}
+    codes, printed, port = [], "", free_port()
+    for language, block in BLOCKS:
+        if language in ("jsonl", "yaml") or (language == "python" and len(codes) == 0):
+            (clone / next(files)).write_text(block, encoding="utf-8")
+        elif language == "python" and "import OpenAI" not in block:
+            subprocess.run([sys.executable, "-c", block], cwd=clone, check=True)
+        elif language == "python":
+            asked = io.StringIO()
+            with serving(clone, port, environment) as ended, contextlib.redirect_stdout(asked):
+                exec(block.replace(":5005", f":{port}"), {})
+            assert ended[0] == 130 and ended[1].splitlines()[-1] == "the server has stopped, after SIGINT"
+            assert_printed(BLOCKS[-3][1], ended[1])
+            printed = asked.getvalue()
+        elif language == "sh" and "-e serve" not in block:
+            for line in block.splitlines():
+                done = run(line, clone, environment)
+                codes.append(done.code)
+                printed = done.out + done.err
+        elif language == "text" and "Serving" not in block:
+            assert_printed(block, printed)
+    assert codes == CODES
+
+
+def run(command: str, clone, environment: dict[str, str]):
+    """A command `mlflow run .` of the page, without MLflow's own process."""
+    words = shlex.split(command)
+    assert words[:5] == ["mlflow", "run", ".", "--env-manager", "local"]
+    name = words[words.index("-e") + 1] if "-e" in words else "evaluate"
+    options = [f"--{words[at + 1]}" for at, word in enumerate(words) if word == "-P"]
+    return entry_point(name, *options, cwd=clone, **environment)
+
+
+@contextlib.contextmanager
+def serving(clone, port: int, environment: dict[str, str]):
+    """The served champion; after the block, its exit code and output, stopped as by Ctrl-C."""
+    [command] = [block for language, block in BLOCKS if language == "sh" and "-e serve" in block]
+    uri = re.search(r"model_uri=(\S+)", command)[1]
+    words = [sys.executable, "-m", "entrypoints.serve", f"--model_uri={uri}", f"--port={port}"]
+    ended: list = []
+    with (clone / "serve.log").open("w") as log:
+        health = f"http://127.0.0.1:{port}/health"
+        with running(words, health, cwd=clone, output=log, end=signal.SIGINT, **environment) as process:
+            yield ended
+    ended += [process.returncode, (clone / "serve.log").read_text(encoding="utf-8")]
+
+
+def assert_printed(block: str, printed: str) -> None:
+    """Every line of the page's block was printed, in this order."""
+    lines = iter(shape(line.rstrip()) for line in printed.splitlines())
+    for line in block.splitlines():
+        assert shape(line.rstrip()) in lines, f"{line!r} isn't in:\n{printed}"
