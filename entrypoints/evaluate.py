@@ -51,7 +51,11 @@ def evaluate(args: parameters.Parameters) -> str:
         source = checkpoints.find(args.model, args.revision, args.subfolder)
 
     if args.check:
-        named, baseline = models_named(args, uris, source)[:2]
+        if source is None:
+            named, baseline, _ = resolved(args, uris)
+        else:
+            named = [(f"onnx {args.precision} of {source.name}", ""), (f"pipeline of {source.name}", "")]
+            baseline = 1
         forecast.show(args, prompt_set, thresholds, named, baseline)
         return "none"
 
@@ -60,14 +64,16 @@ def evaluate(args: parameters.Parameters) -> str:
             return settled
 
         # The models: those named, or both wrappers of `model`, the pipeline being the baseline
-        named, baseline, is_first = models_named(args, uris, source)
+        is_first = False
         if source is None:
+            named, baseline, is_first = resolved(args, uris)
             subject = prompt_set.name
             if len(uris) == 1 and baseline and not args.force and promotion.is_unchanged(*named[0], *named[1]):
                 schedule.mark_done(args, "none")
                 return "none"
         else:
-            named, subject = log_both(source, args), f"{source.name} on {prompt_set.name}"
+            named, baseline = log_both(source, args), 1
+            subject = f"{source.name} on {prompt_set.name}"
 
         settled = schedule.unchanged(args, [uri for _, uri in named], prompt_set, thresholds)
         if settled:
@@ -77,7 +83,8 @@ def evaluate(args: parameters.Parameters) -> str:
         before = promotion.alias_version(named[0][1], args.alias)
         results = [scoring.score_model(label, uri, prompt_set, args, thresholds) for label, uri in named]
         verdict = conclusion.finish(subject, results, args, prompt_set, thresholds, baseline, is_first)
-        if args.alias and verdict.state in ("pass", "none" if is_first else "pass"):
+        # of a first champion, a gate may have no rule that applies
+        if args.alias and (verdict.state == "pass" or (is_first and verdict.state == "none")):
             promotion.promote(named[0][1], args.alias, before, results[0][0].model.manifest_sha256)
         schedule.mark_done(args, verdict.state)
         if args.traces:
@@ -85,17 +92,11 @@ def evaluate(args: parameters.Parameters) -> str:
         return verdict.state
 
 
-def models_named(
-    args: parameters.Parameters, uris: list[str], source: checkpoints.Source | None
-) -> tuple[list[tuple[str, str]], int | None, bool]:
-    """Labels and resolved URIs, the place of the baseline, and whether this is the first version with the alias.
-
-    Both wrappers of `source` have no URIs before they are logged.
-    """
+def resolved(args: parameters.Parameters, uris: list[str]) -> tuple[list[tuple[str, str]], int | None, bool]:
+    """The models that are named, as (label, resolved URI); the place of the baseline; whether this is the first version
+    with the alias, which has no baseline."""
     from slm.evaluation import promotion
 
-    if source is not None:
-        return [(f"onnx {args.precision} of {source.name}", ""), (f"pipeline of {source.name}", "")], 1, False
     named = [(uri, registry.resolve(uri, args.trust_code)) for uri in uris]
     is_first = promotion.is_first(args, uris[0])
     if not args.baseline or is_first:

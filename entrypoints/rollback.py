@@ -6,10 +6,9 @@
 `evaluate` notes which version had the alias when it moves one. Nothing is scored.
 """
 
-import re
 import sys
 
-from slm.base import parameters
+from slm.base import model_uri, parameters
 from slm.base.errors import BadInput
 from slm.base.wording import quoted
 from slm.tracking import lifecycle
@@ -27,10 +26,11 @@ def rollback(args: parameters.Parameters) -> str:
     """The story of the run; returns the gate's state, which is "none" here."""
     from slm.evaluation import promotion
 
-    if not re.fullmatch(r"models:/[^/@]+@[^/@]+", args.model_uri):
+    named = model_uri.registered_alias(args.model_uri)
+    if named is None:
         raise BadInput(f"model_uri: {quoted(args.model_uri)} names no alias; write models:/NAME@champion")
     with lifecycle.run("rollback", args):
-        promotion.set_back(args.model_uri, args.version)
+        promotion.set_back(*named, args.version)
     return "none"
 
 

@@ -26,8 +26,8 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")  # the waits be
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-# Each of two workers begins with one: the first one needs every export, and the second one none. Else both would begin
-# with the exports, and one of them would wait for the other one's lock
+# Each of two workers begins with one of these: one needs every export, the other one none. Else both would begin with
+# the exports, and one worker would wait for the other one's lock
 FIRST = ("test_spark.py", "test_mlflow_serving.py")
 FAULTS = pytest.StashKey[dict[str, dict[str, str]]]()  # fault -> test -> outcome
 
@@ -125,8 +125,8 @@ def _exports_start_warm():
     from slm.models import onnx_export
 
     def python(module: list[str]) -> subprocess.CompletedProcess:
-        environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
-        process = warm_starts.Process(module, REPOSITORY, environment, imported=warm_starts.EXPORTS)
+        settings = os.environ | onnx_export.SETTINGS
+        process = warm_starts.Process(module, REPOSITORY, settings, imported=warm_starts.EXPORTS)
         out, err = process.communicate()
         return subprocess.CompletedProcess(module, process.wait(), out, err)
 

@@ -1,7 +1,6 @@
 """The end of an evaluation: compare, gate, log and show. Each step is a function, and `finish` calls them in order."""
 
 import datetime
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,8 +17,9 @@ from slm.tracking import earlier_runs, mlflow_client, registry, run_records, tag
 from slm.verdict import estimation, gate, reproduction, scored_model, statistics
 from slm.verdict.scored_model import OVERALL
 
-HEADLINE = (  # the metrics of a scored model that its parent run has too
-    *(f"{OVERALL}/{part}" for part in ("mean", "ci95_low", "ci95_high")),
+HEADLINE = (  # the metrics that the parent run has too, of the candidate
+    *(f"{OVERALL}/{figure}" for figure in ("mean", "ci95_low", "ci95_high")),
+    *(f"difference/{OVERALL}/{figure}" for figure in ("mean", "ci95_low", "ci95_high")),
     "rows",
     "rows_failed",
     "rows_unscored",
@@ -161,13 +161,10 @@ def put_headline(report: summary.Report) -> None:
     The figures are those of the candidate, or of the first one.
     """
     mlflow = mlflow_client.quiet_mlflow()
-    place = int(report.baseline == 0 and len(report.models) > 1)
-    figures = {name: report.models[place].metrics.get(name) for name in HEADLINE}
-    gap = {f"difference/{OVERALL}": report.differences[place].get(OVERALL)} if report.differences[place] else {}
-    for name, found in gap.items():
-        figures |= {f"{name}/{part}": getattr(found, part, None) for part in ("mean", "ci95_low", "ci95_high")}
+    place = report.candidates[0]
+    figures = report.models[place].metrics | estimation.difference_metrics(report.differences[place])
+    kept = {name: figures[name] for name in HEADLINE if name in figures}
     run_id, now = mlflow.active_run().info.run_id, int(time.time() * 1000)
-    kept = {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
     metrics = [mlflow.entities.Metric(name, value, now, 0) for name, value in kept.items()]
     mlflow.MlflowClient().log_batch(run_id, metrics)  # log_metrics would link them to a model that the run logged
     run_records.log_dataset(report.prompt_set)

@@ -28,7 +28,7 @@ def show(
     baseline: int | None,
 ) -> None:
     """Prints one line per question. `named` has (label, resolved URI); `baseline` is the place of the baseline."""
-    rows = getattr(prompt_set, "rows", len(prompt_set.prompts))
+    rows = prompt_set.count
     clusters = len({prompt.cluster or f"row {prompt.id}" for prompt in prompt_set.prompts})
     scorers = Counter(call.name for prompt in prompt_set.prompts for call in prompt.scorers)
     told = [counted(rows, "row")] + ([counted(clusters, "cluster")] if clusters < len(prompt_set.prompts) else [])
@@ -37,12 +37,7 @@ def show(
     for place, (label, uri) in enumerate(named):
         shown = label if label == uri or not uri else f"{label}, which is {uri}"
         _line("baseline" if place == baseline else "model", shown)
-    rules = [
-        f"{rule.metric} {keyword} {limit:g}"
-        for rule in thresholds
-        for keyword in gate.KEYWORDS
-        if (limit := getattr(rule, keyword)) is not None
-    ]
+    rules = [f"{one.metric} {keyword} {limit:g}" for one in thresholds for keyword, limit in one.rules.items()]
     _line("gate", "; ".join(rules) or "none")
     if args.alias:
         now = promotion.alias_version(named[0][1], args.alias)

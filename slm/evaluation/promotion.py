@@ -7,7 +7,7 @@ from slm.base import console, model_uri
 from slm.base.errors import BadInput, Unavailable
 from slm.base.parameters import Parameters
 from slm.models import manifest
-from slm.tracking import registry, run_records, tags
+from slm.tracking import mlflow_client, registry, run_records, tags
 
 
 def alias_version(uri: str, alias: str) -> str:
@@ -17,11 +17,11 @@ def alias_version(uri: str, alias: str) -> str:
 
 
 def is_first(args: Parameters, uri: str) -> bool:
-    """Whether the alias that `baseline` names is the one to be set, and isn't set yet.
+    """Whether the alias that `baseline` names is the one to be set, and isn't set yet. Says so.
 
     Then the model of `uri` may become the first version with this alias. Its gate has nothing to compare with.
     """
-    name, _, alias = args.baseline.removeprefix("models:/").partition("@")
+    name, alias = model_uri.registered_alias(args.baseline) or ("", "")
     if not alias or alias != args.alias or not uri.startswith((f"models:/{name}/", f"models:/{name}@")):
         return False
     if registry.alias_version(name, alias) or not registry.has_model(name):
@@ -42,7 +42,7 @@ def is_unchanged(uri: str, resolved: str, baseline: str, resolved_baseline: str)
     ]
     line = f"skipped: {told[0]} and {told[1]} are the same model; there is nothing to evaluate"
     console.out.print(line, markup=False)
-    run_records.tag_active_run({tags.GATE: "none", tags.SKIPPED: line}, line)
+    run_records.tag_active_run({tags.GATE: "none", tags.SKIPPED: line})
     return True
 
 
@@ -70,16 +70,15 @@ def promote(uri: str, alias: str, before: str, manifest_sha256: str) -> None:
     _move(name, alias, version, before)
 
 
-def set_back(uri: str, version: str) -> None:
-    """Moves the alias in `models:/name@alias` to `version`, or to the version that had it before.
+def set_back(name: str, alias: str, version: str) -> None:
+    """Moves an alias of the model `name` to `version`, or to the version that had the alias before.
 
     Raises:
         BadInput: there is no such alias or version, or it isn't known which version was before.
     """
-    name, _, alias = uri.removeprefix("models:/").partition("@")
     now = registry.alias_version(name, alias)
     if not now:
-        raise BadInput(f"model_uri: {uri} isn't set; evaluate -P alias={alias} sets it")
+        raise BadInput(f"model_uri: models:/{name}@{alias} isn't set; evaluate -P alias={alias} sets it")
     if not version:
         version = registry.version_tags(name, now).get(f"{alias}.{tags.BEFORE}", "")
         if not version:
@@ -91,7 +90,7 @@ def set_back(uri: str, version: str) -> None:
     registry.set_alias(name, alias, version)
     line = f"{name}@{alias} is version {version} again, was {now}"
     console.out.print(line, markup=False)
-    run_records.tag_active_run({}, line)
+    run_records.name_run(mlflow_client.quiet_mlflow().active_run().info.run_id, line)
 
 
 def _move(name: str, alias: str, version: str, before: str) -> None:

@@ -109,8 +109,7 @@ def _entered(args: Parameters, active) -> str:
     own = (active.info.start_time, active.info.run_id)
     for other in run_records.runs_with({tags.SUBJECT: mine[tags.SUBJECT]}, "RUNNING"):
         if (other.info.start_time, other.info.run_id) < own:
-            told = _skipped(args, f"in run {other.info.run_id}")
-            run_records.tag_active_run(told, told[tags.SKIPPED])
+            run_records.tag_active_run(_skipped(args, f"in run {other.info.run_id}"))
             return "none"
     earlier = [] if args.force else run_records.runs_with({tags.SLOT: args.slot, tags.ASKED: mine[tags.ASKED]})
     return _taken_over(earlier, f"skipped: slot {args.slot} is done by")
@@ -131,9 +130,7 @@ def _taken_over(earlier: Sequence, why: str) -> str:
     verdict, run_id = found.data.tags[tags.VERDICT], found.data.tags.get(tags.EARLIER, found.info.run_id)
     line = f"{why} run {run_id}, gate: {verdict}; force=true evaluates again"
     console.out.print(line, markup=False)
-    run_records.tag_active_run(
-        {tags.GATE: verdict, tags.VERDICT: verdict, tags.EARLIER: run_id, tags.SKIPPED: line}, line
-    )
+    run_records.tag_active_run({tags.GATE: verdict, tags.VERDICT: verdict, tags.EARLIER: run_id, tags.SKIPPED: line})
     return verdict
 
 

@@ -27,6 +27,7 @@ PRECISIONS = {"cpu": ("int4", "int8", "fp32"), "cuda": ("int4", "int8", "fp16", 
 QUANTIZED = {"cpu": ("int4", "int8")}  # by slm/models/quantization.py
 # mixtures of experts and quantized checkpoints get the builder's own precision
 BUILDERS_OWN = {"num_local_experts", "num_experts", "quantization_config"}
+SETTINGS = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}  # of an export's processes, in the environment
 
 
 def check(precision: str, execution_provider: str) -> None:
@@ -94,9 +95,10 @@ def export(checkpoint: Checkpoint, precision: str, execution_provider: str, opti
 
 def _python(module: list[str]) -> subprocess.CompletedProcess:
     """Runs a module of Python with its arguments, in its own process."""
-    environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", *module]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | SETTINGS, capture_output=True, text=True, check=False
+    )
 
 
 def _for_builder(config: dict) -> dict:

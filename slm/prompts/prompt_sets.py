@@ -33,6 +33,11 @@ class PromptSet:
     unnamed: int = field(default=0, kw_only=True)  # rows that expect a text and name no scorer: they got `contains`
 
     @property
+    def count(self) -> int:
+        """The number of its rows, also if not all are at hand."""
+        return len(self.prompts)
+
+    @property
     def scorer_names(self) -> frozenset[str] | None:
         """The scorers of its rows. None if not all rows are at hand."""
         return frozenset(call.name for prompt in self.prompts for call in prompt.scorers)

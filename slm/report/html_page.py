@@ -92,8 +92,7 @@ def heading(report: Report) -> str:
     labels = [model.model.label for model in report.models]
     told = ", ".join(labels)
     if report.baseline is not None and len(labels) > 1:
-        others = [label for place, label in enumerate(labels) if place != report.baseline]
-        told = f"{', '.join(others)} against {labels[report.baseline]}"
+        told = f"{', '.join(labels[place] for place in report.candidates)} against {labels[report.baseline]}"
     return f"{told} on {report.title}" if report.title == report.prompt_set.name else f"{told}: {report.title}"
 
 
@@ -115,8 +114,7 @@ def headline(report: Report) -> str:
         place, check = unknown[0]
         return f"Inconclusive: {_whose(report, place)}{check.metric}: {check.reason}"
     needed = max(check.prompts_needed or 0 for _, check in concerned)
-    asked = getattr(report.prompt_set, "rows", len(report.prompt_set.prompts))  # of many, a sample is at hand
-    return f"Inconclusive: it takes about {needed:,} prompts, and {asked:,} were asked"
+    return f"Inconclusive: it takes about {counted(needed, 'prompt')}, and {report.prompt_set.count:,} were asked"
 
 
 def findings(report: Report) -> list[str]:
@@ -125,9 +123,8 @@ def findings(report: Report) -> list[str]:
         return [_alone(model) for model in report.models] or ["No model was scored"]
     baseline = report.models[report.baseline].model.label
     return [
-        _compared(model.model.label, baseline, compared.get(OVERALL))
-        for place, (model, compared) in enumerate(zip(report.models, report.differences, strict=True))
-        if place != report.baseline
+        _compared(report.models[place].model.label, baseline, report.differences[place].get(OVERALL))
+        for place in report.candidates
     ]
 
 

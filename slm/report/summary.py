@@ -56,6 +56,11 @@ class Report:
     facts: dict[str, str]  # what is told of the run beside its figures: date, run id, commit, machine
 
     @cached_property
+    def candidates(self) -> tuple[int, ...]:
+        """The places of the models that are compared with the baseline. Without a baseline, of all models."""
+        return tuple(place for place in range(len(self.models)) if place != self.baseline)
+
+    @cached_property
     def remarks(self) -> list[str]:
         """Sentences on each comparison: the overall score, other differences beyond chance, and the flips.
 
@@ -241,11 +246,11 @@ def p_value(p: float) -> str:
 
 def run_name(report: Report) -> str:
     """What a run did and how it ended, the end first: `regress: phi3/3 vs phi3@champion on general`."""
-    every = [model.model.label.removeprefix("models:/") for model in report.models]
-    labels = [label for place, label in enumerate(every) if place != report.baseline]
-    told = labels[0] if len(labels) == 1 else f"{len(labels)} models"
-    against = "" if report.baseline is None else f" vs {every[report.baseline]}"
-    found = report.models[int(report.baseline == 0)].estimates.get(OVERALL) if len(labels) == 1 else None
+    labels = [model.model.label.removeprefix("models:/") for model in report.models]
+    first, *others = report.candidates
+    told = f"{len(report.candidates)} models" if others else labels[first]
+    against = "" if report.baseline is None else f" vs {labels[report.baseline]}"
+    found = None if others else report.models[first].estimates.get(OVERALL)
     ending: str = report.verdict.state
     if ending == "none":
         ending = "evaluated" if found is None or math.isnan(found.mean) else f"score {found.mean:.2f}"

@@ -39,7 +39,7 @@ def history(prompts_sha256: str, model_name: str, names) -> dict[str, tuple]:
     found: dict[str, tuple] = {}
     for run in reversed(runs):
         told, metrics = run.data.tags, run.data.metrics
-        if told.get("mlflow.parentRunId") == parent.info.run_id:
+        if told.get(tags.PARENT) == parent.info.run_id:
             continue
         version = told.get(tags.MODEL_URI, "").rpartition("/")[2]
         for name in names:

@@ -139,9 +139,8 @@ def _tell(client, run_id: str, status: str, reason: str) -> None:
     """Writes why a run ended early: the tag `error`, and for MLflow's pages its name and description."""
     client.set_tag(run_id, tags.ERROR, reason)
     word = "stopped" if status == "KILLED" else "error"
-    if tags.PARENT not in client.get_run(run_id).data.tags:
-        name = reason if reason.startswith(word) else f"{word}: {reason}"
-        run_records.name_run(run_id, name, f"**{word}**\n\n    {reason}\n")
+    name = reason if reason.startswith(word) else f"{word}: {reason}"
+    run_records.name_run(run_id, name, f"**{word}**\n\n    {reason}\n")
 
 
 def _scrub(client, run) -> None:

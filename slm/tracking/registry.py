@@ -4,10 +4,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from slm.answers import endpoints
 from slm.base.errors import BadInput, exhausted
-from slm.base.model_uri import registered_version
+from slm.base.model_uri import registered_alias, registered_version
 from slm.base.wording import one_line
 from slm.tracking.mlflow_client import download, is_infrastructure, quiet_mlflow
 
@@ -45,10 +46,10 @@ def resolve(uri: str, trust_code: bool = False) -> str:
     from slm.answers import forms
     from slm.models import wrappers
 
-    name, _, alias = uri.removeprefix("models:/").partition("@")
+    named = registered_alias(uri)
     try:
-        if uri.startswith("models:/") and alias:
-            uri = f"models:/{name}/{mlflow.MlflowClient().get_model_version_by_alias(name, alias).version}"
+        if named:
+            uri = f"models:/{named[0]}/{mlflow.MlflowClient().get_model_version_by_alias(*named).version}"
         described = mlflow.models.get_model_info(uri)
         state = _state(uri)
     except Exception as error:
@@ -68,7 +69,8 @@ def _registered_hint(uri: str) -> str:
     if not name or not has_model(name):
         return ""
     client = quiet_mlflow().MlflowClient()
-    versions = client.search_model_versions(f"name = '{name.replace(chr(39), chr(39) * 2)}'", max_results=1000)
+    quoted = name.replace("'", "''")
+    versions = client.search_model_versions(f"name = '{quoted}'", max_results=1000)
     newest = max((int(version.version) for version in versions), default=0)
     return f" (did you mean models:/{name}/{newest}?)" if newest else ""
 
@@ -149,13 +151,8 @@ def version_source(uri: str) -> str:
 
 def alias_version(name: str, alias: str) -> str:
     """The version that an alias names now; "" if there is none."""
-    mlflow = quiet_mlflow()
-    try:
-        return str(mlflow.MlflowClient().get_model_version_by_alias(name, alias).version)
-    except mlflow.exceptions.MlflowException as error:
-        if is_infrastructure(error):
-            raise
-        return ""
+    found = _found(lambda: quiet_mlflow().MlflowClient().get_model_version_by_alias(name, alias))
+    return str(found.version) if found else ""
 
 
 def version_tags(name: str, version: str) -> dict[str, str]:
@@ -181,22 +178,22 @@ def set_alias(name: str, alias: str, version: str) -> None:
 
 def has_model(name: str) -> bool:
     """Whether the registry has a model of this name."""
-    return _is_there(lambda: quiet_mlflow().MlflowClient().get_registered_model(name))
+    return bool(_found(lambda: quiet_mlflow().MlflowClient().get_registered_model(name)))
 
 
 def has_version(name: str, version: str) -> bool:
     """Whether the registry has this version of a model."""
-    return _is_there(lambda: quiet_mlflow().MlflowClient().get_model_version(name, version))
+    return bool(_found(lambda: quiet_mlflow().MlflowClient().get_model_version(name, version)))
 
 
-def _is_there(asked: Callable[[], object]) -> bool:
+def _found(ask: Callable[[], Any]) -> Any:
+    """What the registry answers; None if it has no such thing."""
     try:
-        asked()
+        return ask()
     except quiet_mlflow().exceptions.MlflowException as error:
         if is_infrastructure(error):
             raise
-        return False
-    return True
+        return None
 
 
 def have_same_files(first: str, second: str) -> bool:

@@ -6,6 +6,7 @@ import re
 from slm.base.parameters import ENTRY_POINTS
 from slm.tracking.earlier_runs import HISTORY
 from slm.tracking.mlflow_client import _or_found, quiet_mlflow
+from slm.tracking.tags import PARENT, SKIPPED
 
 # MLflow's own names are of the form selective-ram-123
 UNNAMED = re.compile(rf"([a-z]+-[a-z]+-\d+|{'|'.join(ENTRY_POINTS)})?")
@@ -41,9 +42,7 @@ def log_dataset(prompt_set):
 def log_scored(scored, dataset, tags: dict[str, str]) -> None:
     """Logs a scored model's metrics, tags and samples to the active run. Metrics link to the model and the dataset."""
     mlflow = quiet_mlflow()
-    # MLflow's pages have the columns in this order: the overall score first
-    first = {name: value for name, value in scored.metrics.items() if name.startswith("score/")}
-    mlflow.log_metrics(first | scored.metrics, model_id=scored.model.model_id, dataset=dataset)
+    mlflow.log_metrics(scored.metrics, model_id=scored.model.model_id, dataset=dataset)
     mlflow.set_tags(tags)
     mlflow.log_text("".join(f"{line}\n" for line in scored.sample_lines()), "evaluation/samples.jsonl")
 
@@ -61,24 +60,31 @@ def runs_with(tags: dict[str, str], status: str = "") -> list:
 
 
 def name_run(run_id: str, name: str, description: str = "") -> None:
-    """Names a run by what it did, unless a person named it. A description is written too, if there is one."""
+    """Names a run by what it did, unless a person named it, and describes it. A child run keeps its name."""
     client = quiet_mlflow().MlflowClient()
-    if UNNAMED.fullmatch(client.get_run(run_id).info.run_name or ""):
+    run = client.get_run(run_id)
+    if PARENT in run.data.tags:
+        return
+    if UNNAMED.fullmatch(run.info.run_name or ""):
         client.update_run(run_id, name=name[:250])
     if description:
         client.set_tag(run_id, "mlflow.note.content", description)
 
 
-def tag_active_run(tags: dict[str, str], name: str = "") -> None:
-    """Tags the active run, and names it if there is a name."""
+def tag_active_run(tags: dict[str, str]) -> None:
+    """Tags the active run. A run that is skipped is named by it."""
     mlflow = quiet_mlflow()
     mlflow.set_tags(tags)
-    if name:
-        name_run(mlflow.active_run().info.run_id, name)
+    if SKIPPED in tags:
+        name_run(mlflow.active_run().info.run_id, tags[SKIPPED])
 
 
 def tag_waiting_run(tags: dict[str, str]) -> None:
-    """Tags the run that `mlflow run` made for this process, if there is one. Does not end the run."""
+    """The same for the run that `mlflow run` made for this process, if there is one. Does not end the run."""
     run_id = os.environ.get("MLFLOW_RUN_ID")
-    for key, value in tags.items() if run_id else ():
+    if not run_id:
+        return
+    for key, value in tags.items():
         quiet_mlflow().MlflowClient().set_tag(run_id, key, value)
+    if SKIPPED in tags:
+        name_run(run_id, tags[SKIPPED])

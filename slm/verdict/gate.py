@@ -42,6 +42,12 @@ class Threshold:
     min_ratio: float | None = None
     max_ratio: float | None = None
 
+    @property
+    def rules(self) -> dict[str, float]:
+        """The limit of each rule that there is, by keyword."""
+        limits = {keyword: getattr(self, keyword) for keyword in KEYWORDS}
+        return {keyword: limit for keyword, limit in limits.items() if limit is not None}
+
 
 @dataclass(frozen=True)
 class Check:
@@ -95,20 +101,17 @@ def check_names(
     names = [OVERALL, *sorted(scorers)]
     kinds = [f"pass_{how}_{k}" for how in ("at", "hat") for k in scored_model.ks(repeats)]
     means = {f"{name}/mean" for name in names} | {f"{name}/{kind}/mean" for name in names for kind in kinds}
-    parts = {f"{name.removesuffix('/mean')}/{part}" for name in means for part in ("stderr", "ci95_low", "ci95_high")}
+    figures = {f"{name.removesuffix('mean')}{figure}" for name in means for figure in scored_model.FIGURES}
     for threshold in thresholds:
         metric = threshold.metric
         is_open = any(metric.startswith(f"{name}/") for name in open_names)
-        if metric not in {*means, *parts, *scored_model.PLAIN} and not is_open:
+        if metric not in {*figures, *scored_model.PLAIN} and not is_open:
             known = sorted(means) + sorted(scored_model.PLAIN)
             hint = did_you_mean(metric, known)
             there = "" if hint else f"; there are {', '.join(known)}"
             raise BadInput(f"thresholds: {quoted(metric)} is no metric of these prompts and scorers{hint}{there}")
         is_mean = metric in means or (is_open and metric.endswith("/mean"))
-        for keyword in KEYWORDS:
-            limit = getattr(threshold, keyword)
-            if limit is None:
-                continue
+        for keyword, limit in threshold.rules.items():
             if is_mean and keyword in ("min", "max") and not 0 <= limit <= 1:
                 remedy = f"; write {limit / 100:g} for {limit:g} %" if 1 < limit <= 100 else ""
                 raise BadInput(f"thresholds: {metric} goes from 0 to 1, and `{keyword}` is {limit:g}{remedy}")
@@ -125,9 +128,9 @@ def check_baseline(thresholds: tuple[Threshold, ...], has_baseline: bool) -> Non
     Raises:
         BadInput: a rule compares with a baseline, and there is none.
     """
-    for threshold in thresholds:
-        for keyword in RELATIVE:
-            if getattr(threshold, keyword) is not None and not has_baseline:
+    for threshold in () if has_baseline else thresholds:
+        for keyword in threshold.rules:
+            if keyword in RELATIVE:
                 rule = f"{threshold.metric} `{keyword}`"
                 raise BadInput(f"thresholds: {rule} compares with a baseline; add baseline=models:/NAME@champion")
 
@@ -150,13 +153,13 @@ def decide(
     compared = {f"{name}/mean": difference for name, difference in differences.items()}
     checks = []
     for threshold in thresholds:
-        for keyword in KEYWORDS:
-            limit = getattr(threshold, keyword)
-            if limit is not None and is_first and keyword in RELATIVE:
-                checks.append(Check(threshold.metric, f"{keyword} {limit:g}", "none", "there is no champion yet"))
-            elif limit is not None:
+        for keyword, limit in threshold.rules.items():
+            rule = f"{keyword} {limit:g}"
+            if is_first and keyword in RELATIVE:
+                checks.append(Check(threshold.metric, rule, "none", "there is no champion yet"))
+            else:
                 outcome = _outcome(threshold.metric, keyword, limit, named, compared, baseline)
-                checks.append(Check(threshold.metric, f"{keyword} {limit:g}", *outcome))
+                checks.append(Check(threshold.metric, rule, *outcome))
     return _verdict(tuple(checks))
 
 

@@ -11,6 +11,7 @@ from slm.answers.asking import ModelFacts
 from slm.verdict import statistics
 
 OVERALL = "score"  # the overall score: the mean of a row's scores, and then the mean over rows
+FIGURES = ("mean", "stderr", "ci95_low", "ci95_high")  # of each estimate, as metrics `<name>/<figure>`
 PLAIN = (  # the metrics of a scored model that are single figures
     "rows",
     "rows_failed",
@@ -75,15 +76,18 @@ def metrics_of(
     """Counts, estimates and latencies, by the name of the metric. Values that are not finite are left out."""
     answered = [sample for sample in samples if sample.error is None]
     seconds = [sample.latency_seconds for sample in answered]
-    metrics = {
+    figures = {f"{name}/{part}": getattr(entry, part) for name, entry in estimates.items() for part in FIGURES}
+    # MLflow's pages have the columns in this order: the overall score first
+    overall = {name: value for name, value in figures.items() if name.startswith(f"{OVERALL}/")}
+    metrics = overall | {
         "rows": len(samples),
         "rows_failed": len(samples) - len(answered),
         "rows_unscored": sum(not any(value is not None for value in sample.scores.values()) for sample in answered),
         "model_load_seconds": model.load_seconds,
-    } | ({"model_bytes": model.bytes} if model.bytes else {})  # the size of an endpoint's model is unknown
-    for name, entry in estimates.items():
-        for figure in ("mean", "stderr", "ci95_low", "ci95_high"):
-            metrics[f"{name}/{figure}"] = getattr(entry, figure)
+    }
+    if model.bytes:  # the size of an endpoint's model is unknown
+        metrics["model_bytes"] = model.bytes
+    metrics |= figures
     if latencies and seconds:
         metrics |= {f"latency_seconds/p{q}": statistics.percentile(seconds, q) for q in (50, 95)}
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}

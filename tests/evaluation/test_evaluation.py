@@ -265,6 +265,8 @@ def test_the_champion_again_is_not_evaluated(run, tmp_path, versions):
     code, out, children = run(versions, thresholds=thresholds, **AGAINST_CHAMPION)
     told = f"skipped: models:/copier/{versions} and models:/copier@champion (models:/copier/1) are the same model"
     assert code == 0 and told in out and children == {} and champion() == "1"
+    [skipped] = client.search_runs([client.get_experiment_by_name(tmp_path.name).experiment_id])
+    assert skipped.info.run_name.startswith(told) and skipped.data.tags["skipped"].startswith(told)
     code, out, children = run(versions, thresholds=thresholds, force="true", **AGAINST_CHAMPION)
     assert "are the same model" not in out and children
 
@@ -281,15 +283,26 @@ def test_a_champion_keeps_the_tags_of_the_evaluation_that_judged_it(run, tmp_pat
     run("3", thresholds=rules, **AGAINST_CHAMPION)  # against version 2
     run("2")  # without a gate
     assert client.get_model_version("copier", "2").tags == judged
+    run("1")
+    client.set_model_version_tag("copier", "1", "gate", "none")  # whatever judged it before
+    evaluated = client.get_model_version("copier", "1").tags
+    run("3", baseline="models:/copier/1")
+    assert client.get_model_version("copier", "1").tags == evaluated
 
 
 def test_rollback_sets_the_alias_back_and_says_what_it_did(run, tmp_path, capsys):
+    import mlflow
+
     rules = gate(tmp_path, "score/mean: {max_drop: 0.05}")
     run("2", thresholds=rules, **AGAINST_CHAMPION)
     assert rollback.main(["--model_uri=models:/copier@champion"]) == 0
     assert "copier@champion is version 1 again, was 2" in capsys.readouterr().out and champion() == "1"
     assert rollback.main(["--model_uri=models:/copier@champion", "--version=3"]) == 0
     assert "copier@champion is version 3 again, was 1" in capsys.readouterr().out and champion() == "3"
+    client = mlflow.MlflowClient()
+    runs = client.search_runs([client.get_experiment_by_name(tmp_path.name).experiment_id])
+    named = {run.info.run_name for run in runs if run.info.run_name.startswith("copier@")}
+    assert named == {"copier@champion is version 1 again, was 2", "copier@champion is version 3 again, was 1"}
 
 
 @pytest.mark.parametrize(
@@ -383,6 +396,8 @@ def test_a_model_that_was_logged_twice_is_one_and_another_precision_is_another(i
         first, again = (model_logging.log_onnx(int4_export, "chat", GENERATION, "int4") for _ in range(2))
         other = model_logging.log_onnx(int8_export, "chat", GENERATION, "int8")
         prompt = model_logging.log_onnx(int4_export, "prompt", GENERATION, "int4")
+    defaults = {param.name: param.default for param in first.signature.params}
+    assert GENERATION["max_tokens"] == 64 and defaults["max_tokens"] == 512  # an evaluation's limit is its own
     assert registry.have_same_files(first.model_uri, again.model_uri)
     assert not registry.have_same_files(first.model_uri, other.model_uri)
     assert not registry.have_same_files(first.model_uri, prompt.model_uri)  # the same weights, asked in another form

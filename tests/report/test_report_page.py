@@ -627,6 +627,27 @@ def emulate(browser, **media) -> None:
 
 
 @pytest.mark.slow
+def test_answers_are_listed_in_the_order_that_is_chosen(opened):
+    made = report([{"contains": 1.0}, {"contains": 0.0}, {"contains": 0.4}, {"contains": None}])
+    model = made.models[0]
+    seconds = (1.0, 3.0, 2.0, 4.0)
+    samples = tuple(replace(one, latency_seconds=at) for one, at in zip(model.samples, seconds, strict=True))
+    page = opened(replace(made, models=(replace(model, samples=samples),)))
+
+    def listed() -> str:
+        return " ".join(found.text for found in page.find_elements("css selector", "#rows summary .id"))
+
+    for order, expected in (
+        ("lowest score first", "id-1 id-2 id-0 id-3"),  # the unscored one last
+        ("highest score first", "id-0 id-2 id-1 id-3"),
+        ("slowest first", "id-3 id-1 id-2 id-0"),
+        ("as listed", "id-0 id-1 id-2 id-3"),
+    ):
+        choose(page, "order", order)
+        assert listed() == expected, order
+
+
+@pytest.mark.slow
 def test_answers_are_searched_filtered_and_opened(opened):
     from selenium.webdriver.common.keys import Keys
 

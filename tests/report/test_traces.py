@@ -62,6 +62,7 @@ def test_a_trace_holds_the_conversation_the_scores_and_what_it_belongs_to(tracki
     assert (info.state.value, info.execution_duration) == ("OK", 1500)
     assert info.token_usage == {"input_tokens": 12, "output_tokens": 4, "total_tokens": 16}
     assert info.trace_metadata["mlflow.modelId"] == "m-1"
+    assert info.tags["mlflow.eval.requestId"] == "capital#0"
     asked = {"mlflow.traceName", "id", "repeat", "scorer", "finish_reason", "cluster", "tags"}
     assert {name: info.tags[name] for name in asked} == {
         "mlflow.traceName": "capital",

@@ -39,19 +39,23 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def in_environment(changes: dict[str, str]) -> dict[str, str]:
+    """The variables of this process, with this environment's programs first on PATH, and with `changes`."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path} | changes
+
+
 def call(*command, cwd=REPOSITORY, timeout=600, **environment) -> Finished:
     """Runs a command with this environment's programs first on PATH."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    full = os.environ | {"PATH": path} | environment
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=full, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        [*map(str, command)], cwd=cwd, env=in_environment(environment), capture_output=True, text=True, timeout=timeout
+    )
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
 def started(name: str, *options: str, cwd=REPOSITORY, merged=False, **environment) -> warm_starts.Process:
     """`python -m entrypoints.name`, going on in a process of its own that finds MLflow imported."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    full = os.environ | {"PATH": path} | environment
-    return warm_starts.Process([f"entrypoints.{name}", *map(str, options)], cwd, full, merged)
+    return warm_starts.Process([f"entrypoints.{name}", *map(str, options)], cwd, in_environment(environment), merged)
 
 
 def entry_point(name: str, *options: str, timeout=600, **environment) -> Finished:
@@ -94,9 +98,9 @@ def in_process(name: str, *options: str, **environment: str) -> Finished:
 @contextmanager
 def running(command: list[str], health: str, cwd: Path = REPOSITORY, output=None, end: int = 15, **environment):
     """A server process, in a group of its own, from the moment it answers at `health`; the signal `end` stops it."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    full = os.environ | {"PATH": path} | environment
-    process = subprocess.Popen(command, cwd=cwd, env=full, stdout=output, stderr=output, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=cwd, env=in_environment(environment), stdout=output, stderr=output, start_new_session=True
+    )
     try:
         for _ in range(600):
             with suppress(OSError):

@@ -37,6 +37,13 @@ def test_failed_and_unscored_rows_are_counted_and_latencies_are_of_answers():
     assert metrics == pytest.approx(counts | latencies)
 
 
+def test_the_overall_score_comes_first():
+    estimates = {name: statistics.mean_estimate([0.0, 1.0]) for name in ("a", "score", "score/pass_at_2", "z")}
+    names = list(scored_model.metrics_of(facts(), SAMPLES, estimates))
+    assert names[:4] == ["score/mean", "score/stderr", "score/ci95_low", "score/ci95_high"] and names[8] == "rows"
+    assert {"a/mean", "z/ci95_high"} <= set(names)
+
+
 def test_what_is_unknown_or_not_wanted_is_left_out():
     metrics = scored_model.metrics_of(replace(facts(), bytes=0), SAMPLES, {}, latencies=False)
     assert set(metrics) == {"rows", "rows_failed", "rows_unscored", "model_load_seconds"}

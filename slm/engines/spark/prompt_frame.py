@@ -47,6 +47,10 @@ class SparkPromptSet(PromptSet):
         return self.last_shown is None
 
     @property
+    def count(self) -> int:
+        return self.rows
+
+    @property
     def scorer_names(self) -> frozenset[str] | None:
         return super().scorer_names if self.is_whole else None
 
