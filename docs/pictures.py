@@ -28,6 +28,7 @@ def main() -> None:
     mlflow.set_tracking_uri(server)
     shown = "\n".join(line for line in log.splitlines() if " INFO mlflow" not in line)
     shown = re.sub(r"tracking: sqlite:\S*", "tracking: sqlite:////home/me/phi3-mlflow/mlflow.db", shown)
+    shown = re.sub(r"report: \S*(?=/mlruns/)", "report: /home/me/phi3-mlflow", shown)
     with tempfile.TemporaryDirectory() as scratch:
         report = mlflow.artifacts.download_artifacts(f"runs:/{run_id}/evaluation/report.html", dst_path=scratch)
         photograph(Path(report), FOLDER / "report.png", 1100, 1250)
