@@ -81,7 +81,7 @@ def evaluate(args: parameters.Parameters) -> str:
 
         # Each scored as logged, compared, gated
         before = promotion.alias_version(named[0][1], args.alias)
-        results = [scoring.score_model(label, uri, prompt_set, args, thresholds) for label, uri in named]
+        results = scoring.score_models(named, prompt_set, args, thresholds, baseline)
         verdict = conclusion.finish(subject, results, args, prompt_set, thresholds, baseline, is_first)
         # of a first champion, a gate may have no rule that applies
         if args.alias and (verdict.state == "pass" or (is_first and verdict.state == "none")):

@@ -5,9 +5,9 @@ list of questions, which is answered, kept and recorded.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 from slm.answers import forms
 from slm.base import model_uri
@@ -63,6 +63,11 @@ class Answer(TypedDict):
     output_tokens: int | None
     seconds: float
     error: str
+    token_ids: NotRequired[Sequence[int]]  # all generated tokens, with the end token; only of a model of this project
+
+
+class NoTokenScores(Exception):
+    """The model can't be read token by token. The message is the end of a sentence that starts with the model."""
 
 
 def failed(reason: str, seconds: float) -> Answer:
@@ -104,6 +109,24 @@ class LoadedModel(Protocol):
         Raises:
             Unavailable: an endpoint is gone.
         """
+
+    def vocabulary(self) -> str:
+        """The SHA-256 of the tokens with their ids.
+
+        Raises:
+            NoTokenScores: the model has no `token_scores`.
+        """
+
+    def vocabulary_size(self) -> int:
+        """The entries of a next-token distribution."""
+
+    def token_scores(
+        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], see: chat_model.SeeDistributions | None
+    ) -> Iterator[tuple[int, chat_model.TokenScores]]:
+        """As `SmallLanguageModel.token_scores`. Only for a model that has a `vocabulary`."""
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens. Only for a model that has a `vocabulary`."""
 
     def check_unchanged(self) -> None:
         """Raises BadInput if the model's files have changed since they were checked."""

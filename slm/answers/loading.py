@@ -12,20 +12,43 @@ slm/models/wrappers.py opens a model of this project and decides which copy of t
 others, and then runs the code that was logged with the model. `trust_code` must allow this code.
 """
 
+import ctypes
+import gc
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from slm.answers import endpoints, forms, side_by_side
-from slm.answers.asking import Answer, LoadedModel, ModelFacts, failed, text_sent
+from slm.answers.asking import Answer, LoadedModel, ModelFacts, NoTokenScores, failed, text_sent
 from slm.base import cache, console, environment, model_uri
 from slm.base.errors import BadInput, exhausted
 from slm.base.hashing import digest
 from slm.base.wording import one_line
 from slm.models import chat_model, manifest, model_logging, wrappers
+
+
+class NotRead:
+    """A model whose token probabilities can't be read. `reason` is the end of a sentence that starts with the model."""
+
+    reason = ""
+
+    def vocabulary(self) -> str:
+        raise NoTokenScores(self.reason)
+
+    def vocabulary_size(self) -> int:
+        raise NoTokenScores(self.reason)
+
+    def token_scores(
+        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], see: chat_model.SeeDistributions | None
+    ) -> Iterator[tuple[int, chat_model.TokenScores]]:
+        raise NoTokenScores(self.reason)
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        raise NoTokenScores(self.reason)
 
 
 @dataclass(frozen=True)
@@ -60,10 +83,28 @@ class OwnModel:
             for place in sorted(left):
                 yield place, failed(str(late), self.row_timeout)
 
+    def vocabulary(self) -> str:
+        if not hasattr(self.wrapper, "token_scores"):
+            raise NoTokenScores("was logged by a version without token scores; log it again")
+        return digest(sorted(self.wrapper.vocabulary().items()))
+
+    def vocabulary_size(self) -> int:
+        return int(self.wrapper._runtime.vocabulary_size)
+
+    def token_scores(
+        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], see: chat_model.SeeDistributions | None
+    ) -> Iterator[tuple[int, chat_model.TokenScores]]:
+        return self.wrapper.token_scores(rows, see)
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        return self.wrapper.text_of(token_ids)
+
 
 @dataclass(frozen=True)
-class OthersModel:
+class OthersModel(NotRead):
     """A model that others logged, as MLflow loads it. Its code runs here."""
+
+    reason = "was not logged by this project"
 
     facts: ModelFacts
     pyfunc: Any  # mlflow.pyfunc.PyFuncModel
@@ -125,8 +166,10 @@ class OthersModel:
 
 
 @dataclass(frozen=True)
-class EndpointModel:
+class EndpointModel(NotRead):
     """An endpoint that is asked like a model. The answers come from outside, so no file can change here."""
+
+    reason = "is an endpoint"
 
     facts: ModelFacts
     endpoint: endpoints.Endpoint
@@ -335,7 +378,13 @@ def _used(opened: wrappers.Opened, precision: str) -> dict:
 
 
 def reset_peak_memory() -> None:
-    """Resets the process's peak memory if the kernel allows a reset (Linux, proc(5), clear_refs)."""
+    """Resets the process's peak memory if the kernel allows a reset (Linux, proc(5), clear_refs).
+
+    What an earlier model has freed goes back to the system before: glibc keeps it otherwise, as this model's peak.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -96,11 +96,25 @@ PARAMETERS = (
         ("evaluate",),
         "model that judges: openai:/name, endpoints:/name, models:/name/1 or http://host/v1#model",
     ),
+    Parameter(
+        "fidelity",
+        "auto",
+        ("evaluate",),
+        "compare the next-token distributions with the baseline's: auto (where both can be read) or off",
+        ("auto", "off"),
+    ),
     Parameter("timeout", 0, ALL, "seconds after which the run is ended, its answers kept; 0: none", low=0, high=10**7),
     Parameter(
         "row_timeout", 0, ALL, "seconds after which a row without an answer has failed; 0: none", low=0, high=10**6
     ),
     Parameter("repeats", 1, ("evaluate",), "answers per prompt", low=1, high=1000),
+    Parameter(
+        "cut",
+        "score",
+        ("evaluate",),
+        "how an answer counts that was cut at max_tokens: by its score, as wrong, or not at all",
+        ("score", "wrong", "unscored"),
+    ),
     Parameter("engine", "local", ("evaluate",), "where prompts are answered", tuple(ENGINES)),
     Parameter("spark_master", "", ("evaluate",), "of engine=spark: spark://host:7077, …; empty: all cores here"),
     Parameter(
@@ -191,9 +205,11 @@ class Parameters(argparse.Namespace):
     alias: str
     scorers: str
     judge: str
+    fidelity: str
     timeout: int
     row_timeout: int
     repeats: int
+    cut: str
     engine: str
     spark_master: str
     resume: bool

@@ -33,12 +33,14 @@ def score(
     reuse: kept_answers.Reuse = "all",
     advance: Callable[[int], None] = lambda tokens: None,
     score_answer: ScoreAnswer = built_in,
+    cut: str = "score",
 ) -> ScoredModel:
     """Answers all questions (slm/answers/asking.py) and scores the answers.
 
     Calls `advance` once for each answer, with the tokens that were generated for it.
     `reuse` says which answers of earlier runs are taken. With "interrupted", only the answers of a stopped run are. The
     answers of an endpoint may have changed unseen, so a finished run's are not taken.
+    `cut` says how an answer counts that max_tokens ended: by its "score", as "wrong", or not at all ("unscored").
     Speed, latency and memory are the figures of one run: of this one if it gave all answers, or of the earlier run that
     gave exactly these. In any other case they are left out, and `ScoredModel.unmeasured` says why.
     """
@@ -72,7 +74,7 @@ def score(
         else:
             measured = kept_answers.Measured(before - start, peak)
     samples = tuple(
-        _sample(facts, question, answered[question.prompt.id, question.repeat], score_answer) for question in asked
+        _sample(facts, question, answered[question.prompt.id, question.repeat], score_answer, cut) for question in asked
     )
     estimates = estimate(samples, prompt_set)
     metrics, unmeasured = metrics_of(facts, samples, estimates, latencies=measured is not None), ""
@@ -87,19 +89,25 @@ def score(
             f"{reused} of {len(asked)} answers are reused" if missing else "no one run gave exactly these answers"
         )
     sent = {question.prompt.id: (question.text, question.token_ids) for question in asked if question.repeat == 0}
-    return ScoredModel(facts, samples, estimates, metrics, reused, sent=sent, unmeasured=unmeasured)
+    first = {question.prompt.id: answered[question.prompt.id, 0] for question in asked if question.repeat == 0}
+    generated = {id: tuple(answer.get("token_ids") or ()) for id, answer in first.items()}
+    return ScoredModel(
+        facts, samples, estimates, metrics, reused, sent=sent, generated=generated, unmeasured=unmeasured
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _sample(facts: ModelFacts, question: Question, answer: Answer, score_answer: ScoreAnswer) -> Sample:
+def _sample(facts: ModelFacts, question: Question, answer: Answer, score_answer: ScoreAnswer, cut: str) -> Sample:
     prompt = question.prompt
     failed = answer.get("error") or ""
     named: dict[str, Score] = {}
+    unread = Score(None, f"not answered: {failed}") if failed else None
+    if answer["finish_reason"] == "length" and cut != "score":
+        unread = Score(0.0 if cut == "wrong" else None, f"cut at max_tokens, and cut={cut}")
     for call in prompt.scorers:
-        unanswered = {call.name: Score(None, f"not answered: {failed}")}
-        named |= unanswered if failed else score_answer(call, prompt, answer["text"])
+        named |= {call.name: unread} if unread else score_answer(call, prompt, answer["text"])
     return Sample(
         id=prompt.id,
         repeat=question.repeat,

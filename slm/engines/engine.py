@@ -9,6 +9,7 @@ from typing import Protocol, cast
 
 from slm.answers.kept_answers import Reuse
 from slm.base.parameters import ENGINES, Parameters
+from slm.engines.distributions import Reference
 from slm.prompts.prompt_sets import PromptSet
 from slm.scorers.scorer_calls import Asked
 from slm.verdict.scored_model import ScoredModel
@@ -24,12 +25,15 @@ class Request:
     run_id: str  # of the model's child run, which is active
     generation: dict
     repeats: int
+    cut: str  # how an answer counts that was cut at max_tokens
     scorers: Asked
     record: dict  # reproduction.asked of these
     reuse: Reuse  # which kept answers may be used
     resume: bool  # whether kept judgements may be used
     row_timeout: float
     trust_code: bool
+    reference: Reference | None = None  # the baseline's distributions; None: nothing is compared token by token
+    is_baseline: bool = False
 
 
 class Engine(Protocol):

@@ -2,12 +2,13 @@
 
 import gc
 from contextlib import ExitStack
+from dataclasses import replace
 
 from slm.answers import asking, endpoints, loading
 from slm.base import console, environment
 from slm.base.errors import BadInput
 from slm.base.parameters import Parameters
-from slm.engines import answering
+from slm.engines import answering, distributions
 from slm.engines.engine import Request
 from slm.models import checkpoints
 from slm.prompts.prompt_sets import PromptSet, read_prompt_set
@@ -77,10 +78,43 @@ def score(request: Request, prompt_set: PromptSet) -> ScoredModel:
         asked = asking.questions(model, prompt_set.prompts, options, request.repeats)
         with console.progress(f"Scoring {label}", len(asked)) as advance:
             score_answer = stack.enter_context(scorer_calls.opened(request.scorers, request.resume))
-            scored = answering.score(model, prompt_set, asked, options, request.reuse, advance, score_answer)
+            scored = answering.score(
+                model, prompt_set, asked, options, request.reuse, advance, score_answer, request.cut
+            )
+        if request.reference:
+            scored = _beside(request.reference, model, scored, prompt_set, request)
         del model
     gc.collect()  # the next model needs the memory
     return scored
+
+
+def _beside(
+    reference: distributions.Reference,
+    model: asking.LoadedModel,
+    scored: ScoredModel,
+    prompt_set: PromptSet,
+    request: Request,
+) -> ScoredModel:
+    """Reads the baseline's distributions, or compares the model with them."""
+    if not request.is_baseline:
+        with console.step(f"Comparing {request.label} token by token"):
+            return replace(scored, fidelity=reference.compared(model))
+    generated = scored.generated
+    with console.step(f"Reading {request.label} token by token"):
+        if request.generation["temperature"]:
+            generated = _greedy(model, prompt_set, request.generation)
+        texts = [
+            distributions.Text(id, ids, list(generated.get(id, ()))) for id, (_, ids) in scored.sent.items() if ids
+        ]
+        reference.hold(model, texts)
+    return scored
+
+
+def _greedy(model: asking.LoadedModel, prompt_set: PromptSet, generation: dict) -> dict[str, tuple[int, ...]]:
+    """The tokens of the model's greedy answers, by prompt id, where the asked answers are drawn."""
+    asked = asking.questions(model, prompt_set.prompts, generation | {"temperature": 0.0}, 1)
+    answered = asking.answers(model, asked, generation.get("batch_size") or 0)
+    return {question.prompt.id: tuple(answer.get("token_ids") or ()) for question, answer in answered}
 
 
 def differences(candidate: ScoredModel, baseline: ScoredModel, prompt_set: PromptSet) -> dict[str, Difference]:

@@ -14,15 +14,17 @@ from slm.models import manifest
 from slm.prompts import prompt_sets
 from slm.report import summary
 from slm.tracking import earlier_runs, mlflow_client, registry, run_records, tags
-from slm.verdict import estimation, gate, reproduction, scored_model, statistics
+from slm.verdict import estimation, fidelity, gate, reproduction, scored_model, statistics
 from slm.verdict.scored_model import OVERALL
 
 HEADLINE = (  # the metrics that the parent run has too, of the candidate
     *(f"{OVERALL}/{figure}" for figure in ("mean", "ci95_low", "ci95_high")),
     *(f"difference/{OVERALL}/{figure}" for figure in ("mean", "ci95_low", "ci95_high")),
+    *(f"fidelity/{name}/{figure}" for name in ("kl", "top1") for figure in ("mean", "ci95_low", "ci95_high")),
     "rows",
     "rows_failed",
     "rows_unscored",
+    "rows_cut/share",
     "output_tokens_per_second",
     "latency_seconds/p95",
 )
@@ -66,14 +68,23 @@ def compared(
     """Compares the models with the baseline and applies the gate. Looks up the figures of earlier runs."""
     against = None if baseline is None else models[baseline]
     differences: list[dict[str, statistics.Difference]] = []
+    changes: list[dict[str, statistics.Estimate]] = []
     verdicts = []
+    clusters = {prompt.id: prompt.cluster for prompt in prompt_set.prompts}
     for place, scored in enumerate(models):
         other = None if place == baseline else against
         differences.append({} if other is None else used.differences(scored, other, prompt_set))
         gated = () if place == baseline and len(models) > 1 else thresholds
         figures: dict[str, Any] = {**scored.metrics, **scored.estimates}
         theirs = None if other is None else other.metrics
-        verdicts.append(gate.decide(gated, figures, differences[-1], theirs, is_first))
+        changes.append({} if other is None else estimation.changes(scored, other, prompt_set))
+        not_compared = "fidelity=off"
+        if scored.fidelity:
+            changes[-1] |= fidelity.estimates(scored.fidelity, clusters)
+            figures |= fidelity.plain_figures(scored.fidelity)
+            not_compared = scored.fidelity.reason
+        figures |= changes[-1]
+        verdicts.append(gate.decide(gated, figures, differences[-1], theirs, is_first, not_compared))
     machine = environment.describe()
     facts = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -90,6 +101,7 @@ def compared(
         verdicts=tuple(verdicts),
         baseline=baseline,
         differences=tuple(differences),
+        changes=tuple(changes),
         history=history,
         facts={name: value for name, value in facts.items() if value},
     )
@@ -104,10 +116,17 @@ def tag_models(report: summary.Report, results: Sequence[Result]) -> None:
     ):
         if differences:
             with mlflow.start_run(run_id=run_id, nested=True):
-                mlflow.log_metrics(estimation.difference_metrics(differences), model_id=scored.model.model_id)
+                mlflow.log_metrics(pair_metrics(report, place), model_id=scored.model.model_id)
         client.set_tag(run_id, tags.GATE, verdict.state)
         if scored.model.version:
             tag_version(scored.model.version, scored, verdict, report, is_baseline=place == report.baseline)
+
+
+def pair_metrics(report: summary.Report, place: int) -> dict[str, float]:
+    """The metrics of a model beside the baseline: differences, flips and fidelity."""
+    found = estimation.difference_metrics(report.differences[place]) | fidelity.as_metrics(report.changes[place])
+    compared = report.models[place].fidelity
+    return found | (fidelity.plain_figures(compared) if compared else {})
 
 
 def tag_version(
@@ -162,7 +181,7 @@ def put_headline(report: summary.Report) -> None:
     """
     mlflow = mlflow_client.quiet_mlflow()
     place = report.candidates[0]
-    figures = report.models[place].metrics | estimation.difference_metrics(report.differences[place])
+    figures = report.models[place].metrics | pair_metrics(report, place)
     kept = {name: figures[name] for name in HEADLINE if name in figures}
     run_id, now = mlflow.active_run().info.run_id, int(time.time() * 1000)
     metrics = [mlflow.entities.Metric(name, value, now, 0) for name, value in kept.items()]
@@ -197,7 +216,7 @@ def show(report: summary.Report) -> None:
     console.out.print()
     console.out.print(summary.table(report))
     for remark in report.remarks:
-        console.out.print(remark, markup=False)
+        console.out.print(remark, markup=False, style="yellow" if remark.startswith("warning: ") else None)
     for check in report.verdict.checks:
         console.out.print(f"  {check.state:12} {check.metric} {check.rule}: {check.reason}", markup=False)
     mlflow = mlflow_client.quiet_mlflow()
@@ -229,6 +248,9 @@ def show_answers(results: Sequence[Result], prompt_set: prompt_sets.PromptSet) -
     experiment = mlflow_client.quiet_mlflow().active_run().info.experiment_id
     for scored, run_id in results:
         start = time.time()
-        shown = traces.log(scored.samples, prompt_set.prompts, run_id, experiment, scored.model.model_id, start)
+        model_id = scored.model.model_id
+        shown = traces.log(
+            scored.samples, prompt_set.prompts, run_id, experiment, model_id, start, compared=scored.fidelity
+        )
         if shown.reason:
             console.out.print(f"{scored.model.label}: {shown}", markup=False)

@@ -38,6 +38,8 @@ def check_gate(args: Parameters, thresholds: tuple[gate.Threshold, ...], prompt_
         BadInput: see `gate.check_names` and `gate.check_baseline`.
     """
     gate.check_baseline(thresholds, bool(args.baseline or not args.model_uris.strip()))
+    if args.fidelity == "off" and (rule := next((one for one in thresholds if "fidelity/" in one.metric), None)):
+        raise BadInput(f"thresholds: {rule.metric} needs fidelity=auto")
     names = prompt_set.scorer_names
     if names is not None:
         gate.check_names(thresholds, names, scorer_calls.read(args.scorers, args.judge).user_scorers, args.repeats)

@@ -7,6 +7,7 @@ from slm.answers.kept_answers import Reuse
 from slm.base import console, environment
 from slm.base.parameters import Parameters
 from slm.engines import engine
+from slm.engines.distributions import Reference
 from slm.evaluation import requests
 from slm.models import checkpoints, manifest
 from slm.prompts import prompt_sets
@@ -50,18 +51,45 @@ def scored_uri(logged, checkpoint: checkpoints.Checkpoint, registered_model_name
     return f"models:/{registered_model_name}/{version}"
 
 
+def score_models(
+    named: list[tuple[str, str]],
+    prompt_set: prompt_sets.PromptSet,
+    args: Parameters,
+    thresholds: tuple[gate.Threshold, ...] = (),
+    baseline: int | None = None,
+) -> list[Result]:
+    """Scores each model of (label, resolved URI), the baseline first: the others are compared with its answers.
+
+    The results have the order of `named`.
+    """
+    compares = baseline is not None and len(named) > 1 and args.fidelity == "auto"
+    reference = Reference() if compares else None
+    order = sorted(range(len(named)), key=lambda place: place != baseline)
+    found = {
+        place: score_model(*named[place], prompt_set, args, thresholds, reference, place == baseline) for place in order
+    }
+    if reference:
+        reference.close()
+    return [found[place] for place in range(len(named))]
+
+
 def score_model(
     label: str,
     uri: str,
     prompt_set: prompt_sets.PromptSet,
     args: Parameters,
     thresholds: tuple[gate.Threshold, ...] = (),
+    reference: Reference | None = None,
+    is_baseline: bool = False,
 ) -> Result:
-    """Scores the model of `uri` in a child run with the name `label`."""
+    """Scores the model of `uri` in a child run with the name `label`.
+
+    With `reference`, reads the baseline's distributions into it, or compares the model with these.
+    """
     scorers = scorer_calls.read(args.scorers, args.judge)
     options = requests.generation(args)
     machine = environment.describe()
-    asked = reproduction.asked(machine, prompt_set, options, args.repeats, scorers.sha256)
+    asked = reproduction.asked(machine, prompt_set, options | {"cut": args.cut}, args.repeats, scorers.sha256)
     with lifecycle.child_run(label) as child:
         run_id = child.info.run_id
         request = engine.Request(
@@ -70,12 +98,15 @@ def score_model(
             run_id=run_id,
             generation=options,
             repeats=args.repeats,
+            cut=args.cut,
             scorers=scorers,
             record=asked,
             reuse=_reuse(args.resume, thresholds),
             resume=args.resume,
             row_timeout=args.row_timeout,
             trust_code=args.trust_code,
+            reference=reference,
+            is_baseline=is_baseline,
         )
         scored = engine.chosen(args.engine).score(request, prompt_set)
         model, judged = scored.model, bool(scorers.judge)

@@ -33,8 +33,8 @@ import sys
 import threading
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -53,12 +53,15 @@ DEFAULTS = {"max_tokens": 512, "temperature": 0.0, "top_p": 1.0, "seed": 0, "sto
 SPAN_STEP = 64  # tokens; keys and values are allocated for a multiple of this number
 SCRATCH_BYTES = 2**28  # for attention; they limit the tokens of a prompt that go through a graph at once
 CACHE_BYTES = 2 * 2**30  # for the keys and values of the rows that are generated at once, with padding
+LOGITS_BYTES = 2**27  # for the logits of several places at once
+READ_TOKENS = 2**11  # that go through transformers at once, where known tokens are read
 LANE_ROWS = 16  # rows per core; with fewer rows, a batch of its own doesn't keep a core busy
 LANE_BYTES = 2**28  # of weights that lanes hold a second time; with more, products are long enough to share
 MOST_CHOICES = 16
 TEMPLATE_SECONDS = 5  # of processor time for one rendering
 TEMPLATE_BYTES = 2**29  # of memory for one rendering
 CPU_FACTS = Path("/proc/cpuinfo")
+KEEP = "num_logits_to_keep"  # an optional input of a graph: the number of last places that get logits; 0 is all
 EXACT_INTEGERS = ("session.x64quantprecision", "1")  # of onnxruntime; slower, needed where integers saturate
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -79,6 +82,9 @@ class Sampling:
     n: int
 
 
+GREEDY = Sampling(max_tokens=1, temperature=0.0, top_p=1.0, seed=0, stop=(), n=1)
+
+
 @dataclass(frozen=True)
 class Answer:
     """One generated text. `output_tokens` counts every generated token, including the end token."""
@@ -89,6 +95,20 @@ class Answer:
     output_tokens: int = 0
     seconds: float = 0.0  # from the start of the prompt, or of the batch, to the last token
     error: str = ""
+    token_ids: tuple[int, ...] = ()  # all generated tokens, including the end token
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model thinks of given tokens: `token_scores` has one for each row."""
+
+    log_probabilities: np.ndarray  # (tokens,) float32, natural logarithms
+    likeliest: np.ndarray  # (tokens,) bool: whether the token is the likeliest one
+
+
+# Gets (place of the row, first token, log probabilities (tokens, vocabulary) in float32). The pieces of a row may come
+# in any order, and rows from several threads at once.
+SeeDistributions = Callable[[int, int, np.ndarray], None]
 
 
 @dataclass
@@ -106,6 +126,9 @@ class Row:
     started: float = 0.0  # perf_counter; 0 if the row starts with its batch
     seconds: float = 0.0
     tenant: str = ""  # keys and values are copied only between rows of one tenant
+    forced: list[int] = field(default_factory=list)  # the tokens, if they are given and not chosen: `room` of them
+    # gets the place of a given token, and the logits (tokens, vocabulary) from which it and the next ones follow
+    see: Callable[[int, np.ndarray], None] = lambda first, logits: None
 
     def end(self, reason: str) -> None:
         """Ends the row, for a reason such as stop, length, cancelled or dropped. The first reason stays."""
@@ -176,7 +199,13 @@ def sample(logits: np.ndarray, sampling: Sampling, seed: int, step: int) -> int:
 
 
 def next_token(logits: np.ndarray, row: Row) -> int:
-    """The token id after `logits` (vocabulary,): at temperature 0 the likeliest token, else a drawn token."""
+    """The token id after `logits` (vocabulary,): at temperature 0 the likeliest token, else a drawn token.
+
+    Of a row whose tokens are given, it is the given token.
+    """
+    if row.forced:
+        row.see(len(row.output), logits[None])
+        return row.forced[len(row.output)]
     if row.sampling.temperature:
         return sample(logits, row.sampling, row.seed, len(row.output))
     return int(logits.argmax())
@@ -542,6 +571,9 @@ class Runtime(Protocol):
     end_tokens: frozenset[int]
     context_length: int  # tokens of a prompt and its answer together
     bytes_per_token: int  # of keys and values
+    vocabulary_size: int  # entries of the logits; a tokenizer may know fewer tokens
+    reads: bool  # whether it gives the logits of several places of a text at once, by `read`
+    passes_end: bool  # whether tokens may follow an end token
 
     def steps(
         self, rows: list[Row], places: int = 0, take: Callable[[], int] | None = None
@@ -551,6 +583,12 @@ class Runtime(Protocol):
         The caller appends the token, and calls `Row.end` for a row that has ended. A row that has ended takes no
         further part. A runtime that refills has at most `places` rows under way (0: all). `take` gives the position of
         the next row, or raises IndexError; only a runtime that refills calls it.
+        """
+
+    def read(self, rows: list[Row], take: Callable[[], int] | None = None) -> Iterator[int]:
+        """Calls `Row.see` for all given tokens of the rows. Yields each row's position when the row is done.
+
+        Only for a runtime that `reads`. A beginning that rows share is computed once.
         """
 
     def alone_in_batch(self, prompt: list[int]) -> bool:
@@ -619,6 +657,7 @@ class ContinuousRuntime:
 
     library = "onnxruntime"
     refills = True
+    passes_end = True
 
     def __init__(self, folder: Path, config: dict, facts: dict):
         decoder = facts["decoder"]
@@ -634,10 +673,12 @@ class ContinuousRuntime:
         self._names = names = decoder["inputs"] | decoder["outputs"]
         self._with_positions = names.get("position_ids") in inputs
         self._dtype = dtypes[inputs[names["past_key_names"] % 0].type]
-        outputs = {entry.name: entry for entry in self._session.get_outputs()}
-        self._logits_dtype = dtypes[outputs[names["logits"]].type]
+        logits = next(entry for entry in self._session.get_outputs() if entry.name == names["logits"])
+        self._logits_dtype = dtypes[logits.type]
+        self._keeps = KEEP in {entry.name for entry in self._session.get_overridable_initializers()}
+        self.reads = self._keeps or logits.shape[1] != 1
         self._shape = (decoder["num_hidden_layers"], decoder["num_key_value_heads"], decoder["head_size"])
-        self._heads, self._vocabulary = int(decoder["num_attention_heads"]), int(facts["vocab_size"])
+        self._heads, self.vocabulary_size = int(decoder["num_attention_heads"]), int(facts["vocab_size"])
         end = facts["eos_token_id"]
         self.end_tokens = frozenset(end if isinstance(end, list) else [end])
         self.context_length = int(facts["context_length"])
@@ -648,6 +689,7 @@ class ContinuousRuntime:
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime
 
+        self._ort = onnxruntime
         onnxruntime.disable_telemetry_events()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -772,7 +814,7 @@ class ContinuousRuntime:
             },
             prompts=[np.zeros(0, dtype=np.int64)] * count,
             tenants=[""] * count,
-            logits=np.zeros((count, 1, self._vocabulary), dtype=self._logits_dtype),
+            logits=np.zeros((count, 1, self.vocabulary_size), dtype=self._logits_dtype),
             span=span,
         )
 
@@ -782,30 +824,67 @@ class ContinuousRuntime:
         assert logits is not None
         return logits
 
-    def _pieces(self, held: BatchPlaces, place: int, prompt: np.ndarray, tenant: str) -> Iterator[np.ndarray | None]:
+    def read(self, rows: list[Row], take: Callable[[], int] | None = None) -> Iterator[int]:
+        """Calls `Row.see` for all given tokens of the rows. Yields each row's position when the row is done.
+
+        Each row goes through the graph alone, in one batch place. What it has in common with the row before it stays
+        in the place. Nothing stays from an earlier call, so the numbers depend on the rows and their order alone.
+        """
+        take = take or deque(range(len(rows))).popleft
+        self._idle.clear()
+        held = self._places(1, max(len(row.prompt) + row.room for row in rows))
+        with suppress(IndexError):
+            while True:
+                position = take()
+                row = rows[position]
+                if row.finish_reason:
+                    continue
+                ids, first = np.array(row.prompt + row.forced[:-1], dtype=np.int64), len(row.prompt) - 1
+                for logits in self._pieces(held, 0, ids, row.tenant, first):
+                    if row.finish_reason:
+                        break
+                    if logits is not None:
+                        row.see(first + 1 - len(row.prompt), logits)
+                        first += len(logits)
+                yield position
+
+    def _pieces(
+        self, held: BatchPlaces, place: int, prompt: np.ndarray, tenant: str, keep_from: int | None = None
+    ) -> Iterator[np.ndarray | None]:
         """Puts a prompt's keys and values into a batch place. Yields None after each piece, except the last.
 
-        After the last piece, yields the logits (vocabulary,). A single token uses other kernels, which give other
-        numbers. So the last two tokens of a prompt go through together.
+        After the last piece, yields the logits (vocabulary,). With `keep_from`, yields the logits of the places from
+        there on instead, (places, vocabulary) after each piece that has any. A single token uses other kernels, which
+        give other numbers. So the last two tokens of a prompt go through together, and so do the first two places.
         """
         shared = [
             _in_common(prompt, other) if owner == tenant else 0
             for other, owner in zip(held.prompts, held.tenants, strict=True)
         ]
         source = max(range(len(shared)), key=lambda other: (shared[other], other == place))
-        begun = min(shared[source], max(len(prompt) - 2, 0))
+        begun = min(shared[source], max((len(prompt) - 1 if keep_from is None else keep_from) - 1, 0))
         if begun and source != place:
             held.copy(source, place, begun)
         held.prompts[place], held.tenants[place] = prompt[:begun], tenant
         while begun < len(prompt):
-            end = min(begun + self._at_once(held.span), len(prompt))
+            at_once = self._at_once(held.span)
+            if keep_from is not None and begun + at_once > keep_from:
+                at_once = min(at_once, max(keep_from - begun, 0) + max(LOGITS_BYTES // (4 * self.vocabulary_size), 2))
+            end = min(begun + at_once, len(prompt))
             end += len(prompt) - end == 1
-            binding = self._binding(held, place, 1, "prompt")
+            binding = self._binding(held, place, 1, "prompt" if keep_from is None else "read")
             binding.bind_output(self._names["logits"], "cpu")  # of the last position, or of all positions
+            kept = 0 if keep_from is None else min(end - begun, max(end - keep_from, 0))
+            if self._keeps and keep_from is not None:
+                binding.bind_ortvalue_input(KEEP, self._ort.OrtValue.ortvalue_from_numpy(np.array(max(kept, 1))))
             self._run(binding, prompt[None, begun:end], np.array([begun]))
             held.prompts[place] = prompt[:end]
             begun = end
-            yield None if begun < len(prompt) else binding.get_outputs()[-1].numpy()[0, -1]
+            logits = binding.get_outputs()[-1].numpy()[0]
+            if keep_from is not None:
+                yield logits[len(logits) - kept :] if kept else None
+            else:
+                yield None if begun < len(prompt) else logits[-1]
 
     def _at_once(self, span: int) -> int:
         """The number of tokens of a prompt that go through the graph together."""
@@ -858,6 +937,8 @@ class OnnxRuntime:
     library = "onnxruntime-genai"
     batch_size = 16
     refills = False
+    reads = False
+    passes_end = False
 
     def __init__(self, folder: Path, config: dict):
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # without this, the Linux wheel sends events
@@ -895,7 +976,7 @@ class OnnxRuntime:
         self.bytes_per_token = 8 * (
             decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"]
         )  # a key and a value, each of at most four bytes
-        self._vocabulary = int(facts["vocab_size"])
+        self.vocabulary_size = int(facts["vocab_size"])
         self._padding = int(facts["pad_token_id"])
 
     def steps(
@@ -926,12 +1007,16 @@ class OnnxRuntime:
             self._choose(generator, dict(enumerate(last)), len(rows))
             generator.generate_next_token()
         while not (generator.is_done() or all(row.finish_reason for row in rows)):
-            if any(row.sampling.temperature and not row.finish_reason for row in rows):
+            if any((row.sampling.temperature or row.forced) and not row.finish_reason for row in rows):
                 logits = generator.get_logits().reshape(len(rows), -1)
-                chosen = {place: next_token(logits[place], row) for place, row in enumerate(rows)}
+                live = {place: row for place, row in enumerate(rows) if not row.finish_reason}
+                chosen = {place: next_token(logits[place], row) for place, row in live.items()}
                 self._choose(generator, chosen, len(rows))
             generator.generate_next_token()
             yield dict(enumerate(generator.get_next_tokens().tolist()))
+
+    def read(self, rows: list[Row], take: Callable[[], int] | None = None) -> Iterator[int]:
+        raise NotImplementedError("onnxruntime-genai gives the logits of the last place only")
 
     def alone_in_batch(self, prompt: list[int]) -> bool:
         """Whether a prompt needs a batch of its own.
@@ -946,7 +1031,7 @@ class OnnxRuntime:
         return [self]
 
     def _choose(self, generator, chosen: dict[int, int], rows: int) -> None:
-        logits = np.full((rows, 1, self._vocabulary), -1e9, dtype=np.float32)
+        logits = np.full((rows, 1, self.vocabulary_size), -1e9, dtype=np.float32)
         for place, token in chosen.items():
             logits[place, 0, token] = 0.0
         generator.set_logits(logits)
@@ -958,6 +1043,8 @@ class TransformersRuntime:
     library = "transformers"
     batch_size = 32
     refills = False
+    reads = True
+    passes_end = True
 
     def __init__(self, folder: Path, config: dict):
         import torch
@@ -989,6 +1076,7 @@ class TransformersRuntime:
         end = defaults.eos_token_id if defaults.eos_token_id is not None else settings.eos_token_id
         self.end_tokens = frozenset(end if isinstance(end, list) else [end] if end is not None else [])
         self.context_length = int(getattr(settings, "max_position_embeddings", 0) or 2**20)
+        self.vocabulary_size = int(settings.get_text_config().vocab_size)
         heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
         width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
         self.bytes_per_token = 8 * settings.num_hidden_layers * heads * width
@@ -1015,7 +1103,7 @@ class TransformersRuntime:
             logits, tokens = self._thread.submit(self._forward, ids, mask, positions, cache).result()
             for at, place in enumerate(live):
                 row = rows[place]
-                if row.sampling.temperature:
+                if row.sampling.temperature or row.forced:
                     tokens[at] = next_token(logits[at].float().cpu().numpy(), row)
             yield dict(zip(live, tokens, strict=True))
             kept = [at for at, place in enumerate(live) if not rows[place].finish_reason]
@@ -1029,6 +1117,66 @@ class TransformersRuntime:
                 self._thread.submit(self._select, cache, chosen).result()
                 ids, mask, positions = ids[chosen], mask[chosen], positions[chosen]
                 live = [live[at] for at in kept]
+
+    def read(self, rows: list[Row], take: Callable[[], int] | None = None) -> Iterator[int]:
+        """Calls `Row.see` for all given tokens of the rows. Yields each row's position when the row is done.
+
+        Rows with one prompt share the keys and values of all its tokens but the last. Prompts of similar length go
+        through together, and then their rows. Each row gets its logits piece by piece.
+        """
+        waiting = sorted(range(len(rows)), key=lambda position: (len(rows[position].prompt), rows[position].prompt))
+        while waiting:
+            batch: list[int] = []
+            prompts: dict[tuple[int, ...], int] = {}
+            for position in waiting[: self.batch_size]:
+                row = rows[position]
+                span = len(row.prompt) + max(rows[member].room for member in [*batch, position])
+                fits = (len(batch) + 1) * span * self.bytes_per_token <= CACHE_BYTES
+                fits &= tuple(row.prompt) in prompts or (len(prompts) + 1) * len(row.prompt) <= READ_TOKENS
+                if batch and not fits:
+                    break
+                batch.append(position)
+                prompts.setdefault(tuple(row.prompt), len(prompts))
+            del waiting[: len(batch)]
+            members = [rows[position] for position in batch]
+            sources = [prompts[tuple(row.prompt)] for row in members]
+            self._read_together(members, sources, [list(prompt) for prompt in prompts])
+            yield from batch
+
+    def _read_together(self, rows: list[Row], sources: list[int], prompts: list[list[int]]) -> None:
+        """Reads rows; `sources` has the place of each row's prompt in `prompts`."""
+        torch = self._torch
+        from transformers import DynamicCache
+
+        device, cache = self._model.device, DynamicCache(config=self._model.config)
+        width = max(map(len, prompts)) - 1  # the last token of a prompt goes in with the given tokens
+        mask = torch.zeros((len(prompts), width), dtype=torch.long, device=device)
+        ids = torch.zeros_like(mask)
+        for place, prompt in enumerate(prompts):  # padding on the left
+            mask[place, width - len(prompt) + 1 :] = 1
+            ids[place, width - len(prompt) + 1 :] = torch.tensor(prompt[:-1], dtype=torch.long)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        size = max(READ_TOKENS // len(prompts), 1)
+        for end in range(size, width + size, size):
+            here = slice(end - size, end)
+            self._thread.submit(self._logits, ids[:, here], mask[:, :end], positions[:, here], cache, 1).result()
+        if width and sources != list(range(len(prompts))):
+            self._thread.submit(self._select, cache, torch.tensor(sources, device=device)).result()
+        mask = mask[sources]
+        begun = torch.tensor([len(row.prompt) - 1 for row in rows], device=device)[:, None]
+        most = max(row.room for row in rows)
+        size = max(LOGITS_BYTES // (4 * len(rows) * self.vocabulary_size), 1)
+        for first in range(0, most, size):
+            places = range(first, min(first + size, most))
+            given = [(row.prompt[-1:] + row.forced)[places.start : min(places.stop, row.room)] for row in rows]
+            ids = torch.tensor([part + [0] * (len(places) - len(part)) for part in given], device=device)
+            real = torch.tensor([[1] * len(part) + [0] * (len(places) - len(part)) for part in given], device=device)
+            mask = torch.cat([mask, real], dim=1)
+            positions = begun + torch.arange(places.start, places.stop, device=device)
+            logits = self._thread.submit(self._logits, ids, mask, positions, cache, len(places)).result()
+            for of_row, part, row in zip(logits, given, rows, strict=True):
+                if part:
+                    row.see(first, of_row[: len(part)].numpy())
 
     def alone_in_batch(self, prompt: list[int]) -> bool:
         return False
@@ -1061,15 +1209,23 @@ class TransformersRuntime:
     def _forward(self, ids, mask, positions, cache):
         """The logits of the last position, shape (rows, vocabulary), and each row's likeliest token."""
         with self._torch.inference_mode():  # state of a thread: must not stay on across a yield
-            logits = self._model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+            logits = self._called(ids, mask, positions, cache, 1)[:, -1]
             return logits, logits.argmax(-1).tolist()
+
+    def _logits(self, ids, mask, positions, cache, kept: int):
+        """The logits of the last `kept` positions in float32 and in main memory, shape (rows, kept, vocabulary)."""
+        with self._torch.inference_mode():
+            return self._called(ids, mask, positions, cache, kept).float().cpu()
+
+    def _called(self, ids, mask, positions, cache, kept: int):
+        return self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=kept,
+        ).logits
 
     def _select(self, cache, chosen) -> None:
         with self._torch.inference_mode():
@@ -1201,6 +1357,60 @@ class SmallLanguageModel(PythonModel):
                     if len(done[index]) == left[index]:
                         yield index, self.choices([done[index][choice] for choice in sorted(done[index])])
 
+    def token_scores(
+        self,
+        rows: Iterable[tuple[Sequence[int], Sequence[int]]],
+        see: SeeDistributions | None = None,
+        batch_size: int = 0,
+    ) -> Iterator[tuple[int, TokenScores]]:
+        """The model's log probability of each given token, for rows of (context ids, continuation ids).
+
+        Yields (place of the row, TokenScores) as rows end. A context has at least one token; a continuation may be
+        empty. `see` gets the whole distributions. A beginning that rows share is computed once. Where a runtime gives
+        logits of many places at once (`Runtime.reads`), a row takes as long as a prompt of its length. Elsewhere it
+        takes as long as its generation. The memory doesn't depend on the length of a row, apart from keys and values.
+
+        Raises:
+            Refused: a context is empty, a row is longer than the context length, or a token is not in the vocabulary.
+        """
+        tokens = self._runtime.vocabulary_size
+        waiting: list[Row] = []
+        scores: dict[int, TokenScores] = {}
+        for index, (context, continuation) in enumerate(rows):
+            ids, forced = list(map(int, context)), list(map(int, continuation))
+            if not ids:
+                raise Refused(f"row {index}: the context is empty; begin it with one token, such as the end token")
+            if len(ids) + len(forced) > self._runtime.context_length:
+                told = f"has {len(ids) + len(forced)} tokens; the context length is {self._runtime.context_length}"
+                raise Refused(f"row {index}: {told}")
+            if (strange := next((id for id in ids + forced if not 0 <= id < tokens), None)) is not None:
+                raise Refused(f"row {index}: token {strange} is not in the vocabulary, which has {tokens} tokens")
+            scores[index] = TokenScores(np.zeros(len(forced), dtype=np.float32), np.zeros(len(forced), dtype=bool))
+            row = Row((index, 0), ids, GREEDY, len(forced), 0, forced=forced)
+            row.see = functools.partial(_see, row, scores[index], see)
+            if forced:
+                waiting.append(row)
+            else:
+                yield index, scores.pop(index)
+        waiting = [part for row in waiting for part in self._parts(row)]
+        left = Counter(row.index[0] for row in waiting)
+        together = self._readings if self._runtime.reads else self._queues if self._runtime.refills else self._batches
+        for batch, places, runtimes in together(waiting, batch_size or self.batch_size):
+            with self._lock:
+                for ended in self._side_by_side(batch, places, runtimes):
+                    index = ended.index[0]
+                    left[index] -= 1
+                    if not left[index]:
+                        yield index, scores.pop(index)
+
+    def vocabulary(self) -> dict[str, int]:
+        """The tokens of the tokenizer, with their ids."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, with special tokens."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
     def render(self, messages: list[dict]) -> str:
         """The prompt text of a conversation for this model."""
         if not self.template:
@@ -1273,7 +1483,12 @@ class SmallLanguageModel(PythonModel):
 
     def choices(self, rows: list[Row]) -> list[Answer]:
         """The n answers of one request, made from its finished texts."""
-        answers = [Answer(row.text, row.finish_reason, len(row.prompt), len(row.output), row.seconds) for row in rows]
+        answers = [
+            Answer(
+                row.text, row.finish_reason, len(row.prompt), len(row.output), row.seconds, token_ids=tuple(row.output)
+            )
+            for row in rows
+        ]
         return answers * (rows[0].sampling.n // len(answers))
 
     def head(self, kind: str) -> dict:
@@ -1347,6 +1562,24 @@ class SmallLanguageModel(PythonModel):
                 yield sorted(alike, key=lambda row: row.prompt), max(1, room // len(lanes)), lanes
                 alike = []
 
+    def _parts(self, row: Row) -> list[Row]:
+        """A row with given tokens, as the rows that the runtime can go through: most runtimes go past end tokens."""
+        ends = [place for place, token in enumerate(row.forced[:-1], 1) if token in self._runtime.end_tokens]
+        if self._runtime.passes_end or not ends:
+            return [row]
+        parts = []
+        for number, (begin, end) in enumerate(itertools.pairwise([0, *ends, row.room])):
+            ids, forced = row.prompt + row.forced[:begin], row.forced[begin:end]
+            part = Row((row.index[0], number), ids, row.sampling, end - begin, 0, forced=forced)
+            part.see = functools.partial(_see_part, row.see, begin)
+            parts.append(part)
+        return parts
+
+    def _readings(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int, list[Runtime]]]:
+        """Yields all rows with their runtimes. Rows that begin alike are neighbours."""
+        if rows:
+            yield sorted(rows, key=lambda row: row.prompt + row.forced), 1, self._runtime.lanes(len(rows))
+
     def _batches(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int, list[Runtime]]]:
         batch: list[Row] = []
         for row in sorted(rows, key=lambda row: -len(row.prompt)):
@@ -1375,9 +1608,14 @@ class SmallLanguageModel(PythonModel):
                 finished.put(error)
 
         waiting = deque(range(len(batch)))  # neighbours begin alike: lanes take rows from opposite ends
+        takes: list[Callable[[], int]] = [(waiting.popleft, waiting.pop)[number % 2] for number in range(len(runtimes))]
+        if batch[0].forced:  # each lane has its own rows, so that the order of a lane's rows never changes
+            size = -(-len(batch) // len(runtimes))
+            parts = [range(len(batch))[first : first + size] for first in range(0, size * len(runtimes), size)]
+            takes = [deque(part).popleft for part in parts]
         threads = [
             threading.Thread(target=generate, args=(runtime, take), name="lane", daemon=True)
-            for runtime, take in zip(runtimes, itertools.cycle((waiting.popleft, waiting.pop)), strict=False)
+            for runtime, take in zip(runtimes, takes, strict=True)
         ]
 
         def stop() -> None:  # a thread ends after its current step when all rows are dropped
@@ -1428,14 +1666,19 @@ class SmallLanguageModel(PythonModel):
             yield changed
 
     def _ended(self, batch: list[Row], places: int, runtime: Runtime, take: Callable[[], int] | None) -> Iterator[Row]:
-        """Generates a batch; yields each row when it has ended."""
+        """Generates a batch, or reads its given tokens; yields each row when it has ended."""
+        if runtime.reads and batch[0].forced:
+            for position in runtime.read(batch, take):
+                batch[position].end("length")
+                yield batch[position]
+            return
         for step in self._steps(batch, places, runtime, take=take):
             yield from (row for row in step if row.finish_reason)
 
     def _append(self, row: Row, token: int, stream: Any, end_tokens: frozenset[int]) -> None:
         """Appends a token, and ends the row at an end token, a stop string or its last token."""
         row.output.append(token)
-        ended = token in end_tokens
+        ended = token in end_tokens and not row.forced
         if ended:
             row.end("stop")
         elif stream is not None:
@@ -1447,8 +1690,24 @@ class SmallLanguageModel(PythonModel):
                 return
         if len(row.output) >= row.room:
             row.end("length")
-        if row.finish_reason:
+        if row.finish_reason and not row.forced:
             row.text = self._tokenizer.decode(row.output[: len(row.output) - ended], skip_special_tokens=True)
+
+
+def _see_part(see: Callable[[int, np.ndarray], None], begin: int, first: int, logits: np.ndarray) -> None:
+    see(begin + first, logits)
+
+
+def _see(row: Row, scores: TokenScores, see: SeeDistributions | None, first: int, logits: np.ndarray) -> None:
+    """Puts the log probabilities of a row's given tokens from `first` on into `scores`."""
+    logits = logits.astype(np.float32)
+    places, tokens = slice(first, first + len(logits)), row.forced[first : first + len(logits)]
+    logits -= logits.max(axis=-1, keepdims=True)
+    scores.likeliest[places] = logits.argmax(axis=-1) == tokens
+    logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    scores.log_probabilities[places] = logits[np.arange(len(tokens)), tokens]
+    if see:
+        see(row.index[0], first, logits)
 
 
 def usage(prompt_tokens: int, output_tokens: int) -> dict[str, int]:

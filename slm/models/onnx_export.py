@@ -17,7 +17,7 @@ from slm.base import environment as machine
 from slm.base.errors import BadInput
 from slm.models.checkpoints import REPOSITORY, Checkpoint, failed, rebuilt
 
-# prune_lm_head: only the last position's logits are needed, so the head is not computed over whole prompts
+# prune_lm_head: an answer needs only the last position's logits, so the head is not computed over whole prompts
 OPTIONS = {"prune_lm_head": "true"}
 K_QUANT = {"algo_config": "k_quant_mixed"}
 # windowed_kv_cache: a cache as short as a layer's window fails if prompts of one batch differ in length
@@ -66,6 +66,11 @@ def export(checkpoint: Checkpoint, precision: str, execution_provider: str, opti
         "onnxruntime-genai": machine.version("onnxruntime-genai"),
         "config": json.dumps(added, sort_keys=True),
     }
+    from slm.models.chat_model import KEEP
+
+    widened = execution_provider == "cpu" and options.get("prune_lm_head") == "true"
+    if widened:
+        recipe["head"] = f"{KEEP} 1"
     if quantized:
         from slm.models import quantization
 
@@ -86,6 +91,8 @@ def export(checkpoint: Checkpoint, precision: str, execution_provider: str, opti
             done = _python(command)
             if quantized and not done.returncode:
                 done = _python(["slm.models.quantization", str(built), str(target), precision])
+        if widened and not done.returncode:
+            _widen_head(target)
         if done.returncode:
             raise failed(f"model: {checkpoint.name} can't be exported in {precision}", done)
 
@@ -99,6 +106,51 @@ def _python(module: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(
         command, cwd=REPOSITORY, env=os.environ | SETTINGS, capture_output=True, text=True, check=False
     )
+
+
+def _widen_head(folder: Path) -> None:
+    """Lets a caller ask a graph with a pruned head for the logits of more places than the last one.
+
+    The graph gets the optional input KEEP, as Optimum's exports have it: the number of last places that get logits,
+    and 0 for all. The default is 1, so nothing changes for a runtime that doesn't know the input. The output's declared
+    length stays 1, because onnxruntime-genai takes it at its word. Graphs whose head isn't pruned as the builder
+    prunes it stay as they are.
+    """
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    from slm.models.chat_model import KEEP
+
+    facts = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
+    file = folder / facts["filename"]
+    model = onnx.load(file, load_external_data=False)
+    nodes = {node.name: node for node in model.graph.node}
+    gather, unsqueeze = (nodes.get(f"/lm_head/prune/{kind}") for kind in ("Gather", "Unsqueeze"))
+    if gather is None or unsqueeze is None or KEEP in {entry.name for entry in model.graph.input}:
+        return
+    kept, last = "/lm_head/kept", np.iinfo(np.int64).max
+    for name, value in ((KEEP, 1), (f"{kept}/ends", [last]), (f"{kept}/axes", [1]), (f"{kept}/zero", [0])):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value, dtype=np.int64), name))
+    model.graph.input.append(helper.make_tensor_value_info(KEEP, TensorProto.INT64, []))
+    added = [
+        helper.make_node("Neg", [KEEP], [f"{kept}/begin"], f"{kept}/Neg"),
+        helper.make_node("Unsqueeze", [f"{kept}/begin", f"{kept}/zero"], [f"{kept}/starts"], f"{kept}/Unsqueeze"),
+        helper.make_node(
+            "Slice",
+            [gather.input[0], f"{kept}/starts", f"{kept}/ends", f"{kept}/axes"],
+            [unsqueeze.output[0]],
+            f"{kept}/Slice",
+        ),
+    ]
+    place = list(model.graph.node).index(gather)
+    rest = [node for node in model.graph.node if node.name not in (gather.name, unsqueeze.name)]
+    del model.graph.node[:]
+    model.graph.node.extend([*rest[:place], *added, *rest[place:]])
+    stale = [entry for entry in model.graph.value_info if entry.name.startswith("/lm_head/prune/")]
+    for entry in stale:
+        model.graph.value_info.remove(entry)
+    onnx.save(model, file)
 
 
 def _for_builder(config: dict) -> dict:

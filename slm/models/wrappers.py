@@ -16,7 +16,7 @@ import tempfile
 import time
 import types
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +46,10 @@ class Row(Protocol):
 
 
 class Wrapper(Protocol):
-    """chat_model.SmallLanguageModel, or that of the copy that was logged. Copies of 0.1.0 lack `cache_share`."""
+    """chat_model.SmallLanguageModel, or that of the copy that was logged.
+
+    Copies of 0.1.0 lack `cache_share` and `token_scores`.
+    """
 
     name: str
     batch_size: int
@@ -65,6 +68,14 @@ class Wrapper(Protocol):
     def fits(self, batch: list[Any], row: Any, batch_size: int = 0) -> bool: ...
 
     def cache_share(self, batch: list[Any]) -> float: ...
+
+    def token_scores(
+        self, rows: Iterable[tuple[Sequence[int], Sequence[int]]], see: chat_model.SeeDistributions | None
+    ) -> Iterator[tuple[int, chat_model.TokenScores]]: ...
+
+    def vocabulary(self) -> dict[str, int]: ...
+
+    def text_of(self, token_ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ from slm.report.chart_data import (
     trend_axis,
     trends,
 )
-from slm.report.summary import MISSING, Report, p_value, visible
+from slm.report.summary import MISSING, Report, cut_remarks, p_value, percent, visible
+from slm.report.token_view import token_rows
 from slm.verdict import estimation
 from slm.verdict.gate import Check
 from slm.verdict.scored_model import OVERALL, Sample, ScoredModel
@@ -62,6 +63,7 @@ def render(report: Report) -> str:
         heading=heading(report),
         headline=headline(report),
         remarks=findings(report)[1 if report.verdict.state == "none" else 0 :],
+        cut_remarks=cut_remarks(report),
         checks=sorted(checks(report), key=lambda entry: list(STATES).index(entry[1].state)),
         styles=[model_style(place) for place in range(len(report.models))],
         labels=[short_label(model.model.label) for model in report.models],
@@ -79,6 +81,7 @@ def render(report: Report) -> str:
         dashes=DASHES,
         trends=[(trend, trend_axis(trend)) for trend in trends(report)],
         flipped=flipped,
+        compared_tokens=token_rows(report),
         answers=answers,
         script_hash=_script_hash(source),
     )
@@ -97,7 +100,13 @@ def heading(report: Report) -> str:
 
 
 def headline(report: Report) -> str:
-    """The verdict in words. Without a gate, the first finding."""
+    """The verdict in words. Without a gate, the first finding. It says if answers are cut."""
+    cut = sum(int(model.metrics.get("rows_cut", 0)) for model in report.models)
+    rows = sum(int(model.metrics.get("rows", 0)) for model in report.models)
+    return _verdict(report) + (f"; {cut:,} of {rows:,} answers are cut at max_tokens" if cut else "")
+
+
+def _verdict(report: Report) -> str:
     state, judged = report.verdict.state, checks(report)
     concerned = [(place, check) for place, check in judged if check.state == state]
     if state == "none":
@@ -124,8 +133,15 @@ def findings(report: Report) -> list[str]:
     baseline = report.models[report.baseline].model.label
     return [
         _compared(report.models[place].model.label, baseline, report.differences[place].get(OVERALL))
+        + _kept_words(report, place)
         for place in report.candidates
     ]
+
+
+def _kept_words(report: Report, place: int) -> str:
+    """How much of the baseline's choices a model kept: the other half of the verdict."""
+    kept = report.changes[place].get("fidelity/top1") if report.changes else None
+    return "" if kept is None else f"; it keeps {percent(kept)} of the likeliest tokens"
 
 
 def _alone(model: ScoredModel) -> str:

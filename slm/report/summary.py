@@ -23,6 +23,8 @@ from slm.verdict.scored_model import OVERALL, ScoredModel
 from slm.verdict.statistics import Difference, Estimate
 
 MISSING = "n/a"
+CUT_ALIKE = 0.05  # two shares of cut answers that differ by no more count as the same
+COUNTS_AS = {"score": "count by their scores", "wrong": "count as wrong", "unscored": "do not count"}  # by `cut`
 FLIPS = 6  # ids shown in a line
 ID = 80  # characters of an id shown in a line
 # Controls but tab and newline, marks that turn the direction of text, zero-width ones, and what UTF-8 can't hold.
@@ -54,6 +56,7 @@ class Report:
     differences: tuple[dict[str, Difference], ...]
     history: tuple[dict[str, tuple[Point, ...]], ...]
     facts: dict[str, str]  # what is told of the run beside its figures: date, run id, commit, machine
+    changes: tuple[dict[str, Estimate], ...] = ()  # flips and fidelity of each model, beside the baseline
 
     @cached_property
     def candidates(self) -> tuple[int, ...]:
@@ -101,6 +104,7 @@ def lines(models: Sequence[ScoredModel]) -> list[Line]:
         *rows,
         line("rows failed", "rows_failed", "{:.0f}".format),
         line("rows unscored", "rows_unscored", "{:.0f}".format),
+        line("rows cut at max_tokens", "rows_cut", "{:.0f}".format),
         line("output tokens per second", "output_tokens_per_second", "{:.1f}".format, section=True),
         line("latency p50, s", "latency_seconds/p50", seconds_of),
         line("latency p95, s", "latency_seconds/p95", seconds_of),
@@ -116,6 +120,7 @@ def _remarks(report: Report) -> list[str]:
         for model in report.models
         if model.model.ignored
     ]
+    told += cut_remarks(report)
     for model in report.models:
         reproducible = model.record.get("reproducible", "")
         if reproducible.startswith(reproduction.COMPARABLE):
@@ -133,7 +138,7 @@ def _remarks(report: Report) -> list[str]:
     if report.baseline is None:
         return told
     baseline = report.models[report.baseline]
-    for scored, compared in zip(report.models, report.differences, strict=True):
+    for place, (scored, compared) in enumerate(zip(report.models, report.differences, strict=True)):
         if not compared:
             continue
         adjusted = estimation.holm_p_values(compared)
@@ -146,9 +151,70 @@ def _remarks(report: Report) -> list[str]:
                 told.append(
                     f"{pair}, {name}: {seen}; a difference under {gap.detectable:.2f} would not have been found"
                 )
+        told += fidelity_remark(report, place)
         flips = estimation.flips(scored, baseline).get(OVERALL)
         if flips:
             told.append(f"{scored.model.label}: {_ids('worse', flips.worse)}; {_ids('better', flips.better)}")
+    return told
+
+
+def fidelity_remark(report: Report, place: int) -> list[str]:
+    """How much of the baseline's distributions a model kept, in one sentence. Empty if that was not asked for."""
+    scored = report.models[place]
+    if report.baseline is None or scored.fidelity is None:
+        return []
+    label, baseline = scored.model.label, report.models[report.baseline].model.label
+    found = report.changes[place] if report.changes else {}
+    kl, top1 = found.get("fidelity/kl"), found.get("fidelity/top1")
+    if kl is None or top1 is None:
+        return [f"{label}: fidelity is not measured, because {scored.fidelity.reason}"]
+    left = scored.fidelity.left_out
+    of = f" ({left:,} prompts are left out: the scratch space is bounded)" if left else ""
+    return [
+        f"{label} beside {baseline}, token by token: KL {nats(kl)} nats, {percent(top1)} of the likeliest tokens kept, "
+        f"{scored.fidelity.tokens:,} tokens of {counted(kl.n, 'answer')}{of}"
+    ]
+
+
+def nats(entry: Estimate) -> str:
+    """`0.0843 [0.0610, 0.118]`, or `0` of equal models."""
+    if entry.mean == 0 == entry.ci95_high:
+        return "0"
+    return f"{entry.mean:.3g} [{entry.ci95_low:.3g}, {entry.ci95_high:.3g}]"
+
+
+def percent(entry: Estimate) -> str:
+    """`91.4 % [89.0, 93.2]`."""
+    mean, low, high = (100 * figure for figure in (entry.mean, entry.ci95_low, entry.ci95_high))
+    return f"{mean:.1f} %" if math.isnan(low) else f"{mean:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def cut_remarks(report: Report) -> list[str]:
+    """For each model with answers that max_tokens ended: how many, how they count, and the remedy."""
+    told = []
+    shares: dict[int, float] = {}
+    for place, model in enumerate(report.models):
+        cut, rows = int(model.metrics.get("rows_cut", 0)), int(model.metrics.get("rows", 0))
+        shares[place] = cut / rows if rows else 0.0
+        if not cut:
+            continue
+        asked = model.record.get("parameters", {})
+        limit = f"max_tokens={asked['max_tokens']}" if "max_tokens" in asked else "max_tokens"
+        counts = COUNTS_AS[asked.get("cut", "score")]
+        verb = "is" if cut == 1 else "are"
+        told.append(
+            f"warning: {model.model.label}: {cut:,} of {counted(rows, 'answer')} {verb} cut at {limit}, and {counts}; "
+            "set max_tokens higher"
+        )
+    if report.baseline is not None:
+        theirs = shares[report.baseline]
+        for place in report.candidates:
+            if abs(shares[place] - theirs) > CUT_ALIKE:
+                ours, other = report.models[place].model.label, report.models[report.baseline].model.label
+                told.append(
+                    f"warning: {shares[place]:.0%} of {ours}'s answers are cut, and {theirs:.0%} of {other}'s: "
+                    "a part of the difference may come from that"
+                )
     return told
 
 

@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from slm.base.wording import one_line
+from slm.base.wording import counted, one_line
 from slm.prompts.prompt_rows import Prompt
 from slm.tracking.mlflow_client import quiet_mlflow
+from slm.verdict import fidelity
+from slm.verdict.fidelity import Fidelity, TokenFidelity
 from slm.verdict.scored_model import Sample
 
 BATCH = 50  # rows whose spans are sent together
@@ -49,8 +51,11 @@ def log(
     model_id: str | None,
     start_time: float,
     seconds: float = 60,
+    compared: Fidelity | None = None,
 ) -> Logged:
     """Writes a trace for each sample, linked to the run and the model. A failing store ends the writing quietly.
+
+    The first answer of a prompt also gets the prompt's means of `compared`.
 
     `start_time` is when scoring began, in seconds since the epoch. When `seconds` are over, the rows not yet written
     are left out (a call that is under way may wait half a minute more for a server that doesn't answer).
@@ -58,6 +63,7 @@ def log(
     begun = time.monotonic()
     rows, reason = 0, ""
     by_id = {prompt.id: prompt for prompt in prompts}
+    beside = {prompt.id: prompt for prompt in compared.prompts} if compared else {}
     try:
         with _patience():
             quiet_mlflow()
@@ -73,7 +79,8 @@ def log(
                         reason = f"the {seconds:g} s for it were over"
                         break
                     at = int(start_time * 1000) + len(samples) - 1 - place
-                    info, span = _trace(sample, by_id.get(sample.id), run_id, experiment_id, model_id, at)
+                    tokens = None if sample.repeat else beside.get(sample.id)
+                    info, span = _trace(sample, by_id.get(sample.id), run_id, experiment_id, model_id, at, tokens)
                     written.append((client.start_trace(info), span))
                 _send_spans(client, experiment_id, written)
                 rows += len(written)
@@ -96,7 +103,13 @@ def _send_spans(client, experiment_id: str, written: list[tuple]) -> None:
 
 
 def _trace(
-    sample: Sample, prompt: Prompt | None, run_id: str, experiment_id: str, model_id: str | None, at: int
+    sample: Sample,
+    prompt: Prompt | None,
+    run_id: str,
+    experiment_id: str,
+    model_id: str | None,
+    at: int,
+    compared: TokenFidelity | None,
 ) -> tuple:
     """The trace's description with its assessments, and its only span. `at` is the start in milliseconds."""
     from mlflow.entities import Span, TraceInfo, TraceLocation, TraceState
@@ -148,13 +161,16 @@ def _trace(
         response_preview=(problem or output)[:PREVIEW],
         trace_metadata={name: value for name, value in metadata.items() if value},
         tags={name: value[:TAG] for name, value in tags.items() if value},
-        assessments=_assessments(sample, trace_id, run_id),
+        assessments=_assessments(sample, trace_id, run_id, compared),
     )
     return info, span
 
 
-def _assessments(sample: Sample, trace_id: str, run_id: str) -> list:
-    """A feedback for each scorer, and the expected text. Unscored is an error of the feedback, and not a value."""
+def _assessments(sample: Sample, trace_id: str, run_id: str, compared: TokenFidelity | None) -> list:
+    """A feedback for each scorer and for the fidelity, and the expected text.
+
+    Unscored is an error of the feedback, and not a value.
+    """
     from mlflow.entities import AssessmentError, AssessmentSource, Expectation, Feedback
 
     assessments: list[Any] = []
@@ -168,6 +184,18 @@ def _assessments(sample: Sample, trace_id: str, run_id: str) -> list:
                 error=AssessmentError("UNSCORED", reason) if value is None else None,
                 rationale=reason,
                 source=AssessmentSource("CODE", name),
+                metadata={"mlflow.assessment.sourceRunId": run_id},
+            )
+        )
+    for name in () if compared is None else fidelity.MEASURES:
+        assert compared is not None
+        assessments.append(
+            Feedback(
+                name=f"fidelity/{name}",
+                trace_id=trace_id,
+                value=float(getattr(compared, name).mean()),
+                rationale=f"the mean over {counted(compared.kl.size, 'token')} of the baseline's answer",
+                source=AssessmentSource("CODE", f"fidelity/{name}"),
                 metadata={"mlflow.assessment.sourceRunId": run_id},
             )
         )

@@ -59,6 +59,28 @@ def flips(candidate: ScoredModel, baseline: ScoredModel) -> dict[str, Flips]:
     return found
 
 
+def changes(candidate: ScoredModel, baseline: ScoredModel, prompt_set: PromptSet) -> dict[str, statistics.Estimate]:
+    """The estimates of fidelity.FLIPS: the shares of prompts whose score fell, rose, or whose first answer changed."""
+    clusters = {prompt.id: prompt.cluster for prompt in prompt_set.prompts}
+    ours, theirs = (model.values.get(OVERALL, {}) for model in (candidate, baseline))
+    both = [key for key in ours if key in theirs]
+    found = {}
+    if both:
+        gaps = {key: round(ours[key] - theirs[key], 12) for key in both}
+        codes = [clusters[key] for key in both]
+        found["flips/worse"] = statistics.mean_estimate([float(gaps[key] < 0) for key in both], codes)
+        found["flips/better"] = statistics.mean_estimate([float(gaps[key] > 0) for key in both], codes)
+    texts = [
+        {sample.id: sample.output for sample in model.samples if sample.repeat == 0 and sample.error is None}
+        for model in (candidate, baseline)
+    ]
+    answered = [key for key in texts[0] if key in texts[1]]
+    if answered:
+        changed = [float(texts[0][key] != texts[1][key]) for key in answered]
+        found["answers_changed"] = statistics.mean_estimate(changed, [clusters[key] for key in answered])
+    return found
+
+
 def holm_p_values(compared: dict[str, statistics.Difference]) -> dict[str, float]:
     """Each scorer's p-value with Holm's correction for several scorers.
 

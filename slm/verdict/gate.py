@@ -19,7 +19,7 @@ from typing import Literal
 from slm.base.errors import BadInput
 from slm.base.strict_yaml import parse_yaml
 from slm.base.wording import counted, did_you_mean, quoted
-from slm.verdict import scored_model
+from slm.verdict import fidelity, scored_model
 from slm.verdict.scored_model import OVERALL
 from slm.verdict.statistics import Difference, Estimate, prompts_needed, prompts_to_settle
 
@@ -102,11 +102,13 @@ def check_names(
     kinds = [f"pass_{how}_{k}" for how in ("at", "hat") for k in scored_model.ks(repeats)]
     means = {f"{name}/mean" for name in names} | {f"{name}/{kind}/mean" for name in names for kind in kinds}
     figures = {f"{name.removesuffix('mean')}{figure}" for name in means for figure in scored_model.FIGURES}
+    pairs = {f"{name}/mean" for name in (*fidelity.NAMES, *fidelity.FLIPS)}
+    plain = {*scored_model.PLAIN, *fidelity.PLAIN}
     for threshold in thresholds:
         metric = threshold.metric
         is_open = any(metric.startswith(f"{name}/") for name in open_names)
-        if metric not in {*figures, *scored_model.PLAIN} and not is_open:
-            known = sorted(means) + sorted(scored_model.PLAIN)
+        if metric not in {*figures, *pairs, *plain} and not is_open:
+            known = sorted(means) + sorted(pairs) + sorted(plain)
             hint = did_you_mean(metric, known)
             there = "" if hint else f"; there are {', '.join(known)}"
             raise BadInput(f"thresholds: {quoted(metric)} is no metric of these prompts and scorers{hint}{there}")
@@ -115,6 +117,8 @@ def check_names(
             if is_mean and keyword in ("min", "max") and not 0 <= limit <= 1:
                 remedy = f"; write {limit / 100:g} for {limit:g} %" if 1 < limit <= 100 else ""
                 raise BadInput(f"thresholds: {metric} goes from 0 to 1, and `{keyword}` is {limit:g}{remedy}")
+            if metric in pairs and keyword not in ("min", "max"):
+                raise BadInput(f"thresholds: {metric} compares with the baseline already; write `min` or `max`")
             if is_mean and keyword.endswith("_ratio"):
                 raise BadInput(f"thresholds: {metric} is a score, and `{keyword}` is for single figures; use max_drop")
             if keyword == "max_drop" and not is_mean:
@@ -129,6 +133,9 @@ def check_baseline(thresholds: tuple[Threshold, ...], has_baseline: bool) -> Non
         BadInput: a rule compares with a baseline, and there is none.
     """
     for threshold in () if has_baseline else thresholds:
+        if _is_of_a_pair(threshold.metric):
+            rule = f"{threshold.metric} compares with a baseline"
+            raise BadInput(f"thresholds: {rule}; add baseline=models:/NAME@champion")
         for keyword in threshold.rules:
             if keyword in RELATIVE:
                 rule = f"{threshold.metric} `{keyword}`"
@@ -141,13 +148,15 @@ def decide(
     differences: Mapping[str, Difference],
     baseline: Mapping[str, float] | None = None,
     is_first: bool = False,
+    not_compared: str = "",
 ) -> Verdict:
     """Checks every rule of every threshold.
 
     `metrics` has estimates by the scorer's name, and plain figures by the metric's name. A threshold names an estimate
     as `<scorer>/mean`. `differences` (candidate minus baseline) has the scorers' names too. Without a baseline,
     `differences` is empty. `baseline` has the baseline's plain figures. `is_first` means that there is nothing to
-    compare with yet, so that the rules in RELATIVE don't apply.
+    compare with yet, so that the rules in RELATIVE and the metrics of a pair (fidelity.OF_A_PAIR) don't apply.
+    `not_compared` says why there is no fidelity.
     """
     named = {f"{name}/mean" if isinstance(value, Estimate) else name: value for name, value in metrics.items()}
     compared = {f"{name}/mean": difference for name, difference in differences.items()}
@@ -155,10 +164,10 @@ def decide(
     for threshold in thresholds:
         for keyword, limit in threshold.rules.items():
             rule = f"{keyword} {limit:g}"
-            if is_first and keyword in RELATIVE:
+            if is_first and (keyword in RELATIVE or _is_of_a_pair(threshold.metric)):
                 checks.append(Check(threshold.metric, rule, "none", "there is no champion yet"))
             else:
-                outcome = _outcome(threshold.metric, keyword, limit, named, compared, baseline)
+                outcome = _outcome(threshold.metric, keyword, limit, named, compared, baseline, not_compared)
                 checks.append(Check(threshold.metric, rule, *outcome))
     return _verdict(tuple(checks))
 
@@ -206,10 +215,13 @@ def _outcome(
     named: Mapping[str, float | Estimate],
     compared: Mapping[str, Difference],
     baseline: Mapping[str, float] | None,
+    not_compared: str,
 ) -> tuple[State, str] | tuple[State, str, int | None]:
     """The state, the reason and, if known, the number of prompts that give a clear result."""
     if named.get("rows") == 0:
         return "inconclusive", "the prompt set is empty"
+    if metric not in named and metric.startswith("fidelity/") and not_compared:
+        return "inconclusive", f"not measured: {not_compared}"
     if metric not in named and metric not in compared:
         names = ", ".join(sorted(named.keys() | compared.keys())) or "none"
         return "inconclusive", f"no such metric{did_you_mean(metric, named)}; there are {names}"
@@ -270,6 +282,10 @@ def _ratio(
     seen = f"{value:g} is {ratio:.2f} of the baseline's {baseline:g}"
     kept = ratio >= limit if keyword == "min_ratio" else ratio <= limit
     return ("pass", seen) if kept else ("regress", f"{seen}, {_beyond(keyword)} {limit:g}")
+
+
+def _is_of_a_pair(metric: str) -> bool:
+    return metric.partition("/")[0] in fidelity.OF_A_PAIR
 
 
 def _beyond(keyword: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from slm.answers.asking import ModelFacts
 from slm.verdict import statistics
+from slm.verdict.fidelity import Fidelity
 
 OVERALL = "score"  # the overall score: the mean of a row's scores, and then the mean over rows
 FIGURES = ("mean", "stderr", "ci95_low", "ci95_high")  # of each estimate, as metrics `<name>/<figure>`
@@ -16,6 +17,8 @@ PLAIN = (  # the metrics of a scored model that are single figures
     "rows",
     "rows_failed",
     "rows_unscored",
+    "rows_cut",
+    "rows_cut/share",
     "output_tokens_per_second",
     "latency_seconds/p50",
     "latency_seconds/p95",
@@ -56,6 +59,9 @@ class ScoredModel:
     record: dict[str, Any] = field(default_factory=dict)  # the content of environment.json, for repeating the run
     # prompt id -> the text and the token ids that the model got
     sent: dict[str, tuple[str, list[int] | None]] = field(default_factory=dict)
+    # prompt id -> the tokens of its first answer; only of a model of this project
+    generated: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    fidelity: Fidelity | None = None  # None: nothing was compared with it token by token
     unmeasured: str = ""  # why there are no figures of speed, latency and memory; "": there are
 
     @cached_property
@@ -83,6 +89,8 @@ def metrics_of(
         "rows": len(samples),
         "rows_failed": len(samples) - len(answered),
         "rows_unscored": sum(not any(value is not None for value in sample.scores.values()) for sample in answered),
+        "rows_cut": (cut := sum(sample.finish_reason == "length" for sample in answered)),
+        "rows_cut/share": cut / len(samples) if samples else math.nan,
         "model_load_seconds": model.load_seconds,
     }
     if model.bytes:  # the size of an endpoint's model is unknown

@@ -195,6 +195,44 @@ def prompts_to_settle(estimate: Estimate, bound: float) -> int | None:
     return None if needed is None else max(needed, estimate.n + 1)
 
 
+def ratio_estimate(
+    sums: Sequence[float], sizes: Sequence[int], clusters: Clusters | None = None, kind: str = "signed"
+) -> Estimate:
+    """Mean of all values of prompts that have several values each: the sum of `sums` over the sum of `sizes`.
+
+    The standard error is that of a ratio, linearised, over G clusters of prompts: sqrt(G/(G-1) * sum over clusters of
+    (sum - mean * size)^2) / size of all. `n` is the number of prompts. The interval depends on `kind`:
+
+    - "signed": Student's t with G-1 degrees of freedom.
+    - "positive": the same on the logarithm of the mean. Values with a long tail are covered better, and no end is
+      below 0.
+    - "share", of values that are 0 or 1: Student's t, cut to [0, 1]. If all values are equal, the far end is
+      0.025^(1/G): the share at which G clusters would all look alike in 2.5 % of samples.
+
+    Equal values of another kind have an interval without a width. With one cluster, there is no interval: NaN.
+    """
+    totals, codes = _checked(sums, clusters)
+    counts = np.asarray(sizes, dtype=np.float64)
+    mean = float(totals.sum() / counts.sum())
+    residuals = np.bincount(codes, weights=totals - mean * counts)
+    groups = residuals.size
+    if groups < 2:
+        return Estimate(mean, math.nan, math.nan, math.nan, totals.size)
+    stderr = math.sqrt(groups / (groups - 1) * float(np.sum(residuals**2))) / float(counts.sum())
+    if kind == "share" and mean in (0, 1):
+        far = 0.025 ** (1 / groups)
+        return Estimate(mean, 0.0, far if mean else 0.0, 1.0 if mean else 1 - far, totals.size)
+    if stderr == 0 or (kind == "positive" and mean <= 0):
+        return Estimate(mean, 0.0, mean, mean, totals.size)
+    if kind == "positive":
+        low, high = (math.exp(end) for end in _student(math.log(mean), stderr / mean, groups - 1))
+    else:
+        low, high = _student(mean, stderr, groups - 1)
+        if kind == "share":
+            low, high = max(low, 0.0), min(high, 1.0)
+    return Estimate(mean, stderr, low, high, totals.size)
+
+
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """[Holm]'s adjusted p-values, in the given order. They limit the chance of one or more false alarms in the family.
 

@@ -128,6 +128,30 @@ def test_both_wrappers_give_the_greedy_tokens_of_transformers(small_model):
         assert greedy(runtime, prompts, rooms, places=2) == cut
 
 
+def test_both_wrappers_score_given_tokens_as_transformers_does(small_model):
+    import types
+
+    import numpy as np
+    import torch
+
+    from slm.models import onnx_export
+    from slm.models.chat_model import SmallLanguageModel
+
+    model, saved = small_model
+    rows = [(prompt, given) for prompt, given in zip(some_prompts(), [*some_prompts()[1:], [7]], strict=True)]
+    rows.append((rows[0][0], [8, 9]))  # begins like the first one
+    artifacts = {"checkpoint": saved.folder, "onnx": onnx_export.export(saved, "fp32", "cpu").folder}
+    for name, folder in artifacts.items():
+        wrapper = SmallLanguageModel()
+        wrapper.load_context(types.SimpleNamespace(artifacts={name: str(folder)}, model_config={"schema": "prompt"}))
+        found = dict(wrapper.token_scores(rows))
+        for place, (context, given) in enumerate(rows):
+            with torch.inference_mode():
+                logits = model(torch.tensor([context + given])).logits[0, len(context) - 1 : -1]
+            theirs = torch.log_softmax(logits.float(), -1)[range(len(given)), given]
+            np.testing.assert_allclose(found[place].log_probabilities, theirs, atol=2e-3, err_msg=f"{name}, {place}")
+
+
 @pytest.mark.parametrize("small_model", ["phi-3, sliding"], indirect=True)
 def test_a_large_models_int4_has_the_very_weights_of_the_builders_own(small_model, tmp_path, monkeypatch):
     from slm.models import chat_model, onnx_export, quantization

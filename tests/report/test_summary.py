@@ -86,6 +86,7 @@ def test_the_lines_of_the_table_are_scores_then_costs():
         ("score, over all (4)", ("0.62 [0.23, 1.00]", "0.88 [0.48, 1.00]"), True),
         ("rows failed", ("0", "0"), False),
         ("rows unscored", ("0", "0"), False),
+        ("rows cut at max_tokens", ("0", "0"), False),
         ("output tokens per second", ("81.2", "n/a"), True),
         ("latency p50, s", ("0.012", "0.10"), False),
         ("latency p95, s", ("1.50", "0.10"), False),

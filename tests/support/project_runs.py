@@ -10,6 +10,8 @@ COSTS = (
     "rows",
     "rows_failed",
     "rows_unscored",
+    "rows_cut",
+    "rows_cut/share",
     "output_tokens_per_second",
     "latency_seconds/p50",
     "latency_seconds/p95",

@@ -32,7 +32,15 @@ SAMPLES = (sample("a", s=1.0), sample("b", s=None, seconds=3.0), sample("c", err
 
 def test_failed_and_unscored_rows_are_counted_and_latencies_are_of_answers():
     metrics = scored_model.metrics_of(replace(facts(), load_seconds=2.0, bytes=7), SAMPLES, {})
-    counts = {"rows": 3, "rows_failed": 1, "rows_unscored": 1, "model_load_seconds": 2, "model_bytes": 7}
+    counts = {
+        "rows": 3,
+        "rows_failed": 1,
+        "rows_unscored": 1,
+        "rows_cut": 0,
+        "rows_cut/share": 0,
+        "model_load_seconds": 2,
+        "model_bytes": 7,
+    }
     latencies = {"latency_seconds/p50": 2.0, "latency_seconds/p95": 2.9}
     assert metrics == pytest.approx(counts | latencies)
 
@@ -46,7 +54,9 @@ def test_the_overall_score_comes_first():
 
 def test_what_is_unknown_or_not_wanted_is_left_out():
     metrics = scored_model.metrics_of(replace(facts(), bytes=0), SAMPLES, {}, latencies=False)
-    assert set(metrics) == {"rows", "rows_failed", "rows_unscored", "model_load_seconds"}
+    assert set(metrics) == {
+        "rows", "rows_failed", "rows_unscored", "rows_cut", "rows_cut/share", "model_load_seconds"
+    }  # fmt: skip
     metrics = scored_model.metrics_of(facts(), (), {"s": statistics.mean_estimate([])})
     assert not [name for name in metrics if name.startswith(("s/", "latency"))]  # NaN
 

@@ -17,6 +17,7 @@ class Job:
     registry_uri: str
     generation: dict
     repeats: int
+    cut: str
     threads: int
     scorers: tuple
     row_timeout: float = 0.0
@@ -44,8 +45,9 @@ def job(
         model_key=mlflow.models.get_model_info(uri).model_uuid,
         tracking_uri=mlflow.get_tracking_uri(),
         registry_uri=mlflow.get_registry_uri(),
-        generation={name: value for name, value in parameters.items() if name != "repeats"},
+        generation={name: value for name, value in parameters.items() if name not in ("repeats", "cut")},
         repeats=parameters["repeats"],
+        cut=parameters.get("cut", "score"),
         threads=int(spark.conf.get("spark.task.cpus", "1")),
         scorers=prompt_set.scorers,
         row_timeout=row_timeout,

@@ -24,7 +24,7 @@ from slm.engines.spark.job import Job
 from slm.engines.spark.prompt_frame import SparkPromptSet
 from slm.engines.spark.spark_session import _spark_errors
 from slm.engines.spark.sums import SparkScoredModel, _estimates
-from slm.engines.spark.worker import ANSWERED, FOLDER, MARKER, _answered, _described
+from slm.engines.spark.worker import ANSWERED, COUNTS, FOLDER, MARKER, _answered, _described
 from slm.tracking import mlflow_client, run_records, tags
 from slm.verdict import estimation, scored_model
 
@@ -81,9 +81,8 @@ def score(
     else:
         estimates, latencies = _estimates(prompt_set, told, buckets)
         metrics = scored_model.metrics_of(model, samples, estimates) | latencies
-        metrics |= {
-            name: float(sum(marker[name] for marker in markers)) for name in ("rows", "rows_failed", "rows_unscored")
-        }
+        metrics |= {name: float(sum(marker[name] for marker in markers)) for name in COUNTS}
+        metrics["rows_cut/share"] = metrics["rows_cut"] / metrics["rows"]
     metrics["model_load_seconds"] = max(marker["model_load_seconds"] for marker in markers)
     metrics["peak_memory_bytes"] = max(marker["peak_memory_bytes"] for marker in markers)
     spent = [(marker["output_tokens"], marker["elapsed"]) for marker in markers if marker["elapsed"]]

@@ -27,6 +27,7 @@ from slm.verdict import estimation, scored_model
 FOLDER = "evaluation/samples.parquet"
 MARKER = re.compile(r"_bucket-(\d{5})\.json")
 ANSWERED = "kind string, content string"  # a bucket's marker; a shown sample; the text that a shown prompt became
+COUNTS = ("rows", "rows_failed", "rows_unscored", "rows_cut")  # metrics of a bucket that are added up
 VALUES = "name string, cluster string, value double, binary boolean, unit boolean, graded boolean"
 
 
@@ -56,7 +57,9 @@ def _answered(batches: Iterable, job: Job) -> Iterator:
         if bucket in earlier:
             _take_over(job, earlier[bucket], bucket, asked, model.facts, Path(scratch))
         with scorer_calls.opened(_asked(job.scorers), False) as score_answer:
-            scored = answering.score(model, bucket_set, asked, job.generation, "all", score_answer=score_answer)
+            scored = answering.score(
+                model, bucket_set, asked, job.generation, "all", score_answer=score_answer, cut=job.cut
+            )
         file = Path(scratch) / _file_name(bucket)
         clusters = {prompt.id: prompt.cluster for prompt in bucket_set.prompts}
         _write(scored.samples, clusters, file)
@@ -65,7 +68,7 @@ def _answered(batches: Iterable, job: Job) -> Iterator:
         marker = {
             "bucket": bucket,
             "sha256": cache.file_sha256(file),
-            **{name: int(scored.metrics[name]) for name in ("rows", "rows_failed", "rows_unscored")},
+            **{name: int(scored.metrics[name]) for name in COUNTS},
             "reused": scored.reused,
             "output_tokens": tokens,
             "elapsed": tokens / speed if speed else 0.0,

@@ -1,0 +1,174 @@
+"""A model beside the baseline, token by token: 0 for equal models, recomputed by other code, bounded on the disk."""
+
+import os
+import types
+
+import numpy as np
+import pytest
+from scipy import special
+from support.scored import prompts
+
+from slm.answers import asking, loading
+from slm.engines import distributions
+from slm.engines.distributions import Reference, Text
+from slm.verdict import fidelity
+
+NAMES = ("pipeline", "onnx fp32", "onnx int8", "onnx int4")
+TEXTS = {
+    "capital": ("What is the capital of France?", "The capital of France is Paris."),
+    "sum": ("What is 2 plus 2?", "2 plus 2 is 4."),
+    "poem": ("Write a line about rain.", "Soft rain writes its letters on the roof, and nobody answers."),
+}
+
+
+def opened(wrapper, label: str = "m") -> loading.OwnModel:
+    facts = types.SimpleNamespace(label=label, is_chat=True)
+    return loading.OwnModel(facts, wrapper, 0.0, lambda: None)
+
+
+@pytest.fixture(scope="module")
+def own(models):
+    return {name: opened(models[name].unwrap_python_model(), name) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def texts(own):
+    wrapper = own["pipeline"].wrapper
+    return [
+        Text(
+            name,
+            wrapper.prepare({"messages": [{"role": "user", "content": asked}]})[0].prompt,
+            [*wrapper._ids(said), 2],
+        )
+        for name, (asked, said) in TEXTS.items()
+    ]
+
+
+def compared(baseline, model, texts):
+    reference = Reference()
+    reference.hold(baseline, texts)
+    found = reference.compared(model)
+    reference.close()
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_beside_itself_has_a_divergence_of_exactly_0(own, texts, name):
+    found = compared(own[name], own[name], texts)
+    assert [prompt.id for prompt in found.prompts] == list(TEXTS)
+    for prompt, text in zip(found.prompts, texts, strict=True):
+        assert prompt.kl.tolist() == [0.0] * len(text.continuation)
+        assert prompt.top1.all() and prompt.nll_difference.tolist() == [0.0] * len(text.continuation)
+
+
+def test_the_figures_are_those_of_scipy_from_the_whole_distributions(own, texts):
+    found = compared(own["pipeline"], own["onnx int4"], texts)
+    rows = [(text.context, text.continuation) for text in texts]
+    saved: dict[str, dict[int, np.ndarray]] = {"pipeline": {}, "onnx int4": {}}
+    for name, rows_of in saved.items():
+        list(own[name].token_scores(rows, lambda row, first, seen, rows_of=rows_of: rows_of.update({row: seen.copy()})))
+    for place, (prompt, text) in enumerate(zip(found.prompts, texts, strict=True)):
+        p, q = (special.softmax(saved[name][place].astype(float), axis=-1) for name in saved)
+        np.testing.assert_allclose(prompt.kl, special.rel_entr(p, q).sum(axis=-1), rtol=1e-3, atol=1e-6)
+        assert (prompt.top1 == (p.argmax(-1) == q.argmax(-1))).all()
+        given = np.arange(len(text.continuation)), text.continuation
+        np.testing.assert_allclose(prompt.nll_difference, np.log(p[given]) - np.log(q[given]), atol=1e-4)
+
+
+def test_int8_is_nearer_to_the_baseline_than_int4(own, texts):
+    near, far = (compared(own["pipeline"], own[name], texts) for name in ("onnx int8", "onnx int4"))
+    means = [np.concatenate([prompt.kl for prompt in found.prompts]).mean() for found in (near, far)]
+    assert 1e-5 < means[0] < means[1] / 2
+    same = compared(own["pipeline"], own["onnx fp32"], texts)
+    assert max(prompt.kl.max() for prompt in same.prompts) < 1e-5
+
+
+def test_the_worst_answers_are_shown_with_their_tokens_and_what_both_models_find_likeliest(own, texts):
+    found = compared(own["pipeline"], own["onnx int4"], texts)
+    means = {prompt.id: prompt.kl.mean() for prompt in found.prompts}
+    assert list(found.worst) == sorted(means, key=lambda id: -means[id])
+    tokens = found.worst["sum"]
+    assert "".join(token.text for token in tokens) == "2 plus 2 is 4.<|im_end|>"
+    [by_id] = [prompt for prompt in found.prompts if prompt.id == "sum"]
+    assert [token.kl for token in tokens] == by_id.kl.tolist()
+    for token in tokens:
+        for likely in (token.baseline, token.model):
+            shares = [share for _, share in likely]
+            assert len(likely) == 3 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1.001
+
+
+def test_the_space_on_the_disk_is_bounded_and_a_fixed_sample_is_compared(own, texts, monkeypatch):
+    tokens = {text.id: len(text.continuation) for text in texts}
+    whole = sum(tokens.values())
+    monkeypatch.setattr(distributions, "SCRATCH_BYTES", 4 * 49152 * (whole - 1))
+    found = [compared(own["pipeline"], own["onnx int4"], some) for some in (texts, texts[::-1])]
+    kept = [{prompt.id for prompt in one.prompts} for one in found]
+    assert kept[0] == kept[1] and found[0].left_out == 3 - len(kept[0]) > 0
+    assert sum(tokens[id] for id in kept[0]) < whole
+
+
+def test_nothing_is_left_on_the_disk(own, texts, monkeypatch, tmp_path):
+    monkeypatch.setenv("PHI3_MLFLOW_CACHE", str(tmp_path / "cache"))
+    reference = Reference()
+    reference.hold(own["onnx int4"], texts)
+    assert [file for _, _, files in os.walk(tmp_path) for file in files] == []
+    reference.close()
+
+
+def test_what_cannot_be_compared_says_why(own, texts):
+    others = loading.OthersModel(types.SimpleNamespace(label="theirs"), None, 0.0)
+    endpoint = loading.EndpointModel(types.SimpleNamespace(label="far"), None, 0.0)
+    old = opened(types.SimpleNamespace(), "old")
+    pipeline = own["pipeline"]
+    assert compared(pipeline, others, texts).reason == "it was not logged by this project"
+    assert compared(pipeline, endpoint, texts).reason == "it is an endpoint"
+    assert compared(pipeline, old, texts).reason == "it was logged by a version without token scores; log it again"
+    assert compared(endpoint, pipeline, texts).reason == "the baseline, far, is an endpoint"
+    assert compared(pipeline, pipeline, []).reason == "the baseline, pipeline, gave no answer"
+
+    class Foreign(loading.OwnModel):
+        def vocabulary(self):
+            return "other"
+
+    foreign = Foreign(pipeline.facts, pipeline.wrapper, 0.0, lambda: None)
+    assert compared(pipeline, foreign, texts).reason == "it has another vocabulary than the baseline"
+
+
+def test_vocabularies_that_differ_by_padding_are_cut_to_the_shorter_one():
+    generator = np.random.default_rng(1)
+    logits = generator.normal(size=(4, 60)).astype(np.float32)
+    p, q = special.log_softmax(logits, axis=-1), special.log_softmax(logits[:, :50], axis=-1)
+    kl, top1, nll = fidelity.compare(p, q, [1, 2, 3, 4])
+    np.testing.assert_allclose(kl, 0, atol=1e-6)
+    assert top1.all()
+    np.testing.assert_allclose(nll, 0, atol=1e-5)
+
+
+def test_a_probability_of_0_gives_no_nan():
+    p = np.log(np.array([[1.0, 1e-45]], dtype=np.float32))
+    q = np.log(np.array([[0.5, 0.5]], dtype=np.float32))
+    p[0, 1] = -np.inf
+    kl, _, _ = fidelity.compare(p, q, [0])
+    np.testing.assert_allclose(kl, np.log(2), rtol=1e-6)
+
+
+def test_drawn_answers_are_compared_over_the_greedy_ones(own):
+    from slm.engines import local
+
+    prompt_set = prompts(2)
+    generation = {"max_tokens": 6, "temperature": 1.5, "top_p": 1.0, "seed": 1, "stop": [], "batch_size": 0}
+
+    class Asked(loading.OwnModel):
+        """Gives the tokens that a greedy request has, whatever was asked before."""
+
+    facts = asking.ModelFacts("m", "m", "m", _form(), 0.0, "", code_sha256="x")
+    model = Asked(facts, own["onnx int4"].wrapper, 0.0, lambda: None)
+    greedy = local._greedy(model, prompt_set, generation)
+    again = local._greedy(model, prompt_set, generation | {"seed": 9})
+    assert greedy == again and all(greedy[prompt.id] for prompt in prompt_set.prompts)
+
+
+def _form():
+    from slm.answers import forms
+
+    return forms.Form("messages", True, {name: forms.Field(name) for name in forms.NAMES})
