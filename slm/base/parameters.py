@@ -40,6 +40,8 @@ PARAMETERS = (
     Parameter("revision", "", ALL, "commit, branch or tag of the hub repository"),
     Parameter("subfolder", "", ALL, "folder in the hub repository, or in a local folder"),
     Parameter("prompts", "prompts/smoke.jsonl", ALL, "prompt set: path, web address, or URI that MLflow can download"),
+    Parameter("fields", "", ALL, "columns of another shape, theirs:ours by commas: question:prompt,answer:expected"),
+    Parameter("expected_pattern", "", ALL, "regular expression: the part of each `expected` to keep"),
     Parameter("max_tokens", 64, ALL, "tokens generated at most per scored answer", low=1, high=2**20),
     Parameter("temperature", 0.0, ALL, "0 is greedy", low=0.0, high=2.0),
     Parameter("top_p", 1.0, ALL, "nucleus sampling", low=1e-6, high=1.0),
@@ -186,6 +188,8 @@ class Parameters(argparse.Namespace):
     revision: str
     subfolder: str
     prompts: str
+    fields: str
+    expected_pattern: str
     max_tokens: int
     temperature: float
     top_p: float

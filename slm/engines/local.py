@@ -11,6 +11,7 @@ from slm.base.parameters import Parameters
 from slm.engines import answering, distributions
 from slm.engines.engine import Request
 from slm.models import checkpoints
+from slm.prompts import row_mapping, variants
 from slm.prompts.prompt_sets import PromptSet, read_prompt_set
 from slm.scorers import scorer_calls
 from slm.tracking import downloads, registry
@@ -46,7 +47,7 @@ def check_devices(args: Parameters) -> None:
 
 
 def read_prompts(args: Parameters) -> PromptSet:
-    given = args.prompts
+    given, mapping = args.prompts, row_mapping.read(args.fields, args.expected_pattern)
     with ExitStack() as stack:
         if downloads.is_address(given):
             path = stack.enter_context(downloads.file(given))
@@ -56,10 +57,14 @@ def read_prompts(args: Parameters) -> PromptSet:
                 raise BadInput(f"prompts: {given!r} does not exist, from the repository's root or from here")
             path = located
         asked = scorer_calls.read(args.scorers, args.judge)
-        found = scorer_calls.add(asked, read_prompt_set(path, given, scorer_calls.IN_ROWS))
+        found = scorer_calls.add(asked, read_prompt_set(path, given, scorer_calls.IN_ROWS, mapping))
     if found.unnamed:
         rows = "1 row names" if found.unnamed == 1 else f"{found.unnamed} rows name"
         console.out.print(f"{found.name}: {rows} no scorer, and get `contains`", markup=False)
+    if found.left_out:
+        console.out.print(f"{found.name}: {row_mapping.left_out_note(found.left_out)}", markup=False)
+    if hint := variants.hint(found.prompts):
+        console.out.print(f"{found.name}: {hint}", markup=False)
     return found
 
 

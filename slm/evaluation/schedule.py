@@ -30,7 +30,8 @@ from slm.scorers import scorer_calls
 from slm.tracking import lifecycle, mlflow_client, registry, run_records, tags
 
 PER_START = ("slot", "check", "force", "resume", "traces", "timeout")  # parameters that do not change the verdict
-BY_CONTENT = ("model_uris", "baseline", "prompts", "thresholds")  # parameters whose content is hashed instead
+# parameters whose content is hashed instead
+BY_CONTENT = ("model_uris", "baseline", "prompts", "fields", "expected_pattern", "thresholds")
 
 
 def check(args: Parameters) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from slm.base.errors import BadInput
 from slm.base.wording import did_you_mean, quoted
+from slm.prompts import other_shapes
 
 ROW_BYTES = 2**20
 FIELDS = ("id", "messages", "prompt", "expected", "scorers", "cluster", "tags")
@@ -58,7 +59,7 @@ def read_row(row: object, where: str, known_scorers: KnownScorers) -> Prompt:
         raise BadInput(f"{where}: is {quoted(row)}; write a mapping with {', '.join(FIELDS)}")
     if "inputs" in row or "expectations" in row:
         row = _from_mlflow(row, where)
-    _known_fields(row, FIELDS, where)
+    check_names(row, where)
     if ("messages" in row) == ("prompt" in row):
         has = "both `messages` and `prompt`" if "prompt" in row else "neither `messages` nor `prompt`"
         raise BadInput(f"{where}: has {has}; give one of them")
@@ -80,6 +81,23 @@ def read_row(row: object, where: str, known_scorers: KnownScorers) -> Prompt:
     # The id depends only on the prompt and the expected texts, so a new tag or scorer does not change the id.
     content = {key: canonical[key] for key in ("messages", "prompt", "expected") if key in canonical}
     return replace(prompt, id=f"row-{hashlib.sha256(_canonical_json(content)).hexdigest()[:12]}")
+
+
+def check_names(row: dict[str, Any], where: str, what: str = "field") -> None:
+    """Checks that the names of a row are ours. If they are another tool's, the message says how to read such rows.
+
+    Raises:
+        BadInput: a name is unknown.
+    """
+    if all(name in FIELDS for name in row):
+        return
+    if told := other_shapes.explained(row):
+        raise BadInput(f"{where}: {told}")
+    try:
+        _known_fields(row, FIELDS, where, what)
+    except BadInput as error:
+        hint = other_shapes.usual_names(row)
+        raise BadInput(f"{error}; {hint}" if hint else str(error)) from None
 
 
 def _from_mlflow(row: dict[str, Any], where: str) -> dict[str, Any]:

@@ -7,14 +7,17 @@ template and scores no answer.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slm.base.errors import BadInput
 from slm.base.wording import quoted
+from slm.prompts import row_mapping
 from slm.prompts.prompt_rows import KnownScorers, Prompt, ScorerCall, _canonical_json, canonical_rows, read_row
-from slm.prompts.readers import READERS, _text_of
+from slm.prompts.readers import READERS, Reader, _text_of, reader
+from slm.prompts.row_mapping import RowMapping
 
 ROWS = 100_000
 
@@ -30,6 +33,7 @@ class PromptSet:
     source: str
     prompts: tuple[Prompt, ...]
     sha256: str
+    left_out: tuple[str, ...] = field(default=(), kw_only=True)  # columns of the file that `fields` does not map
     unnamed: int = field(default=0, kw_only=True)  # rows that expect a text and name no scorer: they got `contains`
 
     @property
@@ -43,11 +47,14 @@ class PromptSet:
         return frozenset(call.name for prompt in self.prompts for call in prompt.scorers)
 
 
-def read_prompt_set(path: Path, source: str, known_scorers: KnownScorers) -> PromptSet:
+def read_prompt_set(
+    path: Path, source: str, known_scorers: KnownScorers, mapping: RowMapping = row_mapping.NONE
+) -> PromptSet:
     """Reads the prompt set in `path`. The suffix gives the format: .jsonl, .csv, .yaml or .yml.
 
     A row without `id` gets an id from its content. A row with `expected` and without `scorers` gets the scorer
-    `contains`. `known_scorers` has the scorers that a row may name, and each scorer's check of its options.
+    `contains`. `known_scorers` has the scorers that a row may name, and each scorer's check of its options. `mapping`
+    turns the rows into rows of ours.
 
     Raises:
         BadInput: the file can't be read, is too large or empty, or a row is wrong.
@@ -55,10 +62,13 @@ def read_prompt_set(path: Path, source: str, known_scorers: KnownScorers) -> Pro
     prompts: list[Prompt] = []
     places: dict[str, str] = {}
     unnamed = 0
-    rows = READERS.get(path.suffix.lower())
+    rows = reader(path.suffix.lower(), mapping.theirs)
     if rows is None:
         raise BadInput(f"{path.name}: a prompt set is a {', '.join(READERS)} file; rename or convert it")
-    for place, row in rows(_text_of(path), path.name):
+    text, mapper = _text_of(path), row_mapping.RowMapper(mapping)
+    left_out = _left_out(rows, text, path.name, mapping)
+    for place, row in rows(text, path.name):
+        row = mapper(row, f"{path.name} {place}")
         prompt = read_row(row, f"{path.name} {place}", known_scorers)
         if prompt.id in places:
             remedy = (
@@ -75,7 +85,8 @@ def read_prompt_set(path: Path, source: str, known_scorers: KnownScorers) -> Pro
             raise BadInput(f"{path.name}: has more than {ROWS:,} rows; split it, or draw a sample")
     if not prompts:
         raise BadInput(f"{path.name}: no rows; write at least one prompt")
-    return replace(_prompt_set(path.stem, source, prompts), unnamed=unnamed)
+    row_mapping.check_expected(mapping, any(prompt.expected for prompt in prompts), path.name)
+    return replace(_prompt_set(path.stem, source, prompts), unnamed=unnamed, left_out=left_out)
 
 
 def with_scorers(prompt_set: PromptSet, calls: Iterable[ScorerCall]) -> PromptSet:
@@ -85,7 +96,18 @@ def with_scorers(prompt_set: PromptSet, calls: Iterable[ScorerCall]) -> PromptSe
         own = {call.name for call in prompt.scorers}
         added = tuple(call for call in calls if call.name not in own)
         changed.append(replace(prompt, scorers=prompt.scorers + added))
-    return replace(_prompt_set(prompt_set.name, prompt_set.source, changed), unnamed=prompt_set.unnamed)
+    found = _prompt_set(prompt_set.name, prompt_set.source, changed)
+    return replace(found, unnamed=prompt_set.unnamed, left_out=prompt_set.left_out)
+
+
+def _left_out(rows: Reader, text: str, name: str, mapping: RowMapping) -> tuple[str, ...]:
+    """The columns that are left out. It reads the text once more, because a column may be in the last row only."""
+    if not mapping.columns:
+        return ()
+    noted: set[tuple[str, str]] = set()
+    for _, row in itertools.islice(rows(text, name), ROWS):
+        noted |= row_mapping.seen(row, mapping)
+    return row_mapping.left_out(noted, mapping) if noted else ()
 
 
 def _prompt_set(name: str, source: str, prompts: Iterable[Prompt]) -> PromptSet:

@@ -4,6 +4,7 @@ To add a format, write a function that takes the text and the file's name. Then 
 """
 
 import csv
+import functools
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,10 +13,12 @@ from slm.base import strict_json
 from slm.base.errors import BadInput
 from slm.base.strict_yaml import parse_yaml
 from slm.base.wording import quoted
-from slm.prompts.prompt_rows import FIELDS, ROW_BYTES, _known_fields
+from slm.prompts import other_shapes
+from slm.prompts.prompt_rows import ROW_BYTES, check_names
 
 FILE_BYTES = 64 * 2**20
 YAML_BYTES = 4 * 2**20  # for larger files, PyYAML needs minutes and gigabytes of memory
+Reader = Callable[[str, str], Iterator[tuple[str, object]]]
 LINE_BYTES = 8 * ROW_BYTES  # JSON may write one character as six, such as \u0041
 
 
@@ -61,13 +64,17 @@ def _yaml_rows(text: str, name: str) -> Iterator[tuple[str, object]]:
     try:
         rows = parse_yaml(text)
     except ValueError as error:
-        raise BadInput(f"{name}: not YAML: {error}") from None
+        told = other_shapes.explained_text(text)
+        raise BadInput(f"{name}: {told}" if told else f"{name}: not YAML: {error}") from None
+    if isinstance(rows, dict) and (told := other_shapes.explained(rows)):
+        raise BadInput(f"{name}: {told}")
     if rows is not None and not isinstance(rows, list):
         raise BadInput(f"{name}: is {quoted(rows)}; write a list of rows, each starting with '- '")
     yield from ((f"row {number}", row) for number, row in enumerate(rows or [], 1))
 
 
-def _csv_rows(text: str, name: str) -> Iterator[tuple[str, object]]:
+def _csv_rows(text: str, name: str, mapped: frozenset[str] = frozenset()) -> Iterator[tuple[str, object]]:
+    """With columns that `fields` maps, other columns may have any name. A mapped cell is one text, also with a |."""
     csv.field_size_limit(max(csv.field_size_limit(), ROW_BYTES))
     reader, place = csv.reader(io.StringIO(text, newline=""), strict=True), "line 1"
     header: list[str] = []
@@ -75,7 +82,8 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[str, object]]:
         while (cells := next(reader, None)) is not None:
             if cells and not header:
                 header = [cell.strip() for cell in cells]
-                _known_fields(dict.fromkeys(header), FIELDS, f"{name} line 1", "column")
+                if not mapped:
+                    check_names(dict.fromkeys(header), f"{name} line 1", "column")
                 if (twice := next((c for c in header if header.count(c) > 1), None)) is not None:
                     raise BadInput(f"{name} line 1: the column {quoted(twice)} is there twice; rename one")
             elif cells:
@@ -83,7 +91,13 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[str, object]]:
                     problem = f"has {len(cells)} cells under {len(header)} columns"
                     raise BadInput(f"{name} {place}: {problem}; put a text with a comma in it in double quotes")
                 row = {column: cell for column, cell in zip(header, cells, strict=True) if cell}
-                yield place, {column: _csv_cell(column, cell, f"{name} {place}") for column, cell in row.items()}
+                yield (
+                    place,
+                    {
+                        column: cell if column in mapped else _csv_cell(column, cell, f"{name} {place}")
+                        for column, cell in row.items()
+                    },
+                )
             place = f"line {reader.line_num + 1}"  # a quoted cell may have several lines
     except csv.Error as error:
         raise BadInput(f"{name} {place}: not CSV: {error}") from None
@@ -100,7 +114,14 @@ def _csv_cell(column: str, cell: str, where: str) -> object:
     return cell
 
 
-READERS: dict[str, Callable[[str, str], Iterator[tuple[str, object]]]] = {
+def reader(suffix: str, mapped: frozenset[str]) -> Reader | None:
+    """The reader of a suffix, for files of which `fields` maps these columns. None for an unknown suffix."""
+    if suffix == ".csv" and mapped:
+        return functools.partial(_csv_rows, mapped=mapped)
+    return READERS.get(suffix)
+
+
+READERS: dict[str, Reader] = {
     ".jsonl": _jsonl_rows,
     ".csv": _csv_rows,
     ".yaml": _yaml_rows,

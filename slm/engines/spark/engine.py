@@ -17,7 +17,7 @@ from slm.base.parameters import Parameters
 from slm.engines.engine import Request
 from slm.engines.spark import job, prompt_frame, scoring, sums, worker
 from slm.models import checkpoints
-from slm.prompts import readers
+from slm.prompts import readers, row_mapping
 from slm.tracking import downloads, run_records, tags
 from slm.verdict import reproduction
 from slm.verdict.fidelity import Fidelity
@@ -36,6 +36,7 @@ def check(args: Parameters) -> None:
 
 def read_prompts(args: Parameters) -> prompt_frame.SparkPromptSet:
     location = given = args.prompts
+    mapping = row_mapping.read(args.fields, args.expected_pattern)
     if given.startswith((*downloads.URI_SCHEMES, "http://", "https://")):
         copies = ExitStack()  # Spark reads a file again and again
         atexit.register(copies.close)
@@ -45,7 +46,10 @@ def read_prompts(args: Parameters) -> prompt_frame.SparkPromptSet:
         if path is None:
             raise BadInput(f"prompts: {given!r} does not exist, from the repository's root or from here")
         location = f"file://{path.resolve()}"
-    return prompt_frame.read_prompts(location, given, args.spark_master, args.scorers, args.repeats)
+    found = prompt_frame.read_prompts(location, given, args.spark_master, args.scorers, args.repeats, mapping)
+    if found.left_out:
+        console.out.print(f"{found.name}: {row_mapping.left_out_note(found.left_out)}", markup=False)
+    return found
 
 
 def score(request: Request, prompt_set: prompt_frame.SparkPromptSet) -> sums.SparkScoredModel:

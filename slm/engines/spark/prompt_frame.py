@@ -16,11 +16,13 @@ from slm.base import strict_json
 from slm.base.errors import BadInput
 from slm.base.wording import quoted
 from slm.engines.spark.spark_session import _reason, _spark_errors, session
-from slm.prompts import prompt_rows, prompt_sets, readers
+from slm.prompts import prompt_rows, prompt_sets, readers, row_mapping
 from slm.prompts.prompt_rows import Prompt, ScorerCall
 from slm.prompts.prompt_sets import PromptSet
+from slm.prompts.row_mapping import RowMapper, RowMapping
 from slm.scorers import scorer_calls, user_scorers
 
+FILE, PLACE = "_metadata.file_path", "_metadata.row_index"  # beside the columns of a table of any names
 SHOWN = 10_000  # answers that the driver holds, samples.jsonl lists and the report shows
 BUCKET_ROWS = 16  # a bucket's prompts, until MOST_BUCKETS are reached; then they grow
 MOST_BUCKETS = 1000
@@ -28,7 +30,8 @@ PART_BYTES = 4 * 2**20  # of the prompt set: what goes through the driver at onc
 
 VALIDATED = (
     "file string, row long, where string, id string, own_id boolean, hash long, canonical string, "
-    "unscorable array<struct<scorer: string, reason: string>>, error string"
+    "unscorable array<struct<scorer: string, reason: string>>, seen array<struct<kind: string, name: string>>, "
+    "error string"
 )
 
 
@@ -59,7 +62,14 @@ class SparkPromptSet(PromptSet):
 # The prompt set
 
 
-def read_prompts(location: str, given: str, master: str, scorers: str = "", repeats: int = 1) -> SparkPromptSet:
+def read_prompts(
+    location: str,
+    given: str,
+    master: str,
+    scorers: str = "",
+    repeats: int = 1,
+    mapping: RowMapping = row_mapping.NONE,
+) -> SparkPromptSet:
     """Reads and validates the prompt set at `location` on the workers. The user wrote `given`.
 
     Several workers read JSONL (compressed or not) and Parquet. One worker reads a CSV file, since a quoted cell may
@@ -80,9 +90,10 @@ def read_prompts(location: str, given: str, master: str, scorers: str = "", repe
     title, kind = name[: suffix.start()], suffix[1]
     with _spark_errors():
         raw, before = _raw(spark, location, given, kind)
-        checked = raw.mapInArrow(lambda batches: _validated(batches, kind, before, spec, title), VALIDATED)
+        checked = raw.mapInArrow(lambda batches: _validated(batches, kind, before, spec, title, mapping), VALIDATED)
         checked.unpersist()  # the session may hold older content of this path
         checked.persist()
+        left_out = _left_out(checked, mapping, name)
         parts = -(-_refuse(checked, asked, name, title) // PART_BYTES)
         digest, rows, kept = hashlib.sha256(b"["), 0, []
         most = max(SHOWN // repeats, 1)
@@ -104,7 +115,9 @@ def read_prompts(location: str, given: str, master: str, scorers: str = "", repe
     digest.update(b"]")
     shown = tuple(_prompt(json.loads(canonical)) for canonical in kept)
     buckets = min(max(-(-rows // BUCKET_ROWS), 1), MOST_BUCKETS)
-    return SparkPromptSet(title, given, shown, digest.hexdigest(), checked, rows, buckets, last, spec)
+    return SparkPromptSet(
+        title, given, shown, digest.hexdigest(), checked, rows, buckets, last, spec, left_out=left_out
+    )
 
 
 def release(prompt_set: SparkPromptSet) -> None:
@@ -125,7 +138,8 @@ def _raw(spark, location: str, given: str, kind: str):
         if kind == "csv":
             return spark.read.format("binaryFile").load(location).select(F.col("path").alias("file"), "content"), {}
         if kind == "parquet":
-            return spark.read.parquet(location).select("*", "_metadata.file_path", "_metadata.row_index"), {}
+            place = [F.col("_metadata.file_path").alias(FILE), F.col("_metadata.row_index").alias(PLACE)]
+            return spark.read.parquet(location).select("*", *place), {}
         lines = spark.read.option("lineSep", "\n").text(location)  # its default would cut at a lone \r as well
     except AnalysisException as error:
         raise BadInput(f"prompts: {given!r} can't be read by Spark: {_reason(error)}") from None
@@ -168,29 +182,48 @@ def _refuse(checked, asked: scorer_calls.Asked, name: str, title: str) -> int:
     return size
 
 
-def _validated(batches: Iterable, kind: str, before: dict, spec: tuple, title: str) -> Iterator:
+def _left_out(checked, mapping: RowMapping, name: str) -> tuple[str, ...]:
+    """The columns that `fields` leaves out. Raises BadInput if no row has a mapped column, or a text to search."""
+    from pyspark.sql import functions as F
+
+    if mapping == row_mapping.NONE:
+        return ()
+    kinds = checked.select(F.explode("seen").alias("one")).select("one.kind", "one.name").distinct()
+    found = kinds.orderBy("kind", "name").limit(row_mapping.MOST_NAMES + len(mapping.columns)).collect()
+    noted = {(one.kind, one.name) for one in found}  # "found" is the first kind, so the limit leaves it whole
+    left_out = row_mapping.left_out(noted, mapping) if noted else ()
+    if mapping.expected_pattern and not checked.filter("error is not null").head():
+        has_expected = "size(from_json(canonical, 'expected array<string>').expected) > 0"
+        row_mapping.check_expected(mapping, checked.filter(has_expected).head() is not None, name)
+    return left_out
+
+
+def _validated(batches: Iterable, kind: str, before: dict, spec: tuple, title: str, mapping: RowMapping) -> Iterator:
     """On a worker: turns each row into a checked, canonical prompt with the added scorers, or into its error."""
     import pyarrow
 
     asked, text = _asked(spec), pyarrow.string()
     fields = {"file": text, "row": pyarrow.int64(), "where": text, "id": text, "own_id": pyarrow.bool_()}
     fields |= {"hash": pyarrow.int64(), "canonical": text}
-    fields |= {"unscorable": pyarrow.list_(pyarrow.struct({"scorer": text, "reason": text})), "error": text}
+    fields |= {"unscorable": pyarrow.list_(pyarrow.struct({"scorer": text, "reason": text}))}
+    fields |= {"seen": pyarrow.list_(pyarrow.struct({"kind": text, "name": text})), "error": text}
     schema = pyarrow.schema(fields)
-    places = _places(batches, kind, before)
-    while found := [_checked(*place, asked, title) for place in itertools.islice(places, 1000)]:
+    places, mapper = _places(batches, kind, before, mapping), RowMapper(mapping)
+    while found := [_checked(*place, asked, title, mapper) for place in itertools.islice(places, 1000)]:
         yield pyarrow.RecordBatch.from_pylist(found, schema)
 
 
-def _places(batches: Iterable, kind: str, before: dict) -> Iterator[tuple[str, int, str, object, str | None]]:
+def _places(
+    batches: Iterable, kind: str, before: dict, mapping: RowMapping
+) -> Iterator[tuple[str, int, str, object, str | None]]:
     """Yields (file, row number, place for messages, row, error or None) for each record of Spark's batches."""
     records = (record for batch in batches for record in batch.to_pylist())
     if kind == "csv":
         for record in records:
-            yield from _csv_places(record["file"], record["content"])
+            yield from _csv_places(record["file"], record["content"], mapping.theirs)
     elif kind == "parquet":
         for record in records:
-            file, number = record.pop("file_path"), record.pop("row_index") + 1
+            file, number = record.pop(FILE), record.pop(PLACE) + 1
             where = f"{_name(file)} row {number}"
             try:
                 yield file, number, where, _parquet_row(record), None
@@ -217,12 +250,13 @@ def _line_places(records: Iterable[dict], before: dict) -> Iterator[tuple]:
             yield record["file_path"], number, where, None, str(error).replace(f"{name} line 1:", f"{where}:", 1)
 
 
-def _csv_places(file: str, content: bytes) -> Iterator[tuple]:
-    name, number = _name(file), 0
+def _csv_places(file: str, content: bytes, mapped: frozenset[str]) -> Iterator[tuple]:
+    name, number, read = _name(file), 0, readers.reader(".csv", mapped)
+    assert read is not None
     try:
         if len(content) > readers.FILE_BYTES:
             raise BadInput(f"{name}: is larger than {readers.FILE_BYTES // 2**20} MiB; split it, or write JSONL")
-        for place, row in readers.READERS[".csv"](_decoded(content, name, 1), name):
+        for place, row in read(_decoded(content, name, 1), name):
             number += 1
             yield file, number, f"{name} {place}", row, None
     except BadInput as error:
@@ -251,11 +285,15 @@ def _parquet_row(value: object) -> object:
     return row
 
 
-def _checked(file: str, number: int, where: str, row: object, error: str | None, asked, title: str) -> dict:
+def _checked(
+    file: str, number: int, where: str, row: object, error: str | None, asked, title: str, mapper: RowMapper
+) -> dict:
     found = {"file": file, "row": number, "where": where, "error": error}
     if error:
         return found
+    found["seen"] = [{"kind": kind, "name": name} for kind, name in row_mapping.seen(row, mapper.mapping)]
     try:
+        row = mapper(row, where)
         prompt = prompt_rows.read_row(row, where, scorer_calls.IN_ROWS)
         one = PromptSet(title, "", (prompt,), "")
         scorer_calls.add(replace(asked, added=()), one)
