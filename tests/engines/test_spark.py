@@ -19,7 +19,7 @@ from support.databases import sqlite_store
 
 from entrypoints import evaluate
 from slm.base.errors import BadInput
-from slm.prompts import prompt_sets
+from slm.prompts import prompt_sets, row_mapping
 from slm.scorers import scorer_calls
 from slm.verdict import statistics
 
@@ -307,6 +307,52 @@ def test_a_wrong_parquet_row_is_told_with_its_number(session, tmp_path):
     assert str(raised.value) == "set.parquet row 2: `prompt` is ' ', an empty text; write something or leave it out"
 
 
+GSM = [
+    {"nr": n, "inputs": {"question": f"What is {n} + {n}?"}, "answer": f"so\n#### {2 * n}", "file_path": "x"}
+    for n in range(40)
+]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+def test_mapped_columns_and_the_kept_part_are_those_of_a_local_run(session, tmp_path, kind):
+    import pandas
+
+    fields, file = "inputs.question:prompt,answer:expected,nr:id", tmp_path / f"set.{kind}"
+    lines = "".join(json.dumps(row) + "\n" for row in GSM)
+    (tmp_path / "local.jsonl").write_text(lines)
+    if kind == "parquet":
+        pandas.DataFrame(GSM).to_parquet(file)
+    elif kind == "jsonl":
+        file.write_text(lines)
+    else:
+        named = [{"inputs.question": row["inputs"]["question"]} | row for row in GSM]
+        pandas.DataFrame(named).drop(columns="inputs").to_csv(file, index=False)
+    mapping = row_mapping.read(fields, "#### (.+)")
+    local = prompt_sets.read_prompt_set(tmp_path / "local.jsonl", "", scorer_calls.IN_ROWS, mapping)
+    found = read(file, mapping=mapping)
+    assert (found.sha256, found.prompts, found.left_out) == (local.sha256, local.prompts, ("file_path",))
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ("inputs.qestion:prompt,answer:expected", ""),
+        ("inputs.question:prompt,answer:expected", "#### ([0-5])$"),
+        ("inputs.question:prompt", r"\d"),
+        ("answer:prompt,nr:tags,gone:id", ""),
+        ("", ""),
+    ],
+)
+def test_a_wrong_mapping_is_told_in_the_words_of_a_local_run(session, tmp_path, fields, pattern):
+    file, mapping = tmp_path / "set.jsonl", row_mapping.read(fields, pattern)
+    file.write_text("".join(json.dumps(row) + "\n" for row in GSM))
+    with pytest.raises(BadInput) as local:
+        prompt_sets.read_prompt_set(file, "", scorer_calls.IN_ROWS, mapping)
+    with pytest.raises(BadInput) as raised:
+        read(file, mapping=mapping)
+    assert str(raised.value) == str(local.value)
+
+
 def test_added_scorers_are_those_of_a_local_run(session, tmp_path):
     file = tmp_path / "set.jsonl"
     rows = [{"prompt": "x", "expected": "y"}, {"prompt": "z"}]
@@ -372,6 +418,29 @@ def test_spark_gives_the_samples_and_metrics_of_a_local_run(run, int4_export):
     same = ("prompts.sha256", "model.sha256", "model.uri", "model.name", "fingerprint", "outputs.sha256")
     assert {name: spark[uri].data.tags[name] for name in same} == {name: local[uri].data.tags[name] for name in same}
     assert spark[uri].data.metrics["output_tokens_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_a_table_of_other_columns_is_evaluated_as_its_rows_in_our_own_form_are(run, tmp_path):
+    import mlflow
+    import pandas
+
+    theirs = [{"question": str(n), "answer": f"it is {n}", "solution": "s", "source": "x"} for n in range(20)]
+    pandas.DataFrame(theirs).to_parquet(tmp_path / "set.parquet")
+    ours = [{"prompt": str(n), "expected": str(n)} for n in range(20)]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ours))
+    uri = log_model(tmp_path, "model")
+    _, out, local = run(model_uris=uri, prompts=tmp_path / "set.jsonl")
+    assert "left out" not in out
+    mapped = {"fields": "question:prompt,answer:expected", "expected_pattern": r"\d+"}
+    code, out, spark = run(engine="spark", model_uris=uri, prompts=tmp_path / "set.parquet", **mapped)
+    assert code == 0 and out.count("set: left out: solution, source\n") == 1, out
+    assert samples(spark[uri]) == samples(local[uri])
+    assert spark[uri].data.tags["prompts.sha256"] == local[uri].data.tags["prompts.sha256"]
+    parent = mlflow.get_run(spark[uri].data.tags["mlflow.parentRunId"])
+    assert mapped.items() <= parent.data.params.items()
+    record = mlflow.artifacts.load_dict(f"{parent.info.artifact_uri}/evaluation/environment.json")
+    assert "-P fields=question:prompt,answer:expected -P 'expected_pattern=\\d+'" in record["again"]
 
 
 @pytest.mark.slow

@@ -462,7 +462,8 @@ def test_the_inputs_are_everything_that_a_verdict_depends_on():
         return parameters.Parameters(**(vars(args) | changed))
 
     same = with_()
-    for name, value in {"slot": "night-2", "force": True, "resume": False, "traces": False}.items():
+    mapped = {"fields": "question:prompt", "expected_pattern": r"\d"}  # the hash of the prompts has what they give
+    for name, value in {"slot": "night-2", "force": True, "resume": False, "traces": False, **mapped}.items():
         assert with_(args=other(**{name: value})) == same, name
     assert with_(machine=machine | {"git_commit": "b"}) == same  # the code is known by its content
     changed = {

@@ -13,7 +13,7 @@ from support.commands import REPOSITORY
 from support.refusals import ROW, any_file, checked, complaint, dumped, texts, values, write
 
 from slm.base.errors import BadInput
-from slm.prompts import prompt_rows, prompt_sets, readers
+from slm.prompts import prompt_rows, prompt_sets, readers, row_mapping, variants
 from slm.scorers.confined import CHECKS
 
 fields = st.sampled_from([*prompt_rows.FIELDS, "inputs", "expectations", "x"])
@@ -58,6 +58,29 @@ def test_any_file_is_a_prompt_set_or_refused_in_one_line(tmp_path, suffix, conte
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in prompt_rows.canonical_rows(prompt_set.prompts)]
         again.write_text("".join(lines), encoding="utf-8")
         assert prompt_sets.read_prompt_set(again, "x", CHECKS).sha256 == prompt_set.sha256
+
+
+names = st.sampled_from(["x", "prompt", "inputs", "inputs.x", "messages.0.content", "x.0", "id"])
+mappings = st.builds(
+    lambda columns, pattern: row_mapping.RowMapping(tuple((theirs, ours) for ours, theirs in columns.items()), pattern),
+    st.dictionaries(st.sampled_from(prompt_rows.FIELDS), names, max_size=3),
+    st.sampled_from(["", r"\w", "(x)|y", "()", r"(?<=\d).*"]),
+)
+
+
+@pytest.mark.fault("prompt sets: any bytes at all, with any mapped columns (hypothesis)")
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".yaml"])
+@any_file
+@given(content=file_contents, mapping=mappings)
+def test_any_file_with_mapped_columns_is_a_prompt_set_or_refused_in_one_line(tmp_path, suffix, content, mapping):
+    path = tmp_path / f"set{suffix}"
+    path.write_bytes(content)
+    try:
+        prompt_set = prompt_sets.read_prompt_set(path, "x", CHECKS, mapping)
+    except BadInput as refusal:
+        checked(str(refusal))
+    else:
+        variants.hint(prompt_set.prompts)
 
 
 COMPRESSED = gzip.compress((json.dumps(ROW) + "\n").encode() * 1000, mtime=0)

@@ -5,7 +5,9 @@ import time
 
 import pytest
 
+from slm.base import parameters
 from slm.base.errors import BadInput
+from slm.engines import local
 from slm.prompts import row_mapping
 from slm.prompts.prompt_rows import canonical_rows
 from slm.prompts.prompt_sets import read_prompt_set
@@ -157,6 +159,20 @@ def test_a_mapped_value_is_checked_like_our_own(read):
 
 def test_keys_that_are_no_text_are_left_out_by_their_name(read):
     assert read("- {1: a, null: b, q: x}\n", "q:prompt", suffix=".yaml").left_out == ("1", "None")
+
+
+def test_the_start_of_a_run_names_what_is_left_out_and_hints_at_variants_once(tmp_path, capsys):
+    file = tmp_path / "set.jsonl"
+    rows = [{"key": f"refund-{n}", "question": f"{n}?", "source": "x"} for n in (1, 2)] + [
+        {"key": "a", "question": "b"}
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    local.read_prompts(parameters.parse("evaluate", "", [f"--prompts={file}", "--fields=question:prompt,key:id"]))
+    assert capsys.readouterr().out.splitlines() == [
+        "set: left out: source",
+        "set: 2 rows look like variants of 1 question ('refund-1', 'refund-2'); give variants of one question the same "
+        "`cluster`",
+    ]
 
 
 # The part of `expected` to keep ---------------------------------------------------------------------------------------

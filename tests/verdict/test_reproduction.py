@@ -296,6 +296,8 @@ def test_the_command_names_what_an_alias_stood_for_and_promotes_nothing():
         "baseline": "models:/phi3@champion",
         "alias": "champion",
         "stop": "a b",
+        "fields": "question:prompt,answer:expected",
+        "expected_pattern": "#### (.+)",
         "max_tokens": "64",
         "resume": "True",
     }
@@ -304,7 +306,8 @@ def test_the_command_names_what_an_alias_stood_for_and_promotes_nothing():
     assert shlex.split(command) == [
         *("mlflow", "run", "git://host/p", "-v", "c0ffee", "--env-manager", "local", "-e", "main"),
         *("-P", "model_uris=models:/phi3/7", "-P", "baseline=models:/phi3/6"),
-        *("-P", "stop=a b", "-P", "resume=false"),
+        *("-P", "stop=a b", "-P", "fields=question:prompt,answer:expected", "-P", "expected_pattern=#### (.+)"),
+        *("-P", "resume=false"),
     ]
 
 

@@ -22,7 +22,7 @@ from slm.prompts.prompt_sets import PromptSet
 from slm.prompts.row_mapping import RowMapper, RowMapping
 from slm.scorers import scorer_calls, user_scorers
 
-FILE, PLACE = "_metadata.file_path", "_metadata.row_index"  # beside the columns of a table of any names
+FILE, PLACE = "file of the row", "place of the row"  # names that no column of a table has
 SHOWN = 10_000  # answers that the driver holds, samples.jsonl lists and the report shows
 BUCKET_ROWS = 16  # a bucket's prompts, until MOST_BUCKETS are reached; then they grow
 MOST_BUCKETS = 1000
