@@ -201,11 +201,14 @@ def _threshold(metric: object, rules: object, name: str) -> Threshold:
 
 def _as_number(limit: object) -> str:
     """The remedy for a number that YAML reads as text: 1e-1 (YAML 1.1), or a number in quotes."""
+    example = "write one such as 0.6"
+    if not isinstance(limit, str) or len(limit) > 19:
+        return example
     try:
-        number = Decimal(limit) if isinstance(limit, str) and len(limit) < 20 else Decimal("NaN")
+        number = Decimal(limit)
     except InvalidOperation:
-        number = Decimal("NaN")
-    return f"write {number:f}" if number.is_finite() and abs(number.adjusted()) < 20 else "write one such as 0.6"
+        return example
+    return f"write {number:f}" if number.is_finite() and abs(number.adjusted()) < 20 else example
 
 
 def _outcome(

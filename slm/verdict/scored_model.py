@@ -134,4 +134,4 @@ def values_by_scorer(samples: tuple[Sample, ...]) -> dict[str, dict[str, float]]
 
 def ks(repeats: int) -> list[int]:
     """The k of pass@k and pass^k: 2, 4, 8, … and the number of repeats."""
-    return sorted({2**power for power in range(1, repeats.bit_length()) if 2**power < repeats} | {repeats} - {1})
+    return sorted({2**power for power in range(1, repeats.bit_length())} | {repeats} - {1})

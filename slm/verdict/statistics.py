@@ -106,7 +106,7 @@ def paired_difference(
         ValueError: a score is NaN or infinite, or the lengths differ.
     """
     new, codes = _checked(candidate, clusters)
-    old, _ = _checked(baseline, clusters)
+    old, _ = _checked(baseline, None)
     if new.size != old.size:
         raise ValueError(f"{new.size} candidate and {old.size} baseline scores: pair them first")
     n, gaps = new.size, np.round(new - old, 12)  # else 0.3 - 0.1 and 0.2 - 0 would not be ties
@@ -242,7 +242,7 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     p = np.asarray(p_values, dtype=float)
     if not np.all((p >= 0) & (p <= 1)):
         raise ValueError("p-values lie between 0 and 1, and a missing one must be left out")
-    order = np.argsort(p, kind="stable")
+    order = np.argsort(p)
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1)), 1.0)
     return adjusted
@@ -284,8 +284,8 @@ def _checked(values: Sequence[float], clusters: Clusters | None) -> tuple[np.nda
     if len(clusters) != array.size:
         raise ValueError(f"{array.size} scores and {len(clusters)} clusters")
     numbers: dict[Hashable, int] = {}
-    keys = [("row", i) if cluster is None else ("cluster", cluster) for i, cluster in enumerate(clusters)]
-    return array, np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=int)
+    keys = [object() if cluster is None else cluster for cluster in clusters]
+    return array, np.array([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
 def _estimate(

@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 from support.commands import REPOSITORY, call, entry_point, free_port
 from support.databases import sqlite_store
@@ -21,7 +20,6 @@ from entrypoints import evaluate
 from slm.base.errors import BadInput
 from slm.prompts import prompt_sets, row_mapping
 from slm.scorers import scorer_calls
-from slm.verdict import statistics
 
 MODEL = """
 import os, time
@@ -121,64 +119,6 @@ def run(session, tmp_path, monkeypatch, capsys):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     mlflow.set_tracking_uri(None)
-
-
-# Sums -----------------------------------------------------------------------------------------------------------------
-
-
-def sums_of(values, clusters, binary, unit) -> statistics.Sums:
-    keys = [("row", place) if cluster is None else cluster for place, cluster in enumerate(clusters)]
-    groups = {key: [v for v, k in zip(values, keys, strict=True) if k == key] for key in dict.fromkeys(keys)}
-    return statistics.Sums(
-        n=len(values),
-        total=sum(values),
-        squares=sum(value**2 for value in values),
-        low=min(values),
-        high=max(values),
-        binary=binary,
-        unit=unit,
-        groups=len(groups),
-        group_squares=sum(sum(group) ** 2 for group in groups.values()),
-        group_products=sum(len(group) * sum(group) for group in groups.values()),
-        group_sizes=sum(len(group) ** 2 for group in groups.values()),
-    )
-
-
-KINDS = {
-    "yes or no": lambda random, n: random.integers(0, 2, n).astype(float),
-    "shares": lambda random, n: np.round(random.random(n), 2),
-    "all equal": lambda random, n: np.full(n, 0.3),
-    "beyond one": lambda random, n: random.normal(0, 3, n),
-    "mostly equal": lambda random, n: np.where(random.random(n) < 3 / n, 0.5, 1.0),
-}
-
-
-@pytest.mark.parametrize("clustered", [False, True])
-@pytest.mark.parametrize("n", [1, 2, 40, 1500])
-@pytest.mark.parametrize("kind", KINDS)
-def test_sums_give_the_estimate_and_the_difference_that_the_scores_give(kind, n, clustered):
-    random = np.random.default_rng(n)
-    new, old = KINDS[kind](random, n), KINDS[kind](random, n)
-    clusters = [f"c{place % (n // 4 + 1)}" if clustered and place % 3 else None for place in range(n)]
-    binary, unit = kind == "yes or no", kind != "beyond one"
-    expected = statistics.mean_estimate(new, clusters)
-    found = statistics.estimate_from_sums(sums_of(new, clusters, binary, unit))
-    assert vars(found) == pytest.approx(vars(expected), rel=1e-9, abs=1e-9, nan_ok=True)
-    gaps = np.round(new - old, 12)
-    keys = [("row", place) if cluster is None else cluster for place, cluster in enumerate(clusters)]
-    totals: dict = {}
-    for key, gap in zip(keys, gaps, strict=True):
-        totals[key] = totals.get(key, 0.0) + gap
-    counted: dict = {}
-    for total in totals.values():
-        counted[round(total, 12)] = counted.get(round(total, 12), 0) + 1
-    binary = statistics._is_binary(new) and statistics._is_binary(old)
-    unit = statistics._in_unit(new) and statistics._in_unit(old)
-    found = statistics.difference_from_sums(
-        sums_of(gaps, clusters, binary, unit), int(sum(gaps > 0)), int(sum(gaps < 0)), list(counted.items())
-    )
-    expected = statistics.paired_difference(new, old, clusters)
-    assert vars(found) == pytest.approx(vars(expected), rel=1e-9, abs=1e-9, nan_ok=True)
 
 
 # The prompt set -------------------------------------------------------------------------------------------------------

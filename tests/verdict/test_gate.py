@@ -163,6 +163,12 @@ EMPTY_DIFFERENCE = Difference(NAN, NAN, NAN, NAN, NAN, 0, NAN)
             "no row was scored for both candidate and baseline",
         ),
         (
+            Threshold("exact_match/mean", max_drop=0.1),
+            KNOWN,
+            {"exact_match": Difference(0.1, NAN, NAN, NAN, NAN, 1, NAN)},
+            "no row was scored for both candidate and baseline",
+        ),
+        (
             Threshold("rows_failed", max_drop=0.1),
             KNOWN,
             {"exact_match": difference(0, 0.1)},
@@ -281,6 +287,16 @@ def test_two_equal_models_pass_once_enough_prompts_were_asked():
         ),
         ("a: {min: 60%}", "gate.yaml: 'a': `min` is '60%', not a number; write one such as 0.6"),
         ("a: {min: 1e999999999}", "gate.yaml: 'a': `min` is '1e999999999', not a number; write one such as 0.6"),
+        ("a: {min: 1e19}", "gate.yaml: 'a': `min` is '1e19', not a number; write 10000000000000000000"),
+        ("a: {min: 1e20}", "gate.yaml: 'a': `min` is '1e20', not a number; write one such as 0.6"),
+        (
+            "a: {min: '0.12345678901234567'}",
+            "gate.yaml: 'a': `min` is '0.12345678901234567', not a number; write 0.12345678901234567",
+        ),
+        (
+            "a: {min: '0.123456789012345678'}",
+            "gate.yaml: 'a': `min` is '0.123456789012345678', not a number; write one such as 0.6",
+        ),
         ("a: {min: nan}", "gate.yaml: 'a': `min` is 'nan', not a number; write one such as 0.6"),
         pytest.param(
             "a: {min: .nan}",
@@ -288,6 +304,8 @@ def test_two_equal_models_pass_once_enough_prompts_were_asked():
             marks=pytest.mark.fault("gates: NaN"),
         ),
         ("a: {max: -.inf}", "gate.yaml: 'a': `max` is -inf; write a finite number"),
+        ("a: {max: 1.0e+300}", "gate.yaml: 'a': `max` is 1e+300; write a finite number"),
+        ("a: {max: -1.0e+300}", "gate.yaml: 'a': `max` is -1e+300; write a finite number"),
         ("a: {max: 1" + "0" * 400 + "}", "gate.yaml: 'a': `max` is 1000000000"),
         ("a: {max: 0x1" + "0" * 9000 + "}", "gate.yaml: 'a': `max` is a number of thousands of digits; write a finite"),
         ("a: {min: true}", "gate.yaml: 'a': `min` is true, not a number; write one such as 0.6"),
@@ -508,3 +526,19 @@ def test_a_regress_against_the_baseline_names_the_limit():
 def test_a_ratio_at_its_limit_keeps_the_rule(keyword):
     [check] = decide(rule("rows", **{keyword: 1.5}), {"rows": 3.0}, {}, {"rows": 2.0}).checks
     assert (check.state, check.reason) == ("pass", "3 is 1.50 of the baseline's 2")
+
+
+def test_a_gate_has_100_000_characters_at_most():
+    text = "rows: {max: 5}".ljust(100_000)
+    assert read_thresholds(text, "gate.yaml") == rule("rows", max=5.0)
+    with pytest.raises(BadInput) as refused:
+        read_thresholds(text + " ", "gate.yaml")
+    assert str(refused.value) == "gate.yaml: is longer than 100,000 characters; is it a gate?"
+
+
+def test_of_several_models_the_worst_verdict_counts_and_all_checks_are_kept():
+    passed, unsure, failed = (Check("a", "min 1", state, "") for state in ("pass", "inconclusive", "regress"))
+    verdicts = [Verdict("regress", (passed, failed)), Verdict("inconclusive", (unsure,))]
+    assert gate.worst(verdicts) == Verdict("regress", (passed, failed, unsure))
+    assert gate.worst(verdicts[1:]) == Verdict("inconclusive", (unsure,))
+    assert gate.worst([]) == Verdict("none", ())

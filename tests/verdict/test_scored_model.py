@@ -1,9 +1,10 @@
 """What is computed from a model's samples: counts, latencies, scores by scorer and prompt, pass@k and pass^k."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
-from support.scored import facts
+from support.scored import facts, prompts, scored
 
 from slm.verdict import scored_model, statistics
 from slm.verdict.scored_model import Sample
@@ -97,3 +98,11 @@ def test_a_graded_score_and_a_single_answer_have_no_pass_at_k():
 )
 def test_k_is_each_power_of_two_and_the_number_of_repeats(repeats, expected):
     assert scored_model.ks(repeats) == expected
+
+
+def test_each_sample_is_a_line_of_json_with_its_text_as_it_is():
+    model = scored([{"s": 1.0}, {"s": None}], prompts(2))
+    model = replace(model, samples=(replace(model.samples[0], output="Größe\n\u2028四"), model.samples[1]))
+    first, second = model.sample_lines()
+    assert '"output": "Größe\\n\u2028四"' in first and "\n" not in first
+    assert [json.loads(line) for line in (first, second)] == [asdict(sample) for sample in model.samples]

@@ -96,6 +96,16 @@ def test_equal_scores_are_not_certainty():
     assert interval(mean_estimate([7.0] * 10)) == (-math.inf, math.inf)
 
 
+@pytest.mark.parametrize("n", range(1, 120))
+def test_none_right_is_bounded_by_exactly_0_and_all_right_by_exactly_1(n):
+    assert mean_estimate([0.0] * n).ci95_low == 0.0
+    assert mean_estimate([1.0] * n).ci95_high == 1.0
+
+
+def test_two_scores_have_students_interval_with_one_degree_of_freedom():
+    assert interval(mean_estimate([7.0, 9.0])) == pytest.approx(stats.t.interval(0.95, 1, 8.0, 1.0))
+
+
 def test_no_scores_give_nan_and_not_zero():
     estimate = mean_estimate([])
     assert estimate.n == 0
@@ -104,7 +114,9 @@ def test_no_scores_give_nan_and_not_zero():
 
 @pytest.mark.parametrize("bad", [[1.0, math.nan], [math.inf], [[1.0, 0.0]], [None, 1.0]])
 def test_what_is_not_a_finite_score_is_refused(bad):
-    with pytest.raises(ValueError, match="drop and count unscored answers"):
+    with pytest.raises(
+        ValueError, match=r"^a flat list of finite numbers is needed: drop and count unscored answers first$"
+    ):
         mean_estimate(bad)
 
 
@@ -168,6 +180,28 @@ def test_a_single_cluster_counts_as_one_row():
     assert math.isnan(estimate.stderr)
     assert interval(estimate) == pytest.approx(proportion_confint(0.75, 1, method="wilson"))
     assert interval(mean_estimate([0.2, 0.4], ["a", "a"])) == (0.0, 1.0)
+
+
+def test_clustered_yes_no_scores_get_wilsons_interval_of_the_effective_rows_of_korn_and_graubard(clustered):
+    scores, _, clusters = clustered
+    ratio = stats.sem(scores) / mean_estimate(scores, clusters).stderr
+    degrees = len(scores) - 1, len(set(clusters)) - 1
+    rows = len(scores) * (ratio * stats.t.ppf(0.975, degrees[0]) / stats.t.ppf(0.975, degrees[1])) ** 2
+    expected = proportion_confint(scores.mean() * rows, rows, method="wilson")
+    assert interval(mean_estimate(scores, clusters)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("scores", "rows"),
+    [
+        ([1.0] * 9 + [0.0] * 11, 1),  # two clusters that are nearly all right and all wrong
+        ([1.0, 0.0] * 10, 20),  # each cluster has one right and one wrong: no spread between clusters
+    ],
+)
+def test_clusters_count_as_one_row_at_least_and_as_their_rows_at_most(scores, rows):
+    clusters = [place // (10 if rows == 1 else 2) for place in range(20)]
+    expected = proportion_confint(np.mean(scores) * rows, rows, method="wilson")
+    assert interval(mean_estimate(scores, clusters)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("p", "clusters", "likeness"), [(0.6, 10, 0.3), (0.6, 40, 0.3), (0.9, 10, 0.1), (0.6, 4, 0.3)])
@@ -284,6 +318,54 @@ def test_a_few_graded_pairs_are_as_wide_as_their_sizes_allow():
     assert difference.detectable < 0.15
 
 
+@pytest.mark.parametrize("sizes", [(0.1, 0.2, 0.05, 0.3), (0.9,)])
+def test_a_few_graded_pairs_get_tangos_bound_in_units_of_the_largest_possible_difference(sizes):
+    """The docstring's rule: the largest difference seen, times 5^(1/d), and at most 1. Student's bound lies within."""
+    equal = [0.05] * (30 - len(sizes))
+    found = paired_difference([*sizes, *equal], [0.0] * len(sizes) + equal)
+    unit = min(1.0, max(sizes) * 5 ** (1 / len(sizes)))
+    assert found.ci95_high == pytest.approx(unit * paired_difference(*pairs(len(sizes), 0, 30)).ci95_high)
+
+
+def test_a_few_graded_pairs_keep_students_bound_where_it_is_wider_than_tangos():
+    new, old = [0.9, 0.05, 0.05], [0.0, 0.0, 0.0]
+    low, high = stats.t.interval(0.95, 2, *gaps_of(new, old))
+    assert low < -0.8 and high > 1
+    assert interval(paired_difference(new, old)) == pytest.approx((low, 1.0))
+
+
+@pytest.mark.parametrize(("differing", "wider"), [(9, True), (10, False)])
+def test_ten_differing_pairs_are_enough_for_students_interval_alone(differing, wider):
+    new = [0.5 + 0.01 * place for place in range(1, differing + 1)] + [0.5] * 5
+    students = stats.t.interval(0.95, len(new) - 1, *gaps_of(new, [0.5] * len(new)))
+    found = interval(paired_difference(new, [0.5] * len(new)))
+    assert (found != pytest.approx(students)) == wider
+
+
+def test_an_interval_of_differences_is_cut_to_the_scale_only_where_all_scores_lie_on_it():
+    new, old, clusters = [0.9] * 6 + [0.1] * 6, [0.1] * 6 + [0.8] * 6, [0] * 6 + [1] * 6
+    assert interval(paired_difference(new, old, clusters)) == (-1.0, 1.0)
+    assert interval(paired_difference([9, 1, 2], [3, 4, 5])) == pytest.approx(stats.t.interval(0.95, 2, 0, 3))
+    assert paired_difference([9, 1, 2], [3, 4, 5]).detectable == pytest.approx(2.801585 * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize(("new", "old"), [([1, 0, 1, 1], [0.5, 0.25, 0, 0.75]), ([0.5, 0.25, 0, 0.75], [1, 0, 1, 1])])
+def test_a_yes_no_score_beside_a_graded_one_is_compared_as_a_graded_one(new, old):
+    found = paired_difference(new, old)
+    assert found.p_value == pytest.approx(stats.wilcoxon(np.subtract(new, old), method="exact").pvalue)
+    assert found.p_value != pytest.approx(stats.binomtest(int(np.sum(np.greater(new, old))), 4).pvalue)
+
+
+@pytest.mark.parametrize(("new", "old"), [([1.5, 0.2], [0.5, 0.4]), ([0.5, 0.4], [1.5, 0.2])])
+def test_scores_beyond_1_of_one_model_leave_the_scale_open(new, old):
+    assert interval(paired_difference(new, old)) == pytest.approx(stats.t.interval(0.95, 1, *gaps_of(new, old)))
+
+
+def test_a_difference_below_the_12th_decimal_is_a_rounding_error():
+    found = paired_difference([0.5 + 3e-13, 0.7, 0.9], [0.5, 0.7, 0.9])
+    assert (found.mean, found.p_value) == (0.0, 1.0)
+
+
 def gaps_of(new, old) -> tuple[float, float]:
     gaps = np.subtract(new, old)
     return float(gaps.mean()), float(stats.sem(gaps))
@@ -337,6 +419,22 @@ def test_a_few_graded_pairs_get_the_exact_signed_rank_test_of_scipy():
     assert found == pytest.approx(stats.wilcoxon(gaps, method="exact").pvalue)
 
 
+@pytest.mark.parametrize("signs", itertools.product((1, -1), repeat=4))
+def test_a_few_tied_pairs_get_all_their_sign_patterns_as_scipy_counts_them(signs):
+    """Ranks 1, 2.5, 2.5 and 4: sums of ranks may lie half a rank apart."""
+    gaps = np.array([0.125, 0.25, 0.25, 0.5]) * signs
+    expected = stats.wilcoxon(gaps, method=stats.PermutationMethod()).pvalue
+    assert paired_difference(np.maximum(gaps, 0), np.maximum(-gaps, 0)).p_value == pytest.approx(expected)
+
+
+def test_up_to_16_tied_pairs_get_the_exact_test_and_more_the_normal_approximation():
+    def found(better: int, worse: int) -> float:
+        return paired_difference([0.25] * better + [0.5] * worse, [0.0] * better + [0.75] * worse).p_value
+
+    assert found(12, 4) == pytest.approx(stats.binomtest(12, 16).pvalue)  # with equal ranks, it is the sign test
+    assert found(13, 4) == pytest.approx(stats.wilcoxon([0.25] * 13 + [-0.25] * 4, method="approx").pvalue)
+
+
 @pytest.mark.parametrize("equal", [0, 5, 500])
 def test_pairs_that_are_equal_do_not_make_three_changed_ones_significant(equal):
     new, old = [0.9, 0.8, 0.7] + [0.5] * equal, [0.1, 0.2, 0.3] + [0.5] * equal
@@ -349,6 +447,12 @@ def test_under_clusters_the_test_runs_on_the_clusters_sums():
     assert paired_difference(new, old).p_value == pytest.approx(2 / 2**10)
     assert paired_difference(new, old, clusters).p_value == 1.0
     assert paired_difference(new, old, clusters).ci95_low < 0 < paired_difference(new, old).ci95_low
+
+
+def test_two_rows_of_one_cluster_are_one_pair_of_the_test():
+    clusters = ["a", "a", None, None, None, None]
+    assert paired_difference([1.0] * 6, [0.0] * 6).p_value == pytest.approx(2 / 2**6)
+    assert paired_difference([1.0] * 6, [0.0] * 6, clusters).p_value == pytest.approx(2 / 2**5)
 
 
 def test_unpaired_scores_are_refused_and_none_at_all_give_nan():
@@ -376,6 +480,16 @@ def test_a_change_of_3_points_takes_about_880_prompts():
     # one try with 120 yes/no items and 12 % flips had a standard error of 0.029
     tried = Difference(0.0, 0.029, -0.057, 0.057, 1.0, 120, (1.959964 + 0.841621) * 0.029)
     assert prompts_needed(tried, 0.03) == 881
+
+
+def test_before_enough_were_asked_the_number_takes_two_equal_models_and_not_the_difference_seen():
+    tried = Difference(0.01, 0.029, -0.047, 0.067, 1.0, 120, (1.959964 + 0.841621) * 0.029)
+    assert prompts_needed(tried, 0.03) == 881
+
+
+def test_a_run_that_had_just_enough_prompts_is_told_a_larger_number():
+    tried = Difference(0.0, 0.01, -0.0196, 0.0196, 1.0, 100, 0.03 * math.sqrt(0.995))  # 99.5 prompts
+    assert prompts_needed(tried, 0.03) == 101
 
 
 def test_where_enough_were_asked_the_difference_seen_says_how_many_more():
@@ -409,6 +523,19 @@ def test_a_mean_is_told_from_a_bound_by_so_many_prompts_that_are_then_enough():
     assert prompts_to_settle(mean_estimate([]), 0.5) is None
 
 
+def test_without_spread_half_the_interval_stands_for_the_standard_error():
+    low, high = proportion_confint(30, 30, method="wilson")
+    error = (high - low) / 2 / 1.959964
+    assert prompts_to_settle(mean_estimate([1.0] * 30), 0.95) == math.ceil(30 * (2.801585 * error / 0.05) ** 2)
+    assert prompts_to_settle(mean_estimate([1.0]), 0.5) == 2  # (2.8 * 0.2024 / 0.5)^2 = 1.3
+
+
+def test_a_number_of_a_thousand_million_prompts_is_none():
+    seen = mean_estimate(yes_no(62, 100))
+    assert prompts_to_settle(seen, 0.62 + 5e-5) < 10**9
+    assert prompts_to_settle(seen, 0.62 + 1e-5) is None
+
+
 def test_more_prompts_are_always_asked_for_than_were_asked():
     assert prompts_to_settle(mean_estimate([1.0] * 5), 0.6) == 6
 
@@ -416,7 +543,7 @@ def test_more_prompts_are_always_asked_for_than_were_asked():
 # Many comparisons, percentiles
 
 
-@pytest.mark.parametrize("p_values", [[0.01, 0.04, 0.03, 0.005], [0.5], [1.0, 1.0], [0.2, 0.2, 0.01], []])
+@pytest.mark.parametrize("p_values", [[0.01, 0.04, 0.03, 0.005], [0.5], [1.0, 1.0], [0.2, 0.2, 0.01], [0.0, 0.5], []])
 def test_holms_correction_is_that_of_statsmodels(p_values):
     adjusted = multipletests(p_values, method="holm")[1] if p_values else []
     assert holm(p_values) == pytest.approx(adjusted)
@@ -424,7 +551,7 @@ def test_holms_correction_is_that_of_statsmodels(p_values):
 
 @pytest.mark.parametrize("bad", [[math.nan], [-0.1], [1.1]])
 def test_what_is_not_a_p_value_is_refused(bad):
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match=r"^p-values lie between 0 and 1, and a missing one must be left out$"):
         holm(bad)
 
 
