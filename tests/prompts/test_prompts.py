@@ -1,7 +1,9 @@
 """What a prompt set may look like, and the one line that each mistake in it gets."""
 
+import gzip
 import hashlib
 import json
+import tracemalloc
 
 import pytest
 from support.commands import REPOSITORY
@@ -9,9 +11,10 @@ from support.commands import REPOSITORY
 from slm.base import strict_json
 from slm.base.errors import BadInput
 from slm.base.strict_yaml import parse_yaml
-from slm.prompts.prompt_rows import Prompt, ScorerCall, canonical_rows
-from slm.prompts.prompt_sets import read_prompt_set
-from slm.prompts.readers import FILE_BYTES
+from slm.prompts import prompt_sets, readers
+from slm.prompts.prompt_rows import Prompt, ScorerCall, canonical_rows, conversation
+from slm.prompts.prompt_sets import read_prompt_set, with_scorers
+from slm.prompts.readers import FILE_BYTES, LINE_BYTES, YAML_BYTES
 from slm.scorers.confined import CHECKS
 
 PROMPTS = REPOSITORY / "prompts"
@@ -78,6 +81,7 @@ def test_a_full_row_becomes_a_frozen_record(read):
             ("4",),
             (ScorerCall("number", {"tolerance": 0.5}),),
         ),
+        ({"expected": "4", "scorers": {"number": None}}, ("4",), (ScorerCall("number", {}),)),
         ({"scorers": [{"regex": {"pattern": "4"}}]}, (), (ScorerCall("regex", {"pattern": "4"}),)),
         ({"scorers": ["json_schema"]}, (), (ScorerCall("json_schema", {}),)),
     ],
@@ -88,8 +92,9 @@ def test_expected_and_scorers_in_their_short_and_long_forms(read, row, expected,
 
 
 def test_mlflows_own_dataset_rows_are_read(read):
-    theirs = {"inputs": {"messages": USER}, "expectations": {"expected_response": "Paris"}, "tags": ["x"]}
-    ours = {"messages": USER, "expected": "Paris", "tags": ["x"]}
+    more = {"id": "a", "scorers": ["exact_match"], "cluster": "c", "tags": ["x"]}
+    theirs = {"inputs": {"messages": USER}, "expectations": {"expected_response": "Paris"}} | more
+    ours = {"messages": USER, "expected": "Paris"} | more
     assert read(jsonl(theirs)).prompts == read(jsonl(ours)).prompts
     assert read(jsonl({"inputs": {"messages": USER}})).prompts[0].scorers == ()
 
@@ -162,6 +167,49 @@ def test_a_missing_id_is_made_of_the_question_and_the_answer_and_stays_put(read)
     assert first != second
 
 
+def test_a_missing_id_is_the_hash_of_the_conversation_and_the_expected_texts(read):
+    content = '{"expected":["Paris"],"messages":[{"content":"Capital of France?","role":"user"}]}'
+    [prompt] = read(jsonl({"messages": USER, "expected": "Paris"})).prompts
+    assert prompt.id == f"row-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def test_rows_that_expect_a_text_and_name_no_scorer_are_counted(read):
+    plain, named = {"expected": "4"}, {"expected": "4", "scorers": ["exact_match"]}
+    rows = [ROW | {"id": f"{place}"} | more for place, more in enumerate((plain, {}, named, plain, {"scorers": []}))]
+    assert read(jsonl(*rows)).unnamed == 2
+    assert read(jsonl(*rows[1:3])).unnamed == 0
+
+
+def test_scorers_of_a_run_are_added_to_each_row_that_does_not_name_them(read):
+    strict, loose = ScorerCall("contains", {"whole_word": True}), ScorerCall("contains", {})
+    rows = (
+        {"id": "a", "prompt": "x", "expected": "4", "scorers": [{"contains": {"whole_word": True}}]},
+        ROW | {"id": "b"},
+    )
+    before = read(jsonl(*rows, ROW | {"id": "c", "expected": "4"}))
+    number = ScorerCall("number", {})
+    after = with_scorers(before, [loose, number])
+    assert [prompt.scorers for prompt in after.prompts] == [(strict, number), (loose, number), (loose, number)]
+    assert (after.name, after.source, after.unnamed) == (before.name, before.source, 1)
+    assert [prompt.id for prompt in after.prompts] == ["a", "b", "c"] and after.count == 3
+    written = json.dumps(canonical_rows(after.prompts), sort_keys=True, separators=(",", ":"))
+    assert after.sha256 == hashlib.sha256(written.encode()).hexdigest() != before.sha256
+    assert after.scorer_names == {"contains", "number"}
+
+
+def test_a_plain_prompt_is_a_conversation_of_one_message(read):
+    plain, chat = read(jsonl(ROW, {"id": "b", "messages": USER})).prompts
+    assert conversation(plain) == [{"role": "user", "content": "2+2?"}]
+    assert conversation(chat) == USER and conversation(chat)[0] is not chat.messages[0]
+
+
+def test_several_scorers_of_a_csv_cell_and_line_ends_within_a_cell_are_kept(read):
+    [prompt] = read('prompt,expected,scorers\n"a\r\nb",4,exact_match | number\n', ".csv").prompts
+    assert prompt.prompt == "a\r\nb"
+    assert prompt.scorers == (ScorerCall("exact_match", {}), ScorerCall("number", {}))
+    assert [prompt.id for prompt in read("id,prompt\ra,x\rb,y\r", ".csv").prompts] == ["a", "b"]
+
+
 def test_unicode_line_separators_inside_json_do_not_split_a_row(read):
     text = "a\u2028b\u0085c"
     assert read(json.dumps({"prompt": text}, ensure_ascii=False)).prompts[0].prompt == text
@@ -193,7 +241,10 @@ def test_a_quoted_csv_cell_may_span_lines_and_the_line_named_is_where_its_row_st
             "there are id, messages, prompt, expected, scorers, cluster, tags",
             marks=pytest.mark.fault("prompt sets: an unknown column"),
         ),
-        ([["a"]], "set.jsonl line 1: is ['a']; write a mapping with"),
+        (
+            [["a"]],
+            "set.jsonl line 1: is ['a']; write a mapping with id, messages, prompt, expected, scorers, cluster, tags",
+        ),
         ([ROW | {"messages": USER}], "set.jsonl line 1: has both `messages` and `prompt`; give one of them"),
         pytest.param(
             [{"id": "a"}],
@@ -280,6 +331,7 @@ def test_a_quoted_csv_cell_may_span_lines_and_the_line_named_is_where_its_row_st
         ([ROW | {"inputs": {"messages": USER}}], "set.jsonl line 1: unknown field 'prompt'; there are inputs, exp"),
         ([{"inputs": "x"}], "set.jsonl line 1: `inputs` is 'x'; write a mapping with `messages`"),
         ([{"inputs": {"question": "x"}}], "set.jsonl line 1 `inputs`: unknown field 'question'; there are messages"),
+        ([{"expectations": {"expected_response": "x"}}], "set.jsonl line 1: has neither `messages` nor `prompt`"),
         ([{"inputs": {}}], "set.jsonl line 1: has neither `messages` nor `prompt`"),
         (
             [{"inputs": {"messages": USER}, "expectations": {"expected_facts": ["x"]}}],
@@ -313,6 +365,14 @@ def test_a_bad_row_is_named_with_its_line_its_value_and_the_remedy(read, rows, m
             "set.jsonl line 2: byte 0xff is not UTF-8; save as UTF-8",
             marks=pytest.mark.fault("prompt sets: invalid UTF-8"),
         ),
+        (b'\n{"prompt": "\xff"}', ".jsonl", "set.jsonl line 2: byte 0xff is not UTF-8"),
+        (gzip.compress(jsonl(ROW).encode()), ".jsonl", "set.jsonl: is compressed with gzip; unpack it first"),
+        (
+            jsonl({"prompt": "x" * LINE_BYTES}),
+            ".jsonl",
+            "set.jsonl line 1: is 8.0 MiB long; at most 1 MiB is read: sho",
+        ),
+        (" " * (YAML_BYTES + 1), ".yaml", "set.yaml: is larger than 4 MiB; write it as JSONL"),
         (jsonl(ROW).encode("utf-16"), ".jsonl", "set.jsonl line 1: byte 0xff is not UTF-8"),
         pytest.param(
             jsonl(ROW) + "{'id': 1}",
@@ -339,7 +399,7 @@ def test_a_bad_row_is_named_with_its_line_its_value_and_the_remedy(read, rows, m
         (
             '{"prompt":"x","expected":"1","scorers":{"number":{"tolerance":1e999}}}',
             ".jsonl",
-            "set.jsonl line 1: the opt",
+            "set.jsonl line 1: the options of scorer number are {'tolerance': inf}; write plain text, numbers, lists",
         ),
         ("prompt: x", ".yaml", "set.yaml: is {'prompt': 'x'}; write a list of rows, each starting with '- '"),
         ("- prompt: x\n  prompt: y\n", ".yaml", "set.yaml: not YAML: line 2: the key 'prompt' is given twice"),
@@ -371,6 +431,7 @@ def test_a_bad_row_is_named_with_its_line_its_value_and_the_remedy(read, rows, m
         ("id,prompt\na,b,c\n", ".csv", "set.csv line 2: has 3 cells under 2 columns; put a text with a comma in it in"),
         ("id,prompt\na\n", ".csv", "set.csv line 2: has 1 cells under 2 columns"),
         ("id,prompt\na,\n", ".csv", "set.csv line 2: has neither `messages` nor `prompt`"),
+        ('id,"prompt\n', ".csv", "set.csv line 1: not CSV: unexpected end of data"),
         ('id,prompt\na,"b\n', ".csv", "set.csv line 2: not CSV: unexpected end of data"),
         ('id,prompt\na,"b"c\n', ".csv", "set.csv line 2: not CSV: ',' expected after '\"'"),
         ("id,prompt\na,b\0c\n", ".csv", r"set.csv line 2: `prompt` is 'b\x00c' with a NUL character in it"),
@@ -413,6 +474,29 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
         read_prompt_set(tmp_path / "set.jsonl", "x", CHECKS)
 
 
+def test_a_file_and_a_set_of_just_the_limits_are_read(read, monkeypatch):
+    rows = [ROW, ROW | {"id": "b"}, ROW | {"id": "c"}]
+    monkeypatch.setattr(readers, "FILE_BYTES", len(jsonl(*rows)))
+    monkeypatch.setattr(prompt_sets, "ROWS", 3)
+    assert read(jsonl(*rows)).count == 3
+    assert complaint(read, jsonl(*rows) + " ") == "set.jsonl: is larger than 0 MiB; split it"
+    monkeypatch.setattr(readers, "FILE_BYTES", FILE_BYTES)
+    assert complaint(read, jsonl(*rows, ROW | {"id": "d"})) == (
+        "set.jsonl: has more than 3 rows; split it, or draw a sample"
+    )
+
+
+def test_a_huge_file_is_not_read_into_memory(tmp_path):
+    path = tmp_path / "set.jsonl"
+    with path.open("wb") as file:
+        file.truncate(300_000_000)
+    tracemalloc.start()
+    complaint(read_prompt_set, path, "x", CHECKS)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000_000
+
+
 def test_a_file_above_64_mib_is_refused(tmp_path):
     path = tmp_path / "set.jsonl"
     with path.open("wb") as file:
@@ -429,6 +513,14 @@ def test_a_row_just_below_1_mib_is_read_in_every_format(read):
         (f"- prompt: {text}", ".yaml"),
     ]:
         assert read(content, suffix).prompts[0].prompt == text
+
+
+def test_a_row_of_exactly_1_mib_in_its_canonical_form_and_a_line_of_8_mib_are_read(read):
+    empty = '{"expected":[],"id":"","prompt":"","scorers":[],"tags":[]}'
+    text = "x" * (2**20 - len(empty))
+    assert read(jsonl({"prompt": text}).rstrip("\n").ljust(LINE_BYTES)).prompts[0].prompt == text
+    longer = complaint(read, jsonl({"prompt": text + "x"}))
+    assert longer == "set.jsonl line 1: is 1.0 MiB long; at most 1 MiB is read: shorten it"
 
 
 def test_a_users_own_scorer_is_known_when_named_and_its_options_are_left_alone(read):

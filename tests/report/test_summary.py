@@ -11,7 +11,7 @@ from rich.console import Console
 from support.scored import prompts, report, scored
 
 from slm.report import summary
-from slm.verdict import estimation, gate
+from slm.verdict import estimation, gate, statistics
 
 
 def test_a_single_scorer_is_told_by_its_corrected_p_and_not_by_its_own():
@@ -105,6 +105,49 @@ def test_counts_that_differ_between_models_are_both_told_and_pass_at_k_follows_t
     assert labels[:5] == [
         "contains (1/4)", "number (1/4)", "score, over all (1/4)", "pass@3, over all (1)", "pass^3, over all (1)",
     ]  # fmt: skip
+    assert summary.lines([twice, four])[3].cells == ("1.00 [0.21, 1.00]", "n/a")  # Wilson's interval of 1 of 1
+
+
+def test_a_model_without_a_score_or_a_sample_has_its_lines_too():
+    unscored = scored([{"contains": None}], prompts(1))
+    line = summary.lines([replace(unscored, samples=())])[0]
+    assert (line.label, line.cells) == ("score, over all (0)", ("n/a",))
+
+
+def test_a_model_without_counts_has_no_failed_rows_and_no_remark_on_listed_ones():
+    model = scored([], prompts(0))
+    made = report([replace(model, metrics={})], prompts(0), gate.Verdict("none", ()))
+    assert made.remarks == ["m was not given max_tokens, temperature, top_p, stop, seed: not declared by it"]
+    assert 'tests="1" failures="0" errors="0"' in summary.junit(made)
+
+
+def gap(p_value: float) -> statistics.Difference:
+    return statistics.Difference(0.1, 0.04, 0.02, 0.18, p_value, 20, 0.11)
+
+
+def differences_told(**p_values: float) -> list[str]:
+    """The scorers whose difference the remarks tell, in their order."""
+    two = [scored([RIGHT], prompts(1)) for _ in range(2)]
+    compared = {name: gap(p_value) for name, p_value in p_values.items()}
+    said = report(two, prompts(1), gate.Verdict("none", ()), compared).remarks
+    return [line.split(", ")[1].split(":")[0] for line in said if " minus " in line]
+
+
+def test_the_overall_score_is_told_first_and_then_each_scorer_beyond_chance():
+    assert differences_told(zebra=0.001, contains=0.001, score=0.9) == ["score", "contains", "zebra"]
+
+
+def test_a_corrected_p_of_5_percent_and_an_unknown_one_are_not_beyond_chance():
+    assert differences_told(contains=0.05) == []
+    assert differences_told(contains=0.049, number=math.nan) == ["contains"]
+
+
+def test_a_baseline_that_comes_first_hides_no_difference_of_the_next_model():
+    made = pair()
+    turned = replace(made, models=made.models[::-1], differences=made.differences[::-1], baseline=0)
+    assert [line for line in turned.remarks if " minus " in line] == [
+        line for line in made.remarks if " minus " in line
+    ] and any("models:/m/2 minus models:/m@champion, score:" in line for line in turned.remarks)
 
 
 def test_the_remarks_tell_the_difference_and_the_flips():
@@ -174,6 +217,40 @@ def test_junit_names_the_rows_that_failed():
     assert 'message="30 rows: "' in summary.junit(report([unlisted], prompts(2), gate.Verdict("none", ())))
 
 
+def test_junit_names_20_failed_rows_at_most_in_one_line_without_controls():
+    model = scored([RIGHT] * 21, prompts(21))
+    failed = tuple(replace(one, error={"type": "refused", "message": "too\nlong\x1b"}) for one in model.samples)
+    text = summary.junit(report([replace(model, samples=failed)], prompts(21), gate.Verdict("none", ())))
+    [error] = ElementTree.fromstring(text.encode()).iter("error")
+    told = "; ".join(f"p{place}: too long " for place in range(20))
+    assert error.get("message") == f"21 rows: {told}"
+
+
+def test_what_markdown_or_a_terminal_would_not_show_as_text_is_written_out():
+    assert summary.escaped("a|b\n<c>") == "a&#124;b &#60;c>".replace(">", "&#62;")
+    assert summary.visible("a\x00b\u202ec") == "a[U+0000]b[U+202E]c"
+
+
+def test_the_console_s_table_is_bold_in_its_title_and_heads_and_has_its_figures_at_the_right():
+    console = Console(file=io.StringIO(), width=70, force_terminal=True, color_system="standard")
+    console.print(summary.table(pair()))
+    lines = console.file.getvalue().splitlines()
+    assert lines[0].startswith("\x1b[1mset") and "\x1b[1m" in lines[2]
+    plain = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in lines]
+    assert re.fullmatch(r"┃ +┃ +m/2 ┃ +m@champion ┃", plain[2])
+    assert any(re.fullmatch(r"│ rows failed +│ +0 │ +0 │", line) for line in plain)
+
+
+def test_a_long_name_is_folded_in_the_console_s_table_and_not_cut():
+    made = pair()
+    long = replace(made.models[0], model=replace(made.models[0].model, label="a-very-long-name-of-a-model/12345"))
+    console = Console(file=io.StringIO(), width=60)
+    console.print(summary.table(replace(made, models=(long, made.models[1]))))
+    heads = console.file.getvalue().split("┡")[0]
+    cells = [line.split("┃")[2].strip() for line in heads.splitlines() if line.startswith("┃")]
+    assert "".join(cells) == "a-very-long-name-of-a-model/12345"
+
+
 def test_the_console_s_table_has_short_names_and_is_never_cut():
     console = Console(file=io.StringIO(), width=70)
     console.print(summary.table(pair()))
@@ -208,10 +285,13 @@ def test_a_run_of_one_model_is_named_by_its_score_if_there_is_one():
     [
         (0, "0 kB"),
         (4200, "4 kB"),
+        (98_501, "99 kB"),
         (99_999, "100 kB"),
         (100_000, "0.1 MB"),
+        (950_000.5, "1.0 MB"),
         (999_999, "1.0 MB"),
         (1e6, "1 MB"),
+        (2_000_500_500, "2,001 MB"),
         (2.5e9, "2,500 MB"),
     ],
 )
