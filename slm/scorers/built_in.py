@@ -18,20 +18,10 @@ from dataclasses import dataclass
 
 from slm.base import strict_json
 from slm.base.wording import quoted
+from slm.scorers import reading_answers, reading_choices, reading_numbers
 
 SHORT_WORD = 4  # letters. A longer word is rarely a part of another one
 PATTERN_SECONDS = 1.0  # of processor time, for a search by the scorer regex
-
-_CHOICE = r"(?<![^\W_]|[-'\u2019&.+/])[{choices}](?![^\W_]|[&+#/]|[-'\u2019][^\W_]|\.[A-Z]\.)"
-_BEFORE_CHOICE = " \t*_\"'\u201c\u2018(["
-_WORD = re.compile(r"[ \t]+[\"'\u201c\u2018]?(?!(?:is|because|since)\b)\w", re.ASCII)  # a word after the letter
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,6}(?![A-Za-z\d]))?|(?<![\w.])\.\d+"
-# A name with digits matches first and is ignored. A minus after a letter, digit or bracket is a hyphen.
-_NUMBER = re.compile(
-    rf"(?<![A-Za-z])[A-Za-z]+\d[A-Za-z\d]*(?:\.\d+)*|((?:(?<![\w)\]}}])[-+])?(?:[$\u20ac\u00a3]-?)?(?:{_DIGITS}))",
-    re.ASCII,
-)
-_MINUS = str.maketrans("\u2212\ufe63\uff0d", "---")
 
 
 @dataclass(frozen=True)
@@ -88,39 +78,50 @@ def regex(output: str, expected: tuple[str, ...], pattern: str | None = None, ig
 
 
 def choice(output: str, expected: tuple[str, ...], choices: str = "ABCD") -> Score:
-    """1 if the first stand-alone letter of `choices` in the answer is an expected letter.
+    """1 if the letter of `choices` that the answer chooses is an expected letter.
 
-    An answer of one letter counts in upper and lower case: "b", "(B)", "**B**". In a longer answer, only capitals
-    count. No letter, digit, hyphen or similar mark may touch the capital: "A-level", "C++" and "U.S.A." hold no choice.
+    A declared letter counts first, in upper or lower case: "the answer is b", `\\boxed{B}`, a line "(B)", "**B**".
+    Then a conclusion counts: "so B", "option B is correct". Else the first letter counts, and the reason says so.
+    Letters that the answer refuses do not count: "A is wrong", "not A". Two letters decide nothing: "A or B".
+
+    No letter, digit, hyphen or similar mark may touch the letter: "A-level", "C++" and "U.S.A." hold no choice.
     At the start of a sentence, A before a word is the article ("A cat sat there"). A is a choice if the next word is
     "is", "because" or "since". I before another word is the pronoun. Any other capital is a choice: "I pick A here".
     """
-    wanted = tuple(text.strip().upper() for text in expected)
-    if not wanted or any(len(letter) != 1 or letter not in choices for letter in wanted):
+    if not expected or unreadable("choice", expected, choices):
         return Score(None, f"expected {_any_of(expected)}, which is not one of the choices {choices}")
-    letter = _chosen(output, choices)
-    if letter is None:
+    wanted = tuple(text.strip().upper() for text in expected)
+    found = reading_choices.find_choice(output, choices)
+    if found is None:
         return Score(0.0, f"expected {' or '.join(wanted)}, found no choice in {quoted(output)}")
-    if letter in wanted:
-        return Score(1.0, f"chose {letter}")
-    return Score(0.0, f"expected {' or '.join(wanted)}, chose {letter}")
+    chose = f"chose {' and '.join(found.letters)}{f', {found.how}' if found.how else ''}"
+    if set(found.letters) <= set(wanted):
+        return Score(1.0, chose)
+    return Score(0.0, f"expected {' or '.join(wanted)}, {chose}")
 
 
 def number(output: str, expected: tuple[str, ...], tolerance: int | float = 0.0) -> Score:
-    """1 if the last number in the answer is within `tolerance` (absolute) of an expected number.
+    """1 if the number that the answer gives is within `tolerance` (absolute) of an expected number.
 
-    The scorer reads 1,234.5, -3, 2e3, .5, $12 and 50% (as 50). It ignores numbers that are part of a name (H2O).
+    A declared number counts first: `#### 42`, `\\boxed{42}`, "the answer is 42", a line of its own, bold, a conclusion.
+    Else the last number counts, and the reason says so.
+
+    The scorer reads 1,234.5, 1 234, 1.234,56, 12,34,567, -3, 2e3, 5 x 10^3, 2^10, 3/4, 1 1/2, $12, 5k, 50% (as 50) and
+    words up to a hundred. It ignores ranges (5-10), subtractions (8 - 3) and names (H2O).
     The comparison uses decimals: 0.1 + 0.2 is 0.3, and long integers keep every digit.
     """
-    wanted = [value for value in map(_whole_number, expected) if value is not None]
+    wanted = [value for value in map(reading_numbers.number_of, expected) if value is not None]
     if not wanted:
         return Score(None, f"expected {_any_of(expected)}, which is not a number")
-    numbers = _numbers(output)
-    if not numbers:
+    found = reading_numbers.find_number(output)
+    if found is None:
         return Score(0.0, f"expected {_any_of(expected)}, found no number in {quoted(output)}")
     with decimal.localcontext(decimal.Context(prec=60, traps=[])):
-        near = [x for x in wanted if x == numbers[-1] or abs(x - numbers[-1]) <= decimal.Decimal(str(tolerance))]
-    return _verdict("is", map(str, near), str(numbers[-1]), expected)
+        near = [x for x in wanted if x == found.value or abs(x - found.value) <= decimal.Decimal(str(tolerance))]
+    how = f", {found.how}" if found.how else ""
+    if near:
+        return Score(1.0, f"is {quoted(str(near[0]))}{how}")
+    return Score(0.0, f"expected {_any_of(expected)}, got {quoted(str(found.value))}{how}")
 
 
 def json_schema(output: str, expected: tuple[str, ...], schema: dict | None = None) -> Score:
@@ -180,24 +181,21 @@ def rouge_l(output: str, expected: tuple[str, ...]) -> Score:
 
 
 def math(output: str, expected: tuple[str, ...]) -> Score:
-    """1 if math-verify finds the answer equal to an expected text, as mathematics (1/2, 0.5 and 50% are equal)."""
-    import logging
+    """1 if math-verify finds the answer equal to an expected text, as mathematics (1/2, 0.5 and 50% are equal).
 
-    from math_verify import parse, verify
-
-    # math-verify's own time limit uses the wall clock, so it would depend on the machine's load
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns when it has no time limit
-
-    def read(text: str) -> list:
-        # math-verify reads "2x+3" without dollars as 2. So a short text without words gets dollars around it.
-        bare = len(text) <= 200 and not re.search(r"[$]|\\[(\[]|\\boxed|(?<![\\A-Za-z])[A-Za-z]{2,}", text)
-        return parse(f"${text.strip()}$" if bare else text, parsing_timeout=None, raise_on_error=True)
-
-    wanted = [(text, value) for text in expected if (value := read(text))]
+    A declared answer counts first: `\\boxed{42}`, "the answer is 42". Markdown around the mathematics is taken off.
+    """
+    wanted = [(text, value) for text in expected if (value := _mathematics(text))]
     if not wanted:
         return Score(None, f"expected {_any_of(expected)}, which cannot be read as mathematics")
+    import sympy
+    from math_verify import verify
+
+    sympy.core.random.seed(0)  # sympy tries random values: each answer gets the same ones at each time
     try:
-        given = read(output)
+        plain = reading_answers.without_markdown(output)
+        passages = map(reading_answers.first_formula, reading_answers.declared(plain))
+        given = next(filter(None, map(_mathematics, passages)), None) or _mathematics(plain)
     except MemoryError:
         raise
     except Exception as error:
@@ -206,34 +204,35 @@ def math(output: str, expected: tuple[str, ...]) -> Score:
     return _verdict("is equal to", equal, output, expected)
 
 
+def _mathematics(text: str) -> list:
+    """What math-verify reads in a text, or an empty list."""
+    import logging
+
+    from math_verify import parse
+
+    # math-verify's own time limit uses the wall clock, so it would depend on the machine's load
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns when it has no time limit
+    # math-verify reads "2x+3" without dollars as 2. So a short text without words gets dollars around it.
+    bare = len(text) <= 200 and not re.search(r"[$]|\\[(\[]|\\boxed|(?<![\\A-Za-z])[A-Za-z]{2,}", text)
+    return parse(f"${text.strip()}$" if bare else text, parsing_timeout=None, raise_on_error=True)
+
+
 BUILT_IN: dict[str, Callable[..., Score]] = {
     function.__name__: function
     for function in (exact_match, contains, regex, choice, number, json_schema, token_f1, rouge_l, math)
 }
 
 
-def _chosen(output: str, choices: str) -> str | None:
-    alone = output.strip(string.whitespace + string.punctuation)
-    if len(alone) == 1 and alone.upper() in choices:
-        return alone.upper()
-    for match in re.finditer(_CHOICE.replace("{choices}", re.escape(choices)), output, re.ASCII):
-        letter, before = match[0], match.start()
-        while before and output[before - 1] in _BEFORE_CHOICE:
-            before -= 1
-        starts = not before or output[before - 1] in ".!?:\n"
-        if not _WORD.match(output, match.end()) or not (letter == "I" or (letter == "A" and starts)):
-            return letter
-    return None
+def unreadable(name: str, expected: tuple[str, ...], choices: str = "ABCD") -> str | None:
+    """The expected text that keeps the scorer `name` from scoring any answer, or None."""
+    if name == "choice":
+        return next((text for text in expected if len(text.strip()) != 1 or text.strip().upper() not in choices), None)
+    readable: Callable[[str], object] | None = {"number": _is_number, "math": _mathematics}.get(name)
+    return expected[0] if readable and expected and not any(map(readable, expected)) else None
 
 
-def _numbers(text: str) -> list[decimal.Decimal]:
-    found = (match[1] for match in _NUMBER.finditer(text.translate(_MINUS)) if match[1])
-    return [decimal.Decimal(re.sub(r"[$\u20ac\u00a3,]", "", text)) for text in found]
-
-
-def _whole_number(text: str) -> decimal.Decimal | None:
-    match = _NUMBER.fullmatch(text.translate(_MINUS).strip().rstrip("%").rstrip())
-    return _numbers(text)[0] if match and match[1] else None
+def _is_number(text: str) -> bool:
+    return reading_numbers.number_of(text) is not None
 
 
 def _without_punctuation(text: str) -> str:

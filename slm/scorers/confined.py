@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slm.base.wording import did_you_mean, quoted
+from slm.scorers import built_in
 from slm.scorers.built_in import BUILT_IN, Score
 
 SECONDS = 5  # of processor time for one score, or for the check of one option
@@ -63,7 +64,7 @@ def call_error(name: str, expected: tuple[str, ...], options: dict) -> str | Non
             return f"option {option} of scorer {name} is {quoted(value)}; {OPTION_KINDS[kind]} belongs there"
     if not expected and name != "json_schema" and options.get("pattern") is None:
         return f"scorer {name} needs `expected`"
-    return _option_value_error(options)
+    return _option_value_error(options) or _expected_error(name, expected, options.get("choices", "ABCD"))
 
 
 CHECKS = {name: functools.partial(call_error, name) for name in BUILT_IN}  # has the type prompt_rows.KnownScorers
@@ -78,6 +79,33 @@ def _option_value_error(options: dict) -> str | None:
     if not re.fullmatch(r"[A-Z]+", options.get("choices", "ABCD")):
         return f"option choices is {quoted(options['choices'])}; capital letters such as ABCD belong there"
     return None
+
+
+def _expected_error(name: str, expected: tuple[str, ...], choices: str) -> str | None:
+    """The fault if the scorer can read no expected text, so that it could score no answer."""
+    remedies = {
+        "choice": f"write one letter of {choices}",
+        "number": "write a number such as 42 or 3/4",
+        "math": r"write mathematics such as \frac{1}{2} or x^2-1",
+    }
+    if name not in remedies or (name == "math" and built_in.unreadable("number", expected) is None):
+        return None
+    # The libraries of math take a second to import. The child process needs them in any case.
+    text = _unreadable_mathematics(expected) if name == "math" else built_in.unreadable(name, expected, choices)
+    if text is None:
+        return None
+    remedy = "use expected_pattern to keep the part after ####" if "####" in text else remedies[name]
+    return f"`expected` is {quoted(text)}, which scorer {name} can't read; {remedy}"
+
+
+@functools.lru_cache(maxsize=10_000)
+def _unreadable_mathematics(expected: tuple[str, ...]) -> str | None:
+    from slm.models.chat_model import CallFailed
+
+    try:
+        return _confined().call("expected", "math", expected)
+    except CallFailed:
+        return expected[0]
 
 
 @functools.lru_cache(maxsize=64)  # many rows of a prompt set often share one pattern or schema
@@ -136,6 +164,7 @@ def confined_functions() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]
     checks: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         "pattern": (_pattern_error, ("1",)),
         "schema": (_schema_error, ({},)),
+        "expected": (built_in.unreadable, ("math", ["1"])),
     }
     options: dict[str, Any] = {"json_schema": {"schema": {}}}
     return checks | {
