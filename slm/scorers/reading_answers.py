@@ -12,7 +12,9 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-READ = 50_000  # characters at the end of an answer
+READ = 20_000  # characters at the end of an answer
+DECLARATIONS = 20  # the last ones of an answer
+PASSAGE = 500  # characters of a declaration
 
 _DASHES = dict.fromkeys(map(ord, "\u2212\ufe63\uff0d\u2011"), "-") | dict.fromkeys(map(ord, "\u2013\u2014"), "\u2013")
 _BLANKS = dict.fromkeys(map(ord, "\u00a0\u202f\u2009\u2007\u2008"), "\u2009")  # all that stand between digits
@@ -101,7 +103,7 @@ def _cues(text: str) -> list[re.Match]:
 
 def declared(text: str) -> Iterator[str]:
     """The passages that declare an answer, the last one first: what follows "the answer is", or stands in a box."""
-    for cue in reversed(_cues(text)):
+    for cue in reversed(_cues(text)[-DECLARATIONS:]):
         if cue[0].startswith("\\"):
             yield _braced(text, cue.end())
             continue
@@ -110,17 +112,18 @@ def declared(text: str) -> Iterator[str]:
         assert empty is not None
         if "\n" in text[start : empty.end()]:  # the answer is on one of the next lines
             start = empty.end() if empty.end() == len(text) else max(text.rfind("\n", start, empty.end()) + 1, start)
-        stop = STOP.search(text, max(start, empty.end()))
-        passage = text[start : stop.start() if stop else len(text)]
+        most = max(start, empty.end()) + PASSAGE
+        stop = STOP.search(text, max(start, empty.end()), most)
+        passage = text[start : stop.start() if stop else most]
         if _NOT.match(passage):
             other = _BUT.search(passage)
             if not other:
                 continue
             passage = passage[other.end() :]
         yield passage
-    for after in reversed(list(_IS_THE_ANSWER.finditer(text))):  # "12 is the answer"
+    for after in reversed(list(_IS_THE_ANSWER.finditer(text))[-DECLARATIONS:]):  # "12 is the answer"
         before = text[max(after.start() - 60, 0) : after.start()]
-        yield before[last_end(STOP, before) :]
+        yield before[last_end(STOP, before) :].rpartition(", ")[2]
 
 
 def without_markdown(text: str) -> str:
@@ -140,11 +143,11 @@ def first_formula(passage: str) -> str:
 def _braced(text: str, start: int) -> str:
     """What stands in the braces that open at `start`, or the rest of the line if they do not close."""
     depth = 0
-    for at in range(start, min(start + 2000, len(text))):
+    for at in range(start, min(start + PASSAGE, len(text))):
         depth += (text[at] == "{") - (text[at] == "}")
         if not depth:
             return text[start + 1 : at]
-    return text[start + 1 :].partition("\n")[0]
+    return text[start + 1 : start + PASSAGE].partition("\n")[0]
 
 
 def sentences(text: str) -> list[str]:

@@ -81,7 +81,7 @@ _TOKEN = re.compile(
     r"[ \u2009]?\{(?P<under>[^{}\n]{1,60})\}"
     r"|(?<![\d.,/])(?P<top>\d{1,30})/(?P<bottom>\d{1,30})(?![\d/]|[.,]\d))"
     rf"|(?P<comma>{_COMMA})"
-    r"|(?P<base>\d{1,30}(?:\.\d{1,30})?)[ \u2009]?\^[ \u2009]?\(?(?P<power>[-+]?\d{1,4})(?![\d.])"
+    r"|(?P<base>\d{1,30}(?:\.\d{1,30})?)[ \u2009]?\^[ \u2009]?\(?(?P<power>[-+]?\d{1,4})(?!\d|\.\d)"
     rf"|(?P<digits>{_DIGITS})"
     r"(?:[ \u2009]?[\u00d7\u00b7*x][ \u2009]?10[ \u2009]?\^[ \u2009]?\(?(?P<ten>[-+]?\d{1,4})(?!\d))?"
     r"(?:(?P<suffix>[kKM]|bn|mn)(?![A-Za-z\d])"
@@ -186,6 +186,8 @@ def _rewritten(text: str) -> str:
 
 def _alone(line: str) -> Decimal | None:
     """The number of a line that holds only a number and perhaps a unit."""
+    if len(line) > 200:
+        return None
     text = _rewritten(line).strip().strip("*_#>|$ \t\"'").lstrip("=").strip()
     text = re.sub(r"^[A-Za-z] ?= ?", "= ", text)
     text = re.sub(r"^- (?=\d)", "", text).rstrip(".!$").rstrip()
@@ -210,7 +212,7 @@ def _bold_number(text: str) -> FoundNumber | None:
 def _concluded(text: str) -> FoundNumber | None:
     """The number of the last sentence with a number, if that sentence draws a conclusion."""
     for sentence in reversed(sentences(text)):
-        rewritten = _rewritten(sentence)
+        rewritten = _rewritten(sentence[-1000:])
         if any(not found.doubtful for found in _candidates(rewritten)):
             mark = last_end(_CONCLUDES, rewritten)
             value = _picked(rewritten[mark:], leads=False) if mark else None
@@ -220,7 +222,7 @@ def _concluded(text: str) -> FoundNumber | None:
 
 def _last_number(text: str) -> FoundNumber | None:
     rewritten = _rewritten(text)
-    found = _candidates(rewritten)
+    found = _candidates(rewritten[-2000:]) or _candidates(rewritten)
     sure = [candidate for candidate in found if not candidate.doubtful] or found
     if sure:
         return FoundNumber(sure[-1].value, LAST_NUMBER)
@@ -249,7 +251,7 @@ def _picked(passage: str, leads: bool) -> Decimal | None:
 
 def _chosen_candidate(passage: str, found: list[_Candidate]) -> Decimal:
     found = [candidate for candidate in found if not candidate.doubtful] or found
-    for link in reversed(list(_LINKS.finditer(passage))):
+    for link in reversed(list(_LINKS.finditer(passage))[-20:]):
         after = [
             candidate for candidate in found if candidate.start >= link.end() - 1 or candidate.start == link.start()
         ]

@@ -124,13 +124,13 @@ def test_an_expected_text_that_is_no_pattern_leaves_the_answer_unscored():
         (r"\boxed{C}", "C"),
         ("答案是B", "B"),
         ("A 是正确的", "A"),
-        ("B is wrong, so C", "B"),
+        ("B is wrong, so C", "C"),
         # the article and the rest of English
         ("A cat sat there", None),
         ("A cat sat there, so D.", "D"),
         ('"A cat" is what I see.', None),
         ("Hm. A 4-door car.", None),
-        ("the answer is b, I think", None),
+        ("the answer is b, I think", "B"),
         # part of something longer
         ("A-level", None),
         ("C++ and C#", None),
@@ -143,7 +143,7 @@ def test_an_expected_text_that_is_no_pattern_leaves_the_answer_unscored():
         ("", None),
     ],
 )
-def test_choice_reads_the_first_stand_alone_letter_and_not_the_article(output, letter):
+def test_choice_reads_the_chosen_letter_and_not_the_article(output, letter):
     for wanted in "ABCD":
         assert value_of("choice", output, (wanted,)) == float(wanted == letter), wanted
 
@@ -165,7 +165,7 @@ def test_choice_options_and_expected_letters(output, expected, options, value):
 
 
 def test_a_long_answer_of_many_letters_is_scored():
-    assert score("choice", "A b. " * 200_000 + "D", ("D",), {}) == Score(1.0, "chose D")
+    assert score("choice", "A b. " * 200_000 + "D", ("D",), {}) == Score(1.0, "chose D, the first letter")
 
 
 @pytest.mark.parametrize(
@@ -183,8 +183,6 @@ def test_a_long_answer_of_many_letters_is_scored():
         ("No.5", "5"),
         ("first 4, then 5", "5"),
         ("1,2,3", "3"),
-        ("8-5", "5"),
-        ("10-20", "20"),
         ("x=-3", "-3"),
         ("(4)", "4"),
         ("**42**", "42"),
@@ -198,7 +196,7 @@ def test_a_long_answer_of_many_letters_is_scored():
         ("007", "7"),
     ],
 )
-def test_number_reads_the_last_number(output, expected):
+def test_number_reads_the_number_of_a_plain_answer(output, expected):
     assert value_of("number", output, (expected,)) == 1.0
     assert value_of("number", output, (expected + "1",)) == 0.0
 
@@ -207,7 +205,9 @@ def test_number_reads_the_last_number(output, expected):
     ("output", "expected", "options", "value"),
     [
         ("none at all", ("5",), {}, 0.0),
-        ("5", ("five",), {}, None),
+        ("5", ("five",), {}, 1.0),
+        ("8-5", ("5",), {}, 0.0),  # a subtraction or a range is no answer
+        ("10-20", ("20",), {}, 0.0),
         ("5", ("5 apples",), {}, None),
         ("5", ("4", "5"), {}, 1.0),
         ("5", ("five", "5"), {}, 1.0),
@@ -331,9 +331,9 @@ def test_math_works_outside_the_main_thread():
         ("choice", "C", ("B",), "expected B, chose C"),
         ("choice", "Paris", ("B",), "expected B, found no choice in 'Paris'"),
         ("choice", "C", ("E",), "expected 'E', which is not one of the choices ABCD"),
-        ("number", "it is 5", ("6",), "expected '6', got '5'"),
+        ("number", "it is 5", ("6",), "expected '6', got '5', the last number"),
         ("number", "none", ("6",), "expected '6', found no number in 'none'"),
-        ("number", "5", ("six",), "expected 'six', which is not a number"),
+        ("number", "5", ("six eggs",), "expected 'six eggs', which is not a number"),
         ("token_f1", "a b c", ("b d",), "token F1 0.50 with 'b d', got 'a b c'"),
         ("rouge_l", "a b", ("a b",), "ROUGE-L 1.00 with 'a b', got 'a b'"),
         ("math", "4", ("5",), "expected '5', got '4'"),
@@ -407,6 +407,16 @@ def test_a_score_within_bounds_is_the_one_without(name):
         ("choice", ("A",), {"choices": "abcd"}, "option choices is 'abcd'; capital letters"),
         ("choice", ("A",), {"choices": ["A", "B"]}, "option choices of scorer choice is ['A', 'B']; text"),
         ("regex", (), {"pattern": "("}, "option pattern is '(', which is not a regular expression: missing )"),
+        ("choice", ("Paris",), {}, "`expected` is 'Paris', which scorer choice can't read; write one letter of ABCD"),
+        ("number", ("5 apples",), {}, "`expected` is '5 apples', which scorer number can't read; write a number"),
+        (
+            "number",
+            ("2+2=4\n#### 4",),
+            {},
+            r"`expected` is '2+2=4\n#### 4', which scorer number can't read; use expected_",
+        ),
+        ("math", ("Paris",), {}, "`expected` is 'Paris', which scorer math can't read; write mathematics"),
+        ("math", ("x^2-1",), {}, None),
         ("json_schema", (), {"schema": {"type": "objekt"}}, "option schema is not a JSON schema:"),
     ],
 )
