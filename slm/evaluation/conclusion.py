@@ -77,7 +77,9 @@ def compared(
         gated = () if place == baseline and len(models) > 1 else thresholds
         figures: dict[str, Any] = {**scored.metrics, **scored.estimates}
         theirs = None if other is None else other.metrics
-        changes.append({} if other is None else estimation.changes(scored, other, prompt_set))
+        # flips are counted prompt by prompt, so all answers must be at hand
+        whole = other is not None and all(len(model.samples) == model.metrics["rows"] for model in (scored, other))
+        changes.append(estimation.changes(scored, other, prompt_set) if other and whole else {})
         not_compared = "fidelity=off"
         if scored.fidelity:
             changes[-1] |= fidelity.estimates(scored.fidelity, clusters)
