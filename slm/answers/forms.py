@@ -123,7 +123,7 @@ def form_of(uri: str, description, folder: Path | None) -> Form:
         if flavor.get("inference_task"):
             fields.pop("stop", None)  # with stop strings, MLflow looks for the tokenizer at the path from the training
         more = {"lowest_temperature": GREEDY, "do_sample": "do_sample" in params}
-        more["echoes"] = not flavor.get("inference_task") and "text-generation" in str(flavor.get("task"))
+        more["echoes"] = not flavor.get("inference_task") and flavor.get("task") == "text-generation"
     fixed = {name: NEUTRAL[name] for name, spec in columns.items() if spec.required and name in NEUTRAL}
     template: dict[str, Any] = {} if is_chat else _template(description, folder)
     return Form(column, is_chat, fields, fixed, as_list=as_list, **template, **more)
