@@ -167,7 +167,7 @@ def _content_column(uri: str, columns: dict[str, _Column], parameters: set[str])
         if spec.required and name not in parameters and name not in NEUTRAL and name != (chosen or [None])[0]
     ]
     if not chosen or missing:
-        told = ", ".join(f"{name or 'unnamed'} ({_kind(spec.type)})" for name, spec in columns.items()) or "none"
+        told = ", ".join(f"{name or 'unnamed'} ({_kind(spec.type)})" for name, spec in columns.items())
         raise BadInput(f"{uri} takes the columns {told:.300}; a `messages` column, or one text column, is needed")
     return chosen[0], bool(lists)
 

@@ -234,6 +234,15 @@ def test_a_transformers_pipeline_has_its_own_rules(flavor, params, expected):
     assert (set(found.fields), found.lowest_temperature, found.do_sample, found.echoes) == expected
 
 
+@pytest.mark.parametrize("column", ["messages", "prompt"])
+def test_a_model_of_this_project_takes_every_parameter_in_its_rows(column):
+    metadata = {"model.sha256": "ab", "chat_template": "logged", "special_tokens": {"bos_token": "<s>"}}
+    kind = array("role", "content") if column == "messages" else "string"
+    found = form((kind, column, True), metadata=metadata)
+    fields = {name: Field(name) for name in ("max_tokens", "temperature", "top_p", "stop", "seed")}
+    assert found == Form(column, column == "messages", fields, {}, "logged", {"bos_token": "<s>"})
+
+
 def test_a_chat_template_is_in_the_metadata_or_else_beside_the_tokenizer(tmp_path):
     tokenizer = tmp_path / "components" / "tokenizer"
     tokenizer.mkdir(parents=True)
