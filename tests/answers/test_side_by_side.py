@@ -29,7 +29,7 @@ def test_as_many_calls_run_at_a_time_as_there_are_threads(threads):
         with lock:
             running[0] += 1
             most[0] = max(most[0], running[0])
-        together.wait(30)  # breaks unless so many calls run
+        together.wait(10)  # breaks unless so many calls run
         with lock:
             running[0] -= 1
         return item
