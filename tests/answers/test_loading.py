@@ -49,8 +49,11 @@ def answers_of(model: asking.LoadedModel, prompts, generation):
 
 
 def asked(model: asking.LoadedModel, wanted, generation=GENERATION) -> dict[str, dict]:
-    """The answers by prompt id, each with its six fields."""
-    answers = {prompt.id: answer for prompt, answer in answers_of(model, wanted, generation)}
+    """The answers by prompt id, each with its six fields. A model of this project also gives the tokens."""
+    answers = {prompt.id: dict(answer) for prompt, answer in answers_of(model, wanted, generation)}
+    tokens = {id: answer.pop("token_ids", ()) for id, answer in answers.items()}
+    if isinstance(model, loading.OwnModel):
+        assert all(len(tokens[id]) == (answer["output_tokens"] or 0) for id, answer in answers.items())
     fields = {"text", "finish_reason", "prompt_tokens", "output_tokens", "seconds", "error"}
     assert {frozenset(answer) for answer in answers.values()} == {frozenset(fields)}
     return answers
