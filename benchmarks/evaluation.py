@@ -1,8 +1,8 @@
 """`evaluate` from loaded model to logged result, against the bare loop and lm-evaluation-harness on the same prompts.
 
-The embedded model, prompts/general.jsonl, greedy, 64 tokens at most; a figure is tokens per second over all of it:
-rendering, generating, scoring, logging to sqlite. lm-eval gets the rendered prompts as a generate_until task, and its
-time begins with the model loaded, as ours does.
+The embedded model, the first 150 rows of prompts/general.jsonl, greedy, 64 tokens at most. A figure is tokens per
+second over all of it: rendering, generating, scoring, logging to sqlite. lm-eval gets the rendered prompts as a
+generate_until task, and its time begins with the model loaded, as ours does.
 """
 
 import json
@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 
-from benchmarks import peers
+from benchmarks import first_prompts, peers
 from benchmarks.generation import speed, wrapper
 from benchmarks.ratios import Row, in_turn, ratios
 from slm.base import console, parameters
@@ -19,7 +19,6 @@ from slm.evaluation import conclusion, scoring
 from slm.models import checkpoints, onnx_export
 from slm.models.chat_model import physical_cores
 from slm.prompts import prompt_sets
-from slm.scorers.confined import CHECKS
 from slm.tracking import lifecycle, mlflow_client
 
 BARE_BATCH_SIZE = 16  # its best in benchmarks/generation.py
@@ -41,7 +40,7 @@ def measure(scratch: Path, provider: str) -> list[Row]:
             "onnx": model_logging.log_onnx(export, "chat", generation, "int4").model_uri,
             "pipeline": model_logging.log_pipeline(checkpoint, generation).model_uri,
         }
-    whole = prompt_sets.read_prompt_set(Path("prompts/general.jsonl"), "general", CHECKS)
+    whole = first_prompts.prompt_set()
     part = prompt_sets.PromptSet(**{**vars(whole), "prompts": whole.prompts[::5]})
     model = wrapper(onnx=export.folder)
     texts = {id(chosen): [model.render(list(row.messages)) for row in chosen.prompts] for chosen in (whole, part)}

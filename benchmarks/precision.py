@@ -1,6 +1,6 @@
 """What each ONNX export costs and keeps: speed, agreement with fp32, and score, on one prompt set.
 
-    python -m benchmarks.precision [prompts/general.jsonl]
+    python -m benchmarks.precision [prompt_set.jsonl]        default: the first 150 rows of prompts/general.jsonl
 
 Every export answers the same prompts through the logged wrapper's own code, greedily, 48 tokens at most. Speed is the
 ratio to fp32's in the same run: the exports take turns over thirds of the set, and the median of three ratios counts.
@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import first_prompts
 from slm.models import checkpoints, onnx_export
 from slm.models.chat_model import SmallLanguageModel
 from slm.prompts import prompt_sets
@@ -40,8 +41,11 @@ class Context:
 
 
 def main() -> None:
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else "prompts/general.jsonl")
-    prompt_set = prompt_sets.read_prompt_set(path, str(path), confined.CHECKS).prompts
+    if given := sys.argv[1:]:
+        path = Path(given[0])
+        prompt_set = prompt_sets.read_prompt_set(path, str(path), confined.CHECKS).prompts
+    else:
+        path, prompt_set = first_prompts.FILE, first_prompts.prompt_set().prompts
     rows = [
         {"messages": list(prompt.messages or [{"role": "user", "content": prompt.prompt}]), "max_tokens": 48}
         for prompt in prompt_set

@@ -2,9 +2,10 @@
 
     python -m benchmarks.serve [model_uri]
 
-200 requests from prompts/general.jsonl, greedy, 32 tokens at most. Both sides take turns over fifths of them, against
-one server; the median of the five ratios counts. Every answer of the 8 clients is compared with the single one's.
-Without a model_uri the int4 export of the embedded model is logged into a temporary store and served.
+200 requests from the first 150 rows of prompts/general.jsonl, greedy, 32 tokens at most. Both sides take turns over
+fifths of them, against one server; the median of the five ratios counts. Every answer of the 8 clients is compared
+with the single one's. Without a model_uri the int4 export of the embedded model is logged into a temporary
+store and served.
 """
 
 import os
@@ -23,8 +24,7 @@ from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
-from slm.prompts import prompt_sets
-from slm.scorers.confined import CHECKS
+from benchmarks import first_prompts
 
 CLIENTS = 8
 REQUESTS = 200
@@ -80,7 +80,7 @@ def measure(url: str) -> None:
     key = os.environ.get("PHI3_MLFLOW_API_KEY", "").split(",")[0].strip() or "none"  # it may hold several
     client = OpenAI(base_url=url, api_key=key, max_retries=0)
     name = client.models.list().data[0].id
-    rows = prompt_sets.read_prompt_set(Path("prompts/general.jsonl"), "general", CHECKS).prompts
+    rows = first_prompts.prompt_set().prompts
     questions = [list(row.messages or [{"role": "user", "content": row.prompt}]) for row in rows]
     questions = [questions[at % len(questions)] for at in range(REQUESTS)]
 

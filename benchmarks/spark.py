@@ -25,6 +25,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import first_prompts
 from benchmarks.overhead import server
 from slm.models import checkpoints, model_logging, onnx_export
 from slm.tracking import mlflow_client
@@ -67,10 +68,10 @@ def speed(scratch: Path) -> None:
     for column in ("model", "workers", "rows", "rows/s", "/ one worker's"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, model, rows, counts in (
-        ("int4", embedded(), 150, (1, 2)),
+        ("int4", embedded(), first_prompts.ROWS, (1, 2)),
         (f"waits {DELAY} s", waiting(scratch, DELAY), 800, (1, 2, 4)),
     ):
-        prompts = Path("prompts/general.jsonl") if name == "int4" else written(scratch, rows)
+        prompts = first_prompts.written(scratch) if name == "int4" else written(scratch, rows)
         first = None
         for workers in counts:
             with cluster(scratch, workers) as master:
@@ -112,11 +113,11 @@ def udf(scratch: Path) -> None:
     import mlflow
     from pyspark.sql import SparkSession
 
-    model = embedded("prompt")
+    model, prompts = embedded("prompt"), first_prompts.written(scratch)
     with cluster(scratch, 2) as master:
         spark = SparkSession.builder.master(master).config("spark.ui.showConsoleProgress", "false").getOrCreate()
         spark.sparkContext.setLogLevel("FATAL")
-        rows = [json.loads(line) for line in Path("prompts/general.jsonl").read_text("utf-8").splitlines()]
+        rows = [json.loads(line) for line in prompts.read_text("utf-8").splitlines()]
         texts = [(row["messages"][-1]["content"] if "messages" in row else row["prompt"],) for row in rows]
         frame = spark.createDataFrame(texts, "prompt string").repartition(10).cache()
         frame.count()
@@ -126,7 +127,7 @@ def udf(scratch: Path) -> None:
             frame.select(answer("prompt")).collect()
             print(f"spark_udf, turn {turn}: {time.perf_counter() - start:.1f} s")
         spark.stop()
-        seconds, _ = scored(model, Path("prompts/general.jsonl"), master, "--max_tokens=32")
+        seconds, _ = scored(model, prompts, master, "--max_tokens=32")
         print(f"engine=spark, scores and samples included: {seconds:.1f} s")
 
 

@@ -343,7 +343,7 @@ def test_without_pyspark_one_line_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.slow
-def test_spark_gives_the_samples_and_metrics_of_a_local_run(run, int4_export):
+def test_spark_gives_the_samples_and_metrics_of_a_local_run(run, int4_export, tmp_path):
     import mlflow
 
     from slm.models import model_logging
@@ -351,7 +351,10 @@ def test_spark_gives_the_samples_and_metrics_of_a_local_run(run, int4_export):
     options = {"max_tokens": 8, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": [], "batch_size": 0}
     with mlflow.start_run():
         uri = model_logging.log_onnx(int4_export, "chat", options, "int4").model_uri
-    asked = {"model_uris": uri, "prompts": "prompts/general.jsonl", "max_tokens": 8}
+    prompts = tmp_path / "general.jsonl"
+    lines = (REPOSITORY / "prompts" / "general.jsonl").read_text("utf-8").splitlines(keepends=True)
+    prompts.write_text("".join(lines[:150]), "utf-8")
+    asked = {"model_uris": uri, "prompts": prompts, "max_tokens": 8}
     _, out, local = run(**asked)
     code, out, spark = run(engine="spark", **asked)
     assert code == 0, out

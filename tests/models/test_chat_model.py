@@ -161,7 +161,7 @@ def test_the_pipeline_gives_the_text_that_transformers_generate_gives(models, ch
 @pytest.mark.slow
 def test_in_fp32_both_wrappers_give_the_same_greedy_text(models):
     prompt_set = read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "", CHECKS)
-    prompts = some(prompt_set.prompts, 50)
+    prompts = some(prompt_set.prompts[:150], 50)
     rows = [{"messages": list(prompt.messages), "max_tokens": 24} for prompt in prompts]
     ours, theirs = models["pipeline"].predict(rows), models["onnx fp32"].predict(rows)
     differ = [prompt.id for prompt, a, b in zip(prompts, ours, theirs, strict=True) if text(a) != text(b)]

@@ -26,7 +26,7 @@ def beginnings(fp32_export):
     tokenizer = Tokenizer.from_file(str(fp32_export.folder / "tokenizer.json"))
     template, special_tokens = chat_model.read_chat_template(fp32_export.folder)
     found = []
-    for row in read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "", CHECKS).prompts[::3]:
+    for row in read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "", CHECKS).prompts[:150:3]:
         text = chat_model.render(template, special_tokens, list(row.messages))
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         found += [ids, ids[: len(ids) * 2 // 3]]

@@ -23,5 +23,5 @@ def text(completion: dict) -> str:
 
 
 def some_questions(count: int) -> list[dict]:
-    rows = read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "", CHECKS).prompts[::7][:count]
+    rows = read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "", CHECKS).prompts[:150:7][:count]
     return [{"messages": list(row.messages), "max_tokens": 24} for row in rows]
