@@ -311,15 +311,15 @@ def p_value(p: float) -> str:
 
 
 def run_name(report: Report) -> str:
-    """What a run did and how it ended, the end first: `regress: phi3/3 vs phi3@champion on general`."""
+    """What a run did and how it ended, the end first: `regress, score 0.31: phi3/3 vs phi3@champion on general`."""
     labels = [model.model.label.removeprefix("models:/") for model in report.models]
     first, *others = report.candidates
     told = f"{len(report.candidates)} models" if others else labels[first]
     against = "" if report.baseline is None else f" vs {labels[report.baseline]}"
     found = None if others else report.models[first].estimates.get(OVERALL)
-    ending: str = report.verdict.state
-    if ending == "none":
-        ending = "evaluated" if found is None or math.isnan(found.mean) else f"score {found.mean:.2f}"
+    gated = [] if report.verdict.state == "none" else [report.verdict.state]
+    scored = [] if found is None or math.isnan(found.mean) else [f"score {found.mean:.2f}"]
+    ending = ", ".join(gated + scored) or "evaluated"
     return _one_line(f"{ending}: {told}{against} on {report.prompt_set.name}")
 
 

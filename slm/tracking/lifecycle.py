@@ -108,6 +108,8 @@ def _ending(active) -> Iterator[Any]:
         raise
     else:
         mlflow.end_run("FINISHED")
+        with environment.variables(PATIENCE), suppress(Exception):
+            runs.forget_process(mlflow.MlflowClient(), run_id)
     finally:
         _open_runs.remove(run_id)
 

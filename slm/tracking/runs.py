@@ -1,10 +1,10 @@
 """The life of runs: each run names its process, and the next start ends the runs whose process is gone.
 
-kill -9, full memory and a power cut leave a run RUNNING forever. So each run has two tags. `process` names the run's
-process. `process.seen` is the time of its last heartbeat, and is renewed while the process lives. If the process
-belongs to the same machine and the same boot, this module looks for the process itself. For any other process, only
-the time since the last heartbeat counts. A run whose process lives is never ended. If the system does not say whether
-a process lives, the process counts as alive.
+kill -9, full memory and a power cut leave a run RUNNING forever. So each running run has two tags. `process` names the
+run's process. `process.seen` is the time of its last heartbeat, and is renewed while the process lives. If the process
+belongs to the same machine and the same boot, this module looks for the process itself. For any other process, only the
+time since the last heartbeat counts. A run whose process lives is never ended. If the system does not say whether a
+process lives, the process counts as alive.
 
 Not covered: a process on another machine that is stopped or cut off for longer than SILENT. The process counts as
 gone. If the process continues, it ends its run as usual.
@@ -46,6 +46,12 @@ def this_process() -> Process:
 def process_tags() -> dict[str, str]:
     """The tags that name this process in its runs."""
     return {tags.PROCESS: json.dumps(asdict(this_process())), tags.SEEN: _iso(_now())}
+
+
+def forget_process(client, run_id: str) -> None:
+    """Removes the tags of `process_tags` from a run that has ended. Only a running run needs them."""
+    for name in (tags.PROCESS, tags.SEEN):
+        client.delete_tag(run_id, name)
 
 
 @contextmanager

@@ -372,7 +372,8 @@ def test_the_parent_shows_how_it_ended_without_a_click(run, tmp_path, store):
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(tmp_path.name).experiment_id
     [parent] = [run for run in client.search_runs([experiment]) if "mlflow.parentRunId" not in run.data.tags]
-    assert parent.info.run_name == "regress: copier/3 vs copier@champion on numbers"
+    assert parent.info.run_name == "regress, score 0.60: copier/3 vs copier@champion on numbers"
+    assert not {"process", "process.seen"} & set(parent.data.tags)  # these are for runs that still run
     assert parent.data.tags["mlflow.note.content"].startswith(
         "**Regress: score/mean fell by 0.30, and 0.05 is allowed.**"
     )

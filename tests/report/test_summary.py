@@ -263,7 +263,7 @@ def test_the_console_s_table_has_short_names_and_is_never_cut():
 @pytest.mark.parametrize(
     ("baseline", "state", "name"),
     [
-        (1, "regress", "regress: m/2 vs m@champion on set"),
+        (1, "regress", "regress, score 0.62: m/2 vs m@champion on set"),
         (0, "none", "score 0.88: m@champion vs m/2 on set"),
         (None, "pass", "pass: 2 models on set"),
         (None, "none", "evaluated: 2 models on set"),

@@ -276,7 +276,7 @@ def test_the_next_start_ends_what_kill_9_left_with_its_children_and_nothing_that
     import mlflow
 
     uri, experiment = sqlite_store(tmp_path), "crashes"
-    client, go = mlflow.MlflowClient(uri), tmp_path / "go"
+    client, go, third = mlflow.MlflowClient(uri), tmp_path / "go", None
     killed = start(copiers, 1, uri, experiment, tmp_path, WAIT_FOR=f"{tmp_path}/never")
     waiting(killed, tmp_path / "never")
     alive = start(copiers, 2, uri, experiment, tmp_path, WAIT_FOR=str(go))
@@ -285,11 +285,15 @@ def test_the_next_start_ends_what_kill_9_left_with_its_children_and_nothing_that
     killed.communicate()
     [place] = client.search_experiments(filter_string=f"name = '{experiment}'")
 
+    processes = {}  # by run: its PID. A run that has ended by itself has no such tag any more
+
     def states():
         """Status and reason of each run, by the PID of its process."""
         found = {}
         for run in client.search_runs([place.experiment_id]):
-            pid = json.loads(run.data.tags["process"])["pid"]
+            if "process" in run.data.tags:
+                processes[run.info.run_id] = json.loads(run.data.tags["process"])["pid"]
+            pid = processes.get(run.info.run_id, third.pid if third else None)
             found.setdefault(pid, []).append((run.info.status, run.data.tags.get("error", "").partition(" (")[0]))
         return found
 
