@@ -1,8 +1,8 @@
 """Logs the two wrappers. Its MLflow calls write a model, or look for a registered version of the same model.
 
-Both wrappers are `chat_model.py` as models from code. The weights are written at most once. A store on this machine
-gets them directly from the checkpoint's folder (slm/base/cache.py, `place`). For another store, the uploaded folder has
-links to them.
+Both wrappers are `chat_model.py` with its parts in `chat_parts`, as models from code. The weights are written at most
+once. A store on this machine gets them directly from the checkpoint's folder (slm/base/cache.py, `place`). For another
+store, the uploaded folder has links to them.
 
 The pipeline model also has MLflow's transformers flavor, over the same files. `mlflow.transformers.load_model` gives
 the pipeline. pyfunc keeps a contract that MLflow 3.17's own `llm/v1/chat` lacks: parameters per row, stop strings,
@@ -146,6 +146,9 @@ def save_model(path, mlflow_model, checkpoint, wrapper, schema, generation, save
             model_config=settings,
             pip_requirements=requirements(wrapper, Path(scratch)),
         )
+    for file, content in wrappers.own_code().items():  # MLflow has copied chat_model.py alone
+        (path / file).parent.mkdir(exist_ok=True)
+        (path / file).write_bytes(content)
     artifact, place = ("onnx", wrappers.PLACES[0]) if wrapper == "onnx" else ("checkpoint", wrappers.PLACES[1])
     pyfunc = mlflow_model.flavors["python_function"]
     placed: dict[str, Any] = {}

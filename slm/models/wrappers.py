@@ -1,9 +1,10 @@
 """Chooses the code that runs a logged model of this project, and opens the model with that code.
 
-A logged model's folder holds a copy of the wrapper (chat_model.py). MLflow's own loaders run that copy. A person who
-may register a model could put any code into the copy. So this project runs the wrapper of its own repository if the
-model was logged by the same version. The logged copy runs if its bytes are those of a released version. Any other copy
-runs only with `trust_code`. slm/answers/loading.py opens models of others, also only with `trust_code`.
+A logged model's folder holds a copy of the wrapper: chat_model.py, and its parts in chat_parts. In models of 0.1.0, the
+wrapper is one file. MLflow's own loaders run that copy. A person who may register a model could put any code into the
+copy. So this project runs the wrapper of its own repository if the model was logged by the same version. The logged
+copy runs if its bytes are those of a released version. Any other copy runs only with `trust_code`.
+slm/answers/loading.py opens models of others, also only with `trust_code`.
 
 The files that are loaded are the files that were checked. Every file is compared with the manifest. The wrapper runs
 from the bytes that were hashed. If a file changes before the model is in memory, the model is opened again. After
@@ -11,7 +12,12 @@ TRIES attempts, the model is refused.
 """
 
 import hashlib
+import importlib
+import importlib.abc
+import importlib.util
 import linecache
+import pkgutil
+import sys
 import tempfile
 import time
 import types
@@ -24,11 +30,12 @@ from typing import Any, Protocol
 
 from slm.base import cache
 from slm.base.errors import BadInput, exhausted
-from slm.models import chat_model, checkpoints, genai_config, weights
+from slm.models import chat_model, chat_parts, checkpoints, genai_config, weights
 from slm.models import manifest as manifests
 
 FILE = "chat_model.py"
-RELEASED = {  # SHA-256 of the wrapper, by version
+PARTS = "chat_parts"  # the folder beside it
+RELEASED = {  # SHA-256 of the wrapper, by version (`code_sha256`)
     "0.1.0": "86a6a415d33d6e5f49a2826a3899aef74000e7b7c86bc5ab97994ebf0ba5f44a",
 }
 PLACES = ("artifacts/onnx", "model")  # of the weights in a model's folder
@@ -105,10 +112,10 @@ def is_ours(description) -> bool:
     return isinstance(description.metadata, dict) and bool(description.metadata.get("model.sha256"))
 
 
-def check(uri: str, description, trust_code: bool, logged_code) -> None:
+def check(uri: str, description, trust_code: bool, code_of) -> None:
     """Refuses a model that would run code of others. Only the description is read; no model is loaded.
 
-    `logged_code` returns the bytes of the logged wrapper. It is called only if the wrapper's version is not ours.
+    `code_of` returns the files of the logged wrapper. It is called only if the wrapper's version is not ours.
 
     Raises:
         BadInput: the model would run code of others.
@@ -118,7 +125,7 @@ def check(uri: str, description, trust_code: bool, logged_code) -> None:
     if not is_ours(description):
         raise BadInput(f"{uri} runs code that was logged with the model; {REMEDY}")
     if _version(description) != chat_model.VERSION:
-        _check_code(uri, logged_code())
+        _check_code(uri, code_of())
 
 
 def opened(
@@ -277,20 +284,58 @@ def _module(uri: str, folder: Path, description, trust_code: bool) -> tuple[type
     """The module that holds the wrapper, and the SHA-256 of its bytes."""
     if _version(description) == chat_model.VERSION:
         return chat_model, own_sha256()
-    try:
-        code = (folder / FILE).read_bytes()
-    except OSError as error:
-        raise BadInput(f"{uri}: {FILE} can't be read: {error.strerror}") from None
+    code = logged_code(uri, folder)
     if not trust_code:
         _check_code(uri, code)
-    sha256 = hashlib.sha256(code).hexdigest()
-    module = types.ModuleType(f"chat_model_{sha256[:16]}")
-    module.__file__ = str(folder / FILE)
-    # the wrapper reads its own source from here: the checked bytes, even if the file has changed
-    linecache.cache[module.__file__] = (len(code), None, code.decode().splitlines(True), module.__file__)
-    exec(compile(code, module.__file__, "exec"), module.__dict__)
-    module.__dict__["render"] = _bounded_render(module)
+    sha256 = code_sha256(code)
+    checked = _CheckedCode(f"chat_model_{sha256[:16]}", folder, code)
+    sys.meta_path.insert(0, checked)
+    try:
+        module = checked.run()
+    finally:
+        sys.meta_path.remove(checked)
+    for name in checked.names:  # the main file, and the part that defines or imports it
+        if hasattr(sys.modules.get(name), "render"):
+            sys.modules[name].__dict__["render"] = _bounded_render(module)
     return module, sha256
+
+
+class _CheckedCode(importlib.abc.InspectLoader, importlib.abc.MetaPathFinder):
+    """Imports a logged wrapper and its parts from the checked bytes, under names of their own.
+
+    The files may change at any time. So they are not read again.
+    """
+
+    def __init__(self, package: str, folder: Path, code: dict[str, bytes]):
+        self.package, self.names = package, {}
+        for file, content in code.items():
+            parts = Path(file).with_suffix("").parts
+            inner = [part for part in parts if part != "__init__"][file == FILE :]
+            self.names[".".join([package, *inner])] = (str(folder / file), content)
+        self._packages = {package, *(name.rpartition(".")[0] for name in self.names if "." in name)}
+
+    def run(self) -> types.ModuleType:
+        for name in self.names:
+            sys.modules.pop(name, None)  # another model with the same wrapper
+        return importlib.import_module(self.package)
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname not in self.names:
+            return None
+        file, content = self.names[fullname]
+        # the wrapper reads its own source from here: the checked bytes, even if the file has changed
+        linecache.cache[file] = (len(content), None, content.decode().splitlines(True), file)
+        spec = importlib.util.spec_from_loader(fullname, self, origin=file, is_package=fullname in self._packages)
+        assert spec is not None
+        spec.has_location = True
+        return spec
+
+    def get_source(self, fullname: str) -> str:
+        return self.names[fullname][1].decode()
+
+    def get_code(self, fullname: str):
+        file, content = self.names[fullname]
+        return compile(content, file, "exec")
 
 
 def _bounded_render(module: types.ModuleType) -> Callable[..., str]:
@@ -305,18 +350,43 @@ def _bounded_render(module: types.ModuleType) -> Callable[..., str]:
     return render
 
 
-def _check_code(uri: str, code: bytes) -> None:
-    if hashlib.sha256(code).hexdigest() not in RELEASED.values():
+def _check_code(uri: str, code: dict[str, bytes]) -> None:
+    if code_sha256(code) not in RELEASED.values():
         raise BadInput(
             f"{uri} has a wrapper that is not from a released version of this project; log it again, or {REMEDY}"
         )
 
 
+def logged_code(uri: str, folder: Path) -> dict[str, bytes]:
+    """The files of the wrapper in a model's folder, by path.
+
+    Raises:
+        BadInput: a file can't be read.
+    """
+    names = [FILE, *sorted(f"{PARTS}/{path.name}" for path in (folder / PARTS).glob("*.py"))]
+    try:
+        return {name: (folder / name).read_bytes() for name in names}
+    except OSError as error:
+        raise BadInput(f"{uri}: {Path(error.filename).name} can't be read: {error.strerror}") from None
+
+
+def code_sha256(code: dict[str, bytes]) -> str:
+    """One hash over the files of a wrapper. A wrapper of one file has the hash of this file."""
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in code.items()}
+    if list(hashes) == [FILE]:
+        return hashes[FILE]
+    return hashlib.sha256("".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode()).hexdigest()
+
+
 def own_sha256() -> str:
     """The SHA-256 of this repository's wrapper."""
-    return hashlib.sha256(own_code()).hexdigest()
+    return code_sha256(own_code())
 
 
-def own_code() -> bytes:
+def own_code() -> dict[str, bytes]:
+    """The files of this repository's wrapper, by their paths in a logged model. The package may be a zip file."""
     loader: Any = chat_model.__loader__
-    return loader.get_data(chat_model.__file__)
+    own = Path(str(chat_model.__file__))
+    names = [FILE, f"{PARTS}/__init__.py"]
+    names += sorted(f"{PARTS}/{part.name}.py" for part in pkgutil.iter_modules(chat_parts.__path__))
+    return {name: loader.get_data(str(own.with_name(FILE).parent / name)) for name in names}

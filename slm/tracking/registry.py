@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def resolve(uri: str, trust_code: bool = False) -> str:
         raise BadInput(f"{uri}: there is no such model{_registered_hint(uri)}: {one_line(error)}") from None
     if state != "READY":
         raise BadInput(f"{uri} is {state}: its logging never came to an end; log it again")
-    wrappers.check(uri, described, trust_code, lambda: _file_of(uri, wrappers.FILE))
+    wrappers.check(uri, described, trust_code, lambda: _code_of(uri))
     forms.check(uri, described)
     return uri
 
@@ -73,6 +73,19 @@ def _registered_hint(uri: str) -> str:
     versions = client.search_model_versions(f"name = '{quoted}'", max_results=1000)
     newest = max((int(version.version) for version in versions), default=0)
     return f" (did you mean models:/{name}/{newest}?)" if newest else ""
+
+
+def _code_of(uri: str) -> dict[str, bytes]:
+    """The files of a logged model's wrapper, by path."""
+    import json
+
+    from slm.models import manifest, wrappers
+
+    names = [wrappers.FILE]
+    with suppress(BadInput, ValueError, KeyError, TypeError):  # models of 0.1.0 have one file
+        files = json.loads(_file_of(uri, manifest.NAME))["files"]
+        names += sorted(name for name in files if name.startswith(f"{wrappers.PARTS}/"))
+    return {name: _file_of(uri, name) for name in names}
 
 
 def _file_of(uri: str, name: str) -> bytes:

@@ -14,6 +14,7 @@ from support.token_ids import greedy, next_tokens
 
 from slm.models import chat_model, quantization
 from slm.models.chat_model import ContinuousRuntime, OnnxRuntime
+from slm.models.chat_parts import runtime
 from slm.prompts.prompt_sets import read_prompt_set
 from slm.scorers.confined import CHECKS
 
@@ -254,8 +255,8 @@ def test_a_session_asks_for_exact_sums_on_x86_without_vnni_unless_the_folder_say
     file = tmp_path / "cpuinfo"
     if flags is not None:
         file.write_text(f"processor\t: 0\nflags\t\t: {flags}\n", encoding="utf-8")
-    monkeypatch.setattr(chat_model.platform, "machine", lambda: machine)
-    monkeypatch.setattr(chat_model, "CPU_FACTS", file)
+    monkeypatch.setattr(runtime.platform, "machine", lambda: machine)
+    monkeypatch.setattr(runtime, "CPU_FACTS", file)
     entries = {}
     monkeypatch.setattr(
         onnxruntime.SessionOptions, "add_session_config_entry", lambda self, name, value: entries.update({name: value})
@@ -284,7 +285,7 @@ def test_onnxruntime_genai_takes_the_exact_mode_too(integers, beginnings, monkey
     folder = silent(integers.folder, tmp_path / "silent")
     found = [greedy(OnnxRuntime(integers.folder, {}), beginnings[:2], [6, 6])]
     for clipped in (True, False):
-        monkeypatch.setattr(chat_model, "integers_saturate", lambda clipped=clipped: clipped)
+        monkeypatch.setattr(runtime, "integers_saturate", lambda clipped=clipped: clipped)
         found.append(greedy(OnnxRuntime(folder, {}), beginnings[:2], [6, 6]))
     assert found[0] == found[1] == found[2]
 

@@ -95,9 +95,9 @@ def test_small_pieces_give_the_numbers_of_large_ones(models, rows, name, monkeyp
 
     wrapper = models[name].unwrap_python_model()
     whole = dict(wrapper.token_scores(rows))
-    module = sys.modules[type(wrapper).__module__]
+    module = sys.modules[type(wrapper._runtime).__module__]
     monkeypatch.setattr(module, "LOGITS_BYTES", 4 * wrapper._runtime.vocabulary_size * 3)
-    monkeypatch.setattr(module, "READ_TOKENS", 40)
+    monkeypatch.setattr(module, "READ_TOKENS", 40, raising=False)  # of transformers alone
     sizes = []
     pieces = dict(wrapper.token_scores(rows, lambda row, first, seen: sizes.append(len(seen))))
     assert max(sizes) <= 4  # and a single token never goes in alone

@@ -1,6 +1,5 @@
 """Faults of trust: what a model's folder, a store or a registry may not make this project run, write or believe."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +15,6 @@ from support.model_folders import folder_of, genai, genai_folder_of, refusal
 from support.questions import GENERATION
 
 from slm.answers import loading
-from slm.base import cache
 from slm.base.errors import BadInput, Unavailable
 from slm.models import chat_model, genai_config, manifest, model_logging, wrappers
 from slm.scorers.confined import CHECKS
@@ -255,7 +253,8 @@ def fit_manifest(folder: Path) -> None:
 def test_a_model_is_loaded_from_what_was_logged(logged):
     uri, folder = logged
     model = load(uri)
-    assert model.facts.code_sha256 == cache.file_sha256(REPOSITORY / "slm" / "models" / "chat_model.py")
+    assert model.facts.code_sha256 == wrappers.code_sha256(wrappers.logged_code(uri, folder))
+    assert wrappers.own_code() == wrappers.logged_code(uri, folder)
     assert isinstance(model, loading.OwnModel) and isinstance(model.wrapper, chat_model.SmallLanguageModel)
     assert registry.recorded_manifests(uri) == (model.facts.manifest_sha256,)
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
@@ -282,6 +281,7 @@ CHANGED = "is missing or was changed since the model was logged"
 ADDED = "was added since the model was logged"
 TAMPERED = {
     "models: a wrapper that was edited": ("chat_model.py", CHANGED),
+    "models: a part of the wrapper that was edited": ("chat_parts/sampling.py", CHANGED),
     "models: an MLmodel that was edited": ("MLmodel", CHANGED),
     "models: requirements that were edited": ("requirements.txt", CHANGED),
     "models: a chat template that was added": ("artifacts/onnx/chat_template2.jinja", ADDED),
@@ -489,15 +489,16 @@ def test_code_of_others_runs_with_trust_code_alone(store, tmp_path):
 def with_code(folder: Path, copy: Path, marker: Path, version: str) -> str:
     """A copy of a logged model that says it is of `version`, and whose wrapper leaves `marker`; the code's SHA-256."""
     shutil.copytree(folder, copy)
-    own = (copy / "chat_model.py").read_text()
+    own, model = copy / "chat_model.py", copy / "chat_parts" / "model.py"
     unbounded = "def render(*given):\n    raise SystemExit('it renders by itself')"
-    rewrite(copy / "chat_model.py", f"{own}\nPath({str(marker)!r}).touch()\n{unbounded}\n")
+    rewrite(own, f"{own.read_text()}\nPath({str(marker)!r}).touch()\n")
+    rewrite(model, f"{model.read_text()}\n{unbounded}\n")
     description = yaml.safe_load((copy / "MLmodel").read_text())
     description["metadata"]["wrapper"] = {"version": version, "sha256": "0" * 64}
     description.pop("model_id")
     rewrite(copy / "MLmodel", yaml.safe_dump(description))
     fit_manifest(copy)
-    return cache.file_sha256(copy / "chat_model.py")
+    return wrappers.code_sha256(wrappers.logged_code(str(copy), copy))
 
 
 @pytest.mark.fault("registry: code in a model that says it is of this project")
@@ -540,8 +541,9 @@ def test_the_wrappers_version_is_the_projects_and_changes_once_it_was_released()
 
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == chat_model.VERSION
-    code = (REPOSITORY / "slm" / "models" / "chat_model.py").read_bytes()
-    assert wrappers.RELEASED.get(chat_model.VERSION, wrappers.own_sha256()) == hashlib.sha256(code).hexdigest()
+    assert wrappers.RELEASED.get(chat_model.VERSION, wrappers.own_sha256()) == wrappers.own_sha256()
+    folder = REPOSITORY / "slm" / "models" / wrappers.PARTS
+    assert {*wrappers.own_code()} == {"chat_model.py", *(f"chat_parts/{path.name}" for path in folder.glob("*.py"))}
 
 
 @pytest.mark.fault("schedules: code of others")

@@ -236,15 +236,18 @@ TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ m
 
 @pytest.mark.parametrize("place", ["folder", "zip"])
 def test_the_wrapper_renders_where_its_file_was_alone_and_is_gone(tmp_path, place, monkeypatch):
-    """As a logged model is loaded: one file under another name, in a folder that may be temporary."""
+    """As a logged model is loaded: under another name, in a folder that may be temporary."""
     alone = tmp_path / "alone"
     alone.mkdir()
     file = alone / "wrapper_alone.py"
     shutil.copy(chat_model.__file__, file)
+    shutil.copytree(Path(chat_model.__file__).parent / "chat_parts", alone / "chat_parts")
     if place == "zip":
         with zipfile.ZipFile(alone / "code.zip", "w") as archive:
-            archive.write(file, file.name)
+            for path in (file, *(alone / "chat_parts").glob("*.py")):
+                archive.write(path, path.relative_to(alone))
         file.unlink()
+        shutil.rmtree(alone / "chat_parts")
         monkeypatch.syspath_prepend(str(alone / "code.zip"))
         spec = importlib.util.find_spec("wrapper_alone")
     else:
@@ -260,4 +263,6 @@ def test_the_wrapper_renders_where_its_file_was_alone_and_is_gone(tmp_path, plac
         with pytest.raises(module.Refused, match="division by zero"):
             module.render("{{ 1/0 }}", {}, [])
     finally:
-        module._templates._end()
+        sys.modules["wrapper_alone.chat_parts.templates"]._templates._end()
+        for name in [name for name in sys.modules if name.startswith("wrapper_alone.")]:
+            del sys.modules[name]

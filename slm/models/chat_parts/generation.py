@@ -1,0 +1,295 @@
+"""Puts rows into batches and runs them: what becomes of a token until a row has ended."""
+
+import atexit
+import functools
+import itertools
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from .rows import GREEDY, Refused, Row, SeeDistributions, TokenScores
+from .runtime import CACHE_BYTES, Runtime
+
+
+class Generation:
+    """Generates rows in batches, with the runtime and the tokenizer that `SmallLanguageModel.load_context` opens."""
+
+    batch_size: int
+    _tokenizer: Any
+    _runtime: Runtime
+    _lock: threading.RLock  # two threads must not run a runtime at once
+
+    def token_scores(
+        self,
+        rows: Iterable[tuple[Sequence[int], Sequence[int]]],
+        see: SeeDistributions | None = None,
+        batch_size: int = 0,
+    ) -> Iterator[tuple[int, TokenScores]]:
+        """The model's log probability of each given token, for rows of (context ids, continuation ids).
+
+        Yields (place of the row, TokenScores) as rows end. A context has at least one token; a continuation may be
+        empty. `see` gets the whole distributions. A beginning that rows share is computed once. Where a runtime gives
+        logits of many places at once (`Runtime.reads`), a row takes as long as a prompt of its length. Elsewhere it
+        takes as long as its generation. The memory doesn't depend on the length of a row, apart from keys and values.
+
+        Raises:
+            Refused: a context is empty, a row is longer than the context length, or a token is not in the vocabulary.
+        """
+        tokens = self._runtime.vocabulary_size
+        waiting: list[Row] = []
+        scores: dict[int, TokenScores] = {}
+        for index, (context, continuation) in enumerate(rows):
+            ids, forced = list(map(int, context)), list(map(int, continuation))
+            if not ids:
+                raise Refused(f"row {index}: the context is empty; begin it with one token, such as the end token")
+            if len(ids) + len(forced) > self._runtime.context_length:
+                told = f"has {len(ids) + len(forced)} tokens; the context length is {self._runtime.context_length}"
+                raise Refused(f"row {index}: {told}")
+            if (strange := next((id for id in ids + forced if not 0 <= id < tokens), None)) is not None:
+                raise Refused(f"row {index}: token {strange} is not in the vocabulary, which has {tokens} tokens")
+            scores[index] = TokenScores(np.zeros(len(forced), dtype=np.float32), np.zeros(len(forced), dtype=bool))
+            row = Row((index, 0), ids, GREEDY, len(forced), 0, forced=forced)
+            row.see = functools.partial(_see, row, scores[index], see)
+            if forced:
+                waiting.append(row)
+            else:
+                yield index, scores.pop(index)
+        waiting = [part for row in waiting for part in self._parts(row)]
+        left = Counter(row.index[0] for row in waiting)
+        together = self._readings if self._runtime.reads else self._queues if self._runtime.refills else self._batches
+        for batch, places, runtimes in together(waiting, batch_size or self.batch_size):
+            with self._lock:
+                for ended in self._side_by_side(batch, places, runtimes):
+                    index = ended.index[0]
+                    left[index] -= 1
+                    if not left[index]:
+                        yield index, scores.pop(index)
+
+    def vocabulary(self) -> dict[str, int]:
+        """The tokens of the tokenizer, with their ids."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, with special tokens."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+    def fits(self, batch: list[Row], row: Row, batch_size: int = 0) -> bool:
+        """Whether a row may join a batch. An empty batch takes any row.
+
+        The limits are the batch size, the bytes of the keys and values, and the context length. Some prompts need a
+        batch of their own (`alone_in_batch`).
+        """
+        longer = [*batch, row]
+        if batch and any(self._runtime.alone_in_batch(member.prompt) for member in longer):
+            return False
+        return not batch or (
+            len(longer) <= (batch_size or self.batch_size)
+            and self.cache_share(longer) <= 1
+            and _span(longer) <= self._runtime.context_length
+        )
+
+    def cache_share(self, batch: list[Row]) -> float:
+        """The share of CACHE_BYTES that the keys and values of these rows take in one batch. 1.0 is all bytes."""
+        return _span(batch) * len(batch) * self._runtime.bytes_per_token / CACHE_BYTES
+
+    def stream(self, batch: list[Row]) -> Iterator[list[tuple[Row, str]]]:
+        """Generates rows that fit together. After each step, yields every row of the step with its new text.
+
+        Characters that may begin a stop string are held back. So is half a character. A row's last text comes with its
+        finish_reason. The caller drops a row between two steps, with `Row.end`.
+        """
+        sent = {id(row): 0 for row in batch}
+        with self._lock:
+            for rows in self._steps(batch, len(batch), self._runtime, decoded=True):
+                step = []
+                for row in rows:
+                    ready = len(row.text)
+                    if not row.finish_reason:
+                        ready -= max((_overlap(row.text, stop) for stop in row.sampling.stop), default=0)
+                    step.append((row, row.text[sent[id(row)] : ready]))
+                    sent[id(row)] = max(ready, sent[id(row)])
+                yield step
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _queues(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int, list[Runtime]]]:
+        """Yields rows, the number that each runtime generates at once, and the runtimes.
+
+        All batch places of a queue have one size. So a queue holds rows of similar length. Rows that begin alike are
+        neighbours, so that a common beginning is computed once.
+        """
+
+        def span(row: Row) -> int:
+            return len(row.prompt) + row.room
+
+        alike: list[Row] = []
+        ordered = sorted(rows, key=span, reverse=True)
+        for place, row in enumerate(ordered, 1):
+            alike.append(row)
+            if place == len(ordered) or 2 * span(ordered[place]) < span(alike[0]):
+                room = min(batch_size, CACHE_BYTES // (span(alike[0]) * self._runtime.bytes_per_token))
+                lanes = self._runtime.lanes(min(len(alike), room))
+                yield sorted(alike, key=lambda row: row.prompt), max(1, room // len(lanes)), lanes
+                alike = []
+
+    def _parts(self, row: Row) -> list[Row]:
+        """A row with given tokens, as the rows that the runtime can go through: most runtimes go past end tokens."""
+        ends = [place for place, token in enumerate(row.forced[:-1], 1) if token in self._runtime.end_tokens]
+        if self._runtime.passes_end or not ends:
+            return [row]
+        parts = []
+        for number, (begin, end) in enumerate(itertools.pairwise([0, *ends, row.room])):
+            ids, forced = row.prompt + row.forced[:begin], row.forced[begin:end]
+            part = Row((row.index[0], number), ids, row.sampling, end - begin, 0, forced=forced)
+            part.see = functools.partial(_see_part, row.see, begin)
+            parts.append(part)
+        return parts
+
+    def _readings(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int, list[Runtime]]]:
+        """Yields all rows with their runtimes. Rows that begin alike are neighbours."""
+        if rows:
+            yield sorted(rows, key=lambda row: row.prompt + row.forced), 1, self._runtime.lanes(len(rows))
+
+    def _batches(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int, list[Runtime]]]:
+        batch: list[Row] = []
+        for row in sorted(rows, key=lambda row: -len(row.prompt)):
+            if self._runtime.alone_in_batch(row.prompt):
+                yield [row], 1, [self._runtime]
+                continue
+            if not self.fits(batch, row, batch_size):
+                yield batch, len(batch), [self._runtime]
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch, len(batch), [self._runtime]
+
+    def _side_by_side(self, batch: list[Row], places: int, runtimes: list[Runtime]) -> Iterator[Row]:
+        """Generates a batch with several runtimes, one thread for each. Yields rows as they finish."""
+        if len(runtimes) == 1:
+            yield from self._ended(batch, places, runtimes[0], None)
+            return
+        finished: queue.SimpleQueue[Row | BaseException] = queue.SimpleQueue()
+
+        def generate(runtime, take: Callable[[], int]) -> None:
+            try:
+                for row in self._ended(batch, places, runtime, take):
+                    finished.put(row)
+            except BaseException as error:  # the caller raises it
+                finished.put(error)
+
+        waiting = deque(range(len(batch)))  # neighbours begin alike: lanes take rows from opposite ends
+        takes: list[Callable[[], int]] = [(waiting.popleft, waiting.pop)[number % 2] for number in range(len(runtimes))]
+        if batch[0].forced:  # each lane has its own rows, so that the order of a lane's rows never changes
+            size = -(-len(batch) // len(runtimes))
+            parts = [range(len(batch))[first : first + size] for first in range(0, size * len(runtimes), size)]
+            takes = [deque(part).popleft for part in parts]
+        threads = [
+            threading.Thread(target=generate, args=(runtime, take), name="lane", daemon=True)
+            for runtime, take in zip(runtimes, takes, strict=True)
+        ]
+
+        def stop() -> None:  # a thread ends after its current step when all rows are dropped
+            for row in batch:
+                row.end("dropped")
+            for thread in threads:
+                if thread.ident:
+                    thread.join()
+
+        atexit.register(stop)  # if a thread is in a step at the interpreter's end, the process aborts
+        try:
+            for thread in threads:
+                thread.start()
+            for _ in batch:
+                row = finished.get()
+                if isinstance(row, BaseException):
+                    raise row
+                yield row
+        finally:
+            stop()
+            atexit.unregister(stop)
+
+    def _steps(
+        self,
+        batch: list[Row],
+        places: int,
+        runtime: Runtime,
+        decoded: bool = False,
+        take: Callable[[], int] | None = None,
+    ) -> Iterator[list[Row]]:
+        """Generates a batch, `places` rows at once. Yields after every step the rows that took part.
+
+        With `decoded`, every row's text is updated. With `take`, other threads also take rows from the batch.
+        """
+        from tokenizers.decoders import DecodeStream
+
+        start = time.perf_counter()
+        streams = {id(row): DecodeStream(skip_special_tokens=True) for row in batch if decoded or row.sampling.stop}
+        for tokens in runtime.steps(batch, places, take):
+            changed = []
+            for place, token in tokens.items():
+                row = batch[place]
+                if not row.finish_reason:
+                    self._append(row, token, streams.get(id(row)), runtime.end_tokens)
+                    if row.finish_reason:
+                        row.seconds = time.perf_counter() - (row.started or start)
+                    changed.append(row)
+            yield changed
+
+    def _ended(self, batch: list[Row], places: int, runtime: Runtime, take: Callable[[], int] | None) -> Iterator[Row]:
+        """Generates a batch, or reads its given tokens; yields each row when it has ended."""
+        if runtime.reads and batch[0].forced:
+            for position in runtime.read(batch, take):
+                batch[position].end("length")
+                yield batch[position]
+            return
+        for step in self._steps(batch, places, runtime, take=take):
+            yield from (row for row in step if row.finish_reason)
+
+    def _append(self, row: Row, token: int, stream: Any, end_tokens: frozenset[int]) -> None:
+        """Appends a token, and ends the row at an end token, a stop string or its last token."""
+        row.output.append(token)
+        ended = token in end_tokens and not row.forced
+        if ended:
+            row.end("stop")
+        elif stream is not None:
+            row.text += stream.step(self._tokenizer, token) or ""
+            cut = min((at for at in map(row.text.find, row.sampling.stop) if at >= 0), default=-1)
+            if cut >= 0:
+                row.text = row.text[:cut]
+                row.end("stop")
+                return
+        if len(row.output) >= row.room:
+            row.end("length")
+        if row.finish_reason and not row.forced:
+            row.text = self._tokenizer.decode(row.output[: len(row.output) - ended], skip_special_tokens=True)
+
+
+def _see_part(see: Callable[[int, np.ndarray], None], begin: int, first: int, logits: np.ndarray) -> None:
+    see(begin + first, logits)
+
+
+def _see(row: Row, scores: TokenScores, see: SeeDistributions | None, first: int, logits: np.ndarray) -> None:
+    """Puts the log probabilities of a row's given tokens from `first` on into `scores`."""
+    logits = logits.astype(np.float32)
+    places, tokens = slice(first, first + len(logits)), row.forced[first : first + len(logits)]
+    logits -= logits.max(axis=-1, keepdims=True)
+    scores.likeliest[places] = logits.argmax(axis=-1) == tokens
+    logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    scores.log_probabilities[places] = logits[np.arange(len(tokens)), tokens]
+    if see:
+        see(row.index[0], first, logits)
+
+
+def _span(batch: list[Row]) -> int:
+    """The number of tokens for which each row has room in its keys and values, in a batch with padding."""
+    return max(len(row.prompt) for row in batch) + max(row.room for row in batch)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The number of characters at the end of `text` that could begin `stop`."""
+    return next((size for size in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:size])), 0)

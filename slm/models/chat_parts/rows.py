@@ -1,0 +1,75 @@
+"""What a text is while it is generated, and what the caller gets: plain data that all parts share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+class Refused(ValueError):
+    """This row can't be answered. The other rows can. The message gives the reason in one line."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The generation parameters of one row, with OpenAI's names."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stop: tuple[str, ...]
+    n: int
+
+
+GREEDY = Sampling(max_tokens=1, temperature=0.0, top_p=1.0, seed=0, stop=(), n=1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated text. `output_tokens` counts every generated token, including the end token."""
+
+    text: str
+    finish_reason: str  # stop | length | error
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    seconds: float = 0.0  # from the start of the prompt, or of the batch, to the last token
+    error: str = ""
+    token_ids: tuple[int, ...] = ()  # all generated tokens, including the end token
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model thinks of given tokens: `token_scores` has one for each row."""
+
+    log_probabilities: np.ndarray  # (tokens,) float32, natural logarithms
+    likeliest: np.ndarray  # (tokens,) bool: whether the token is the likeliest one
+
+
+# Gets (place of the row, first token, log probabilities (tokens, vocabulary) in float32). The pieces of a row may come
+# in any order, and rows from several threads at once.
+SeeDistributions = Callable[[int, int, np.ndarray], None]
+
+
+@dataclass
+class Row:
+    """One text that is being generated: the token ids of its prompt, and its tokens so far."""
+
+    index: tuple[int, int]  # (row of the input, which of its n answers)
+    prompt: list[int]
+    sampling: Sampling
+    room: int  # the most tokens that may be generated
+    seed: int
+    output: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    text: str = ""  # complete at the end; before that only with stop strings and in streams
+    started: float = 0.0  # perf_counter; 0 if the row starts with its batch
+    seconds: float = 0.0
+    tenant: str = ""  # keys and values are copied only between rows of one tenant
+    forced: list[int] = field(default_factory=list)  # the tokens, if they are given and not chosen: `room` of them
+    # gets the place of a given token, and the logits (tokens, vocabulary) from which it and the next ones follow
+    see: Callable[[int, np.ndarray], None] = lambda first, logits: None
+
+    def end(self, reason: str) -> None:
+        """Ends the row, for a reason such as stop, length, cancelled or dropped. The first reason stays."""
+        self.finish_reason = self.finish_reason or reason

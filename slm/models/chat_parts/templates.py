@@ -1,0 +1,138 @@
+"""Conversations to text: reads a checkpoint's chat template, and renders it.
+
+A stranger may have written a chat template, and a template is a program. A child process renders the template within
+bounds of time and memory (Confined).
+"""
+
+import datetime
+import functools
+import inspect
+import json
+from pathlib import Path
+
+import numpy as np
+
+from .confined import CallFailed, Confined
+from .rows import Refused
+
+TEMPLATE_SECONDS = 5  # of processor time for one rendering
+TEMPLATE_BYTES = 2**29  # of memory for one rendering
+
+
+def read_chat_template(folder: str | Path) -> tuple[str, dict[str, str]]:
+    """A checkpoint folder's chat template, and its special tokens by name. Without a template, the first is "".
+
+    Raises:
+        Refused: a file can't be read, or the template or a token is not text.
+    """
+    folder = Path(folder)
+    path = folder / "tokenizer_config.json"
+    try:
+        template, special = _templates_of(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+        if (folder / "chat_template.jinja").exists():
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise Refused(
+            f"the chat template or tokenizer_config.json can't be read ({type(error).__name__}: {error})"
+        ) from None
+    return template, special
+
+
+def _templates_of(config: dict) -> tuple[str, dict[str, str]]:
+    template = config.get("chat_template") or ""
+    if isinstance(template, list):  # several templates with names
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), "")
+    special = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
+        token = config.get(name)
+        if token:
+            special[name] = token["content"] if isinstance(token, dict) else token
+    if not all(isinstance(text, str) for text in (template, *special.values())):
+        raise TypeError("one of them is no text")
+    return template, special
+
+
+@functools.lru_cache(maxsize=4)  # compiling takes longer than rendering
+def _compiled(template: str):
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def _rendered(template: str, special_tokens: dict[str, str], messages: list[dict]) -> dict[str, str]:
+    """Runs in the confined process. Gives {"text"}, or {"refused"} with the reason in one line."""
+    import jinja2
+
+    try:
+        text = _compiled(template).render(
+            messages=messages, add_generation_prompt=True, tools=None, documents=None, **special_tokens
+        )
+        # the tokenizer then reads this text without bounds
+        most = 2**20 + 4 * len(json.dumps(messages))
+        if len(text) <= most:
+            return {"text": text}
+        reason = f"its text has {len(text):,} characters; the limit is {most:,}"
+    except MemoryError:
+        raise
+    except (jinja2.TemplateError, TypeError) as error:
+        reason = str(error)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    printable = "".join(mark if mark.isprintable() else " " for mark in reason[:1000])
+    return {"refused": " ".join(printable.split())[:300]}
+
+
+_templates = Confined(
+    "\n".join(
+        [
+            "import datetime, functools, json",
+            inspect.getsource(_compiled),  # read at import: this file may be gone later
+            inspect.getsource(_rendered),
+            "FUNCTIONS = {'render': (_rendered, ['', {}, []])}",
+        ]
+    ),
+    TEMPLATE_SECONDS,
+    TEMPLATE_BYTES,
+)
+
+
+def render(template: str, special_tokens: dict[str, str], messages: list[dict]) -> str:
+    """The prompt text of a conversation. The template is rendered by the rules of transformers.
+
+    A rendering may take TEMPLATE_SECONDS of processor time and TEMPLATE_BYTES of memory, where Confined has bounds.
+
+    Raises:
+        Refused: the template refuses the conversation, fails, or exceeds a bound.
+    """
+    try:
+        rendered = _templates.call("render", template, special_tokens, messages)
+    except CallFailed as reason:
+        raise Refused(f"the model's chat template {reason}") from None
+    if "refused" in rendered:
+        raise Refused(f"the model's chat template refused the conversation: {rendered['refused']}")
+    return rendered["text"]
+
+
+def messages_of(value) -> list[dict]:
+    """A conversation as a list of {"role", "content"}.
+
+    Raises:
+        Refused: the value is no list, the list is empty, or a message has no text as its role or content.
+    """
+    messages = [dict(message) for message in value] if isinstance(value, list | tuple | np.ndarray) else None
+    if not messages:
+        raise Refused("messages must hold at least one message, got an empty conversation")
+    for position, message in enumerate(messages):
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise Refused(f"messages[{position}] must have a role and a content, both text, got {message!r:.80}")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
