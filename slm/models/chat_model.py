@@ -7,8 +7,9 @@ need only onnxruntime (ContinuousRuntime).
 All runtimes share the code that renders, tokenizes, samples, finds stop strings and builds answers.
 In fp32, all runtimes give the same greedy text.
 
-Not covered: tools, images, top_k, logit penalties and beam search. A request for tools, images, top_k or a penalty is
-refused.
+The table in chat_parts/fields.py says what happens to each field of a request.
+
+Not covered: tools, images and beam search. A request for tools or images is refused.
 
 Hugging Face's `tokenizers` reads the checkpoint's own tokenizer.json. The encoder of onnxruntime-genai is not used,
 because it cuts a text at its first NUL.
@@ -30,12 +31,13 @@ if not __package__:
 
 from .chat_parts.confined import CallFailed, Confined
 from .chat_parts.continuous_runtime import KEEP, LANE_BYTES, ContinuousRuntime
+from .chat_parts.fields import DEFAULTS, FIELDS, Field, Request, checked
 from .chat_parts.genai_runtime import OnnxRuntime, onnx_runtime
 from .chat_parts.generation import Generation
 from .chat_parts.model import SmallLanguageModel, usage
-from .chat_parts.rows import GREEDY, Answer, Refused, Row, Sampling, SeeDistributions, TokenScores
+from .chat_parts.rows import GREEDY, Answer, Refused, Row, Sampling, SeeDistributions, TokenLogProbability, TokenScores
 from .chat_parts.runtime import EXACT_INTEGERS, Runtime, exact_integers, integers_saturate, physical_cores
-from .chat_parts.sampling import DEFAULTS, next_token, sample, sampling_of
+from .chat_parts.sampling import next_token, sample, sampling_of
 from .chat_parts.templates import messages_of, read_chat_template, render
 from .chat_parts.transformers_runtime import DTYPES, TransformersRuntime
 
@@ -45,6 +47,7 @@ __all__ = [
     "DEFAULTS",
     "DTYPES",
     "EXACT_INTEGERS",
+    "FIELDS",
     "GREEDY",
     "KEEP",
     "LANE_BYTES",
@@ -53,16 +56,20 @@ __all__ = [
     "CallFailed",
     "Confined",
     "ContinuousRuntime",
+    "Field",
     "Generation",
     "OnnxRuntime",
     "Refused",
+    "Request",
     "Row",
     "Runtime",
     "Sampling",
     "SeeDistributions",
     "SmallLanguageModel",
+    "TokenLogProbability",
     "TokenScores",
     "TransformersRuntime",
+    "checked",
     "exact_integers",
     "integers_saturate",
     "messages_of",

@@ -25,7 +25,8 @@ from mlflow.models.model import ModelInfo
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
+from mlflow.types.llm import CHAT_MODEL_OUTPUT_SCHEMA
+from mlflow.types.schema import AnyType, Array
 from mlflow.utils.uri import is_databricks_unity_catalog_uri, is_oss_unity_catalog_uri
 
 from slm.base import cache, environment
@@ -33,8 +34,18 @@ from slm.models import chat_model, manifest, wrappers
 from slm.models.checkpoints import Checkpoint
 
 PACKAGES = {
-    "pipeline": ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "jinja2", "numpy"),
-    "onnx": ("mlflow", "onnxruntime-genai", "onnxruntime", "tokenizers", "jinja2", "numpy"),
+    "pipeline": (
+        "mlflow",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "accelerate",
+        "jinja2",
+        "numpy",
+        "llguidance",
+    ),
+    "onnx": ("mlflow", "onnxruntime-genai", "onnxruntime", "tokenizers", "jinja2", "numpy", "llguidance"),
 }
 SETTINGS = {  # 0 and "": the wrapper chooses
     "pipeline": {"batch_size": 0, "threads": 0, "dtype": "auto", "device": "auto"},
@@ -168,24 +179,30 @@ def save_model(path, mlflow_model, checkpoint, wrapper, schema, generation, save
 
 
 def signature(schema: str, generation: dict) -> ModelSignature:
-    """The signature of a schema. `prompt`: {"prompt": string} -> string. `chat`: MLflow's chat schema with a seed per
-    row.
+    """The signature of a schema. `prompt`: {"prompt": string} -> string. `chat`: OpenAI's fields -> a completion.
+
+    The columns have the type Any. MLflow would refuse a whole number in a column of numbers, a single stop string, and
+    parts of text, before the wrapper can say what is wrong. The wrapper checks each value (chat_parts/fields.py). The
+    type of `messages` is an array, because MLflow reads a dict without such a column as a table.
     """
-    params = ParamSchema(
-        [
-            ParamSpec("max_tokens", DataType.long, chat_model.DEFAULTS["max_tokens"]),
-            ParamSpec("temperature", DataType.double, float(generation["temperature"])),
-            ParamSpec("top_p", DataType.double, float(generation["top_p"])),
-            ParamSpec("seed", DataType.long, int(generation["seed"])),
-            ParamSpec("stop", DataType.string, list(generation["stop"]), (-1,)),
-        ]
-    )
-    if schema == "prompt":
+    params = ParamSchema([_param(field, generation) for field in chat_model.FIELDS if field.parameter])
+    if schema == "prompt":  # without optional columns: spark_udf then needs no names of columns
         return ModelSignature(
             Schema([ColSpec(DataType.string, "prompt", required=True)]), Schema([ColSpec(DataType.string)]), params
         )
-    columns = [*CHAT_MODEL_INPUT_SCHEMA.inputs, ColSpec(DataType.long, "seed", required=False)]
-    return ModelSignature(Schema(columns), CHAT_MODEL_OUTPUT_SCHEMA, params)
+    fields: Any = [ColSpec(Array(AnyType()), "messages")]
+    fields += [
+        ColSpec(AnyType(), field.name, required=False) for field in chat_model.FIELDS if field.name != "messages"
+    ]
+    return ModelSignature(Schema(fields), CHAT_MODEL_OUTPUT_SCHEMA, params)
+
+
+def _param(field: chat_model.Field, generation: dict) -> ParamSpec:
+    """A parameter of a call. The model's own default comes first. An evaluation's max_tokens is no default."""
+    default = field.default if field.name == "max_tokens" else generation.get(field.name, field.default)
+    kinds = {"long": int, "double": float, "string": list}
+    shape = (-1,) if field.kind == "texts" else None
+    return ParamSpec(field.name, DataType[field.parameter], kinds[field.parameter](default), shape)
 
 
 def requirements(wrapper: str, scratch: Path) -> list[str]:

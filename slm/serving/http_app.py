@@ -20,7 +20,7 @@ beginnings.
 A page in a browser can give its own name the address of this machine (DNS rebinding). So the server answers only
 requests that name one of the server's host names.
 
-Not covered: TLS, users and quotas (use a proxy), tools, images, log probabilities, more than one model or process.
+Not covered: TLS, users and quotas (use a proxy), tools, images, more than one model or process.
 A text does not join a running batch. If the model's runtime refills, it reads a long prompt in pieces, and other
 batches take turns between two pieces. With any other runtime, a prompt is one step of its batch.
 slm/serving/connections.py guards the sockets.
@@ -45,6 +45,7 @@ from slm.models import wrappers
 from slm.serving.batching import Worker
 from slm.serving.protocol import (
     METRICS_TYPE,
+    OLD_FIELDS,
     STREAM_HEADERS,
     ApiError,
     Limits,
@@ -53,6 +54,7 @@ from slm.serving.protocol import (
     model_names,
     read_keys,
     read_request,
+    refused_as_error,
 )
 from slm.tracking import mlflow_client, registry
 
@@ -147,11 +149,9 @@ def build(
         exchange = Exchange(worker, request)
         try:
             asked = read_request(await read_body(request, limits))
-            row = asked.row(names, limits)
-            try:
-                exchange.rows = await asyncio.to_thread(model.prepare, row, defaults)
-            except ValueError as refusal:  # Refused, from the copy of slm.chat_model in the logged model
-                raise ApiError(400, str(refusal)) from None
+            with_usage = asked.includes_usage()
+            row = asked.row(names, limits, getattr(model, "fields", OLD_FIELDS))
+            exchange.rows = await asyncio.to_thread(refused_as_error, model.prepare, row, defaults)
             for prepared in exchange.rows:
                 prepared.tenant = request.state.tenant
             exchange.begin(asked.stream, client_of(request))
@@ -159,11 +159,12 @@ def build(
             worker.metrics.requests.labels("full" if error.status == 429 else "refused").inc()
             raise
         if asked.stream:
-            with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
             events = server_sent_events(model, exchange, with_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
         async for _ in exchange.news():
             pass
+        if reason := exchange.error():
+            raise ApiError(400, reason)
         return JSONResponse(model.completion(model.choices(exchange.rows)))
 
     return app
@@ -176,6 +177,10 @@ class Exchange:
         self.worker, self.request = worker, request
         self.rows: list = []
         self.start = time.perf_counter()
+
+    def error(self) -> str:
+        """The reason why a text can't be finished, such as a grammar that is too complex. Usually ""."""
+        return next((row.error for row in self.rows if getattr(row, "error", "")), "")
 
     def begin(self, streamed: bool | None, client: str) -> None:
         self.ticket = self.worker.submit(self.rows, bool(streamed), client)
@@ -250,18 +255,25 @@ async def server_sent_events(model, exchange: Exchange, with_usage: bool) -> Asy
     n = exchange.rows[0].sampling.n
     copies = n // len(exchange.rows)
 
-    def event(choice, delta, finish_reason=None):
-        return _event(head | {"choices": [{"index": choice, "delta": delta, "finish_reason": finish_reason}]})
+    def event(choice, delta, finish_reason=None, logprobs=None):
+        told = {"index": choice, "delta": delta, "finish_reason": finish_reason}
+        return _event(head | {"choices": [told | ({"logprobs": logprobs} if logprobs else {})]})
+
+    has_pieces = hasattr(model, "log_probability_pieces")  # not in models of older versions
+    pieces = [model.log_probability_pieces(row) for row in exchange.rows] if has_pieces else []
 
     try:
         for choice in range(n):
             yield event(choice, {"role": "assistant", "content": ""})
         async for place, text, finish_reason in exchange.news():
+            logprobs = pieces[place].sent_with(text, finish_reason) if pieces else None
             for choice in range(place, n, n // copies):
-                if text:
-                    yield event(choice, {"content": text})
+                if text or (logprobs and not finish_reason):
+                    yield event(choice, {"content": text}, None, logprobs)
                 if finish_reason:
-                    yield event(choice, {}, finish_reason)
+                    yield event(choice, {}, finish_reason, None if text else logprobs)
+        if reason := exchange.error():
+            raise ApiError(400, reason)
     except ApiError as error:
         yield _event(error.content)
         return

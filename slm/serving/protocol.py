@@ -2,7 +2,7 @@
 
 import ipaddress
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import prometheus_client
@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slm.base import model_uri, strict_json
 from slm.base.errors import BadInput
+from slm.models.chat_parts.fields import BY_NAME, FIELDS, checked, includes_usage
+from slm.models.chat_parts.templates import messages_of
 
 PROMPT_TOKENS = 8  # prompt tokens that the model reads in the time of one generated token
 SECONDS_PER_TOKEN = 0.02  # on a machine with one client, for the order of the queue
@@ -19,20 +21,8 @@ LOOPBACK = ("localhost",)  # in addition to loopback's addresses
 WILDCARDS = ("0.0.0.0", "::")  # each stands for all addresses of a machine
 METRICS_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # without the second, nginx buffers events
-# OpenAI's fields that this model lacks, and the values that have no effect
-IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
-NEUTRAL = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "top_k": (0,),
-}
+# What the wrappers of 0.1.0 honour. They ignore other fields, so such a request is refused here
+OLD_FIELDS = frozenset(("messages", "max_tokens", "temperature", "top_p", "seed", "stop", "n"))
 
 
 @dataclass(frozen=True)
@@ -64,74 +54,81 @@ class ApiError(Exception):
 # What a request may contain
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-    role: str
-    content: str | list[dict] | None = None
-
-    def plain(self, place: int) -> dict:
-        """The message as a role and one text."""
-        where = f"messages.{place}"
-        if self.role not in ("system", "developer", "user", "assistant"):
-            raise ApiError(400, f"{where}.role: {self.role!r:.40} is none of system, user, assistant", param="messages")
-        for name, value in (self.model_extra or {}).items():
-            if value and name != "name":  # clients send back the fields that they got, including empty fields
-                raise ApiError(400, f"{where}.{name} is not supported by this model", param="messages")
-        parts = [{"type": "text", "text": self.content}] if isinstance(self.content, str) else self.content or []
-        for part in parts:
-            if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                kind = part.get("type")
-                raise ApiError(400, f"{where}.content: only parts of text, not {kind!r:.40}", param="messages")
-        if not parts:
-            raise ApiError(400, f"{where}.content is missing", param="messages")
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "\n".join(part["text"] for part in parts)}
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True)
-    include_usage: bool | None = None
-
-
 class ChatRequest(BaseModel):
-    """The body of a request. The model itself checks the ranges."""
+    """The body of a request. The model itself checks the fields, by the table of slm/models/chat_parts/fields.py."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     model: str | None = None
-    messages: list[Message]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
+    messages: list[dict]
     stop: str | list[str] | None = None
-    n: int | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: dict | None = None
 
-    def row(self, names: Sequence[str], limits: Limits) -> dict:
-        """The request as a row of the model's input.
+    def row(self, names: Sequence[str], limits: Limits, fields: frozenset[str]) -> dict:
+        """The request as a row of the model's input. `fields` are those that the model's wrapper knows.
 
         Raises:
             ApiError: the request needs something that this server does not have.
         """
         if self.model:
             check_model(self.model, names)
-        for field_name, value in (self.model_extra or {}).items():
-            if value is None or field_name in IGNORED or value in NEUTRAL.get(field_name, ()):
-                continue
-            known = field_name in NEUTRAL
-            text = f"{field_name:.60}: {value!r:.60} is not supported by this model"
-            raise ApiError(400, text if known else f"{field_name:.60}: there is no such field", param=field_name)
+        given = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
         if isinstance(self.stop, list) and len(self.stop) > MOST_STOPS:
             raise ApiError(400, f"stop: {len(self.stop)} texts; at most {MOST_STOPS}", param="stop")
-        max_tokens = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        if max_tokens is not None and max_tokens > limits.max_tokens:
-            text = f"max_tokens: {max_tokens} is more than the {limits.max_tokens} allowed here"
-            raise ApiError(400, text, param="max_tokens")
-        messages = [message.plain(place) for place, message in enumerate(self.messages)]
-        own = {name: getattr(self, name) for name in ("temperature", "top_p", "seed", "stop", "n")}
-        return {"messages": messages, "max_tokens": max_tokens} | own
+        for name in ("max_tokens", "max_completion_tokens"):
+            most = given.get(name)
+            if isinstance(most, int | float) and most > limits.max_tokens:
+                text = f"max_tokens: {most} is more than the {limits.max_tokens} allowed here"
+                raise ApiError(400, text, param=name)
+        row = {"messages": self.messages, "stop": self.stop} | given
+        return row if fields >= KNOWN else _old_row(row, fields)
+
+    def includes_usage(self) -> bool:
+        """Whether the stream ends with the counts of its tokens.
+
+        Raises:
+            ApiError: stream_options has something else, or the request is no stream.
+        """
+        if self.stream_options and not self.stream:
+            raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+        return refused_as_error(includes_usage, self.stream_options)
+
+
+KNOWN = frozenset(field.name for field in FIELDS)
+
+
+def refused_as_error(function: Callable, *arguments):
+    """Calls a function of a wrapper. Its refusal becomes an error object with the field's name.
+
+    Raises:
+        ApiError: the wrapper refuses the request.
+    """
+    try:
+        return function(*arguments)
+    except ValueError as refusal:  # Refused, perhaps from a copy of the wrapper in a logged model
+        raise ApiError(400, str(refusal), param=getattr(refusal, "field", "") or None) from None
+
+
+def _old_row(row: dict, fields: frozenset[str]) -> dict:
+    """A row for a wrapper that does not know all fields. Fields that it lacks must ask for nothing.
+
+    Raises:
+        ApiError: the wrapper would ignore a field.
+    """
+    refused_as_error(checked, row)
+    row = dict(row)
+    row["max_tokens"] = row.pop("max_completion_tokens", row.get("max_tokens"))
+    row["messages"] = refused_as_error(messages_of, row["messages"])
+    for name in [name for name in row if name not in fields]:
+        entry = BY_NAME[name]
+        if entry.effect and row[name] not in (entry.default, *entry.neutral, {"type": "text"}):
+            text = f"{name}: {row[name]!r:.60} is not supported by this model; log it again with this version"
+            raise ApiError(400, text, param=name)
+        del row[name]
+    for message in row["messages"]:
+        if set(message) - {"role", "content", "name"} or message["role"] == "tool":
+            raise ApiError(400, "messages: tool calls are not supported by this model; log it again", param="messages")
+    return row
 
 
 def check_model(asked: str, names: Sequence[str]) -> None:

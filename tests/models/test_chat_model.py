@@ -105,7 +105,8 @@ def test_a_row_that_cannot_be_answered_fails_alone(models, name):
         ({"max_tokens": 0}, "max_tokens must be a whole number from 1 to 1048576, got 0"),
         ({"n": 17}, "n must be a whole number from 1 to 16, got 17"),
         ({"stop": [""]}, "stop must hold non-empty strings, got ['']"),
-        ({"presence_penalty": 1.0}, "presence_penalty is not supported by this model, got 1.0"),
+        ({"presence_penalty": 3}, "presence_penalty must be a number from -2.0 to 2.0, got 3"),
+        ({"tools": [{"type": "function"}]}, "tools: [{'type': 'function'}] is not supported by this model"),
         ({"stream": True}, "call predict_stream instead"),
     ],
 )
@@ -340,12 +341,12 @@ def test_nucleus_sampling_draws_what_the_probabilities_say():
 
 def test_a_stop_that_is_no_text_is_refused():
     with pytest.raises(chat_model.Refused, match="stop must hold non-empty strings, got \\[5\\]"):
-        chat_model.sampling_of({"stop": 5}, {})
+        chat_model.checked({"stop": 5})
 
 
 @pytest.mark.parametrize(("text", "stop", "size"), [("ab<", "<end>", 1), ("ab", "<end>", 0), ("<en", "<end>", 3)])
 def test_what_may_become_a_stop_string_is_held_back(text, stop, size):
-    from slm.models.chat_model import _overlap
+    from slm.models.chat_parts.generation import _overlap
 
     assert _overlap(text, stop) == size
 

@@ -28,10 +28,10 @@ def copied(folder: Path) -> Path:
 def edited(tmp_path):
     """A wrapper of another version: its answers may have 7 tokens at most unless a request says otherwise."""
     folder = copied(tmp_path / "edited")
-    part = folder / "chat_parts" / "sampling.py"
+    part = folder / "chat_parts" / "fields.py"
     text = part.read_text(encoding="utf-8")
-    assert '"max_tokens": 512' in text
-    part.write_text(text.replace('"max_tokens": 512', '"max_tokens": 7'), encoding="utf-8")
+    assert "default=512" in text
+    part.write_text(text.replace("default=512", "default=7"), encoding="utf-8")
     return folder
 
 
@@ -44,8 +44,8 @@ def test_mlflow_loads_two_versions_of_the_parts_in_one_process(tmp_path, edited)
         shutil.rmtree(folder)  # as a temporary folder of a download is removed
     modules = [sys.modules[type(model).__module__] for model in loaded]
     assert len({module.__name__ for module in modules} | {chat_model.SmallLanguageModel.__module__}) == 3
-    assert [module.sampling_of({}, {}).max_tokens for module in modules] == [512, 7]
-    assert chat_model.sampling_of({}, {}).max_tokens == 512
+    assert [module.checked({})["max_tokens"] for module in modules] == [512, 7]
+    assert chat_model.checked({})["max_tokens"] == 512
     for module in modules:
         assert module.render(ROLES, {}, [{"role": "user", "content": "Hi"}]) == "user"
         with pytest.raises(module.Refused, match="division by zero"):
@@ -85,7 +85,7 @@ def test_the_checked_bytes_of_the_parts_run_even_if_the_files_change(edited, mon
     monkeypatch.setattr(wrappers, "logged_code", read_then_written)
     module, sha256 = wrappers._module("m", edited, described, trust_code=False)
     assert sha256 == wrappers.code_sha256(code)
-    assert module.sampling_of({}, {}).max_tokens == 7 and chat_model.sampling_of({}, {}).max_tokens == 512
+    assert module.checked({})["max_tokens"] == 7 and chat_model.checked({})["max_tokens"] == 512
     assert issubclass(module.SmallLanguageModel, sys.modules[f"{module.__name__}.chat_parts.generation"].Generation)
     text = module.render(ROLES, {}, [{"role": "user", "content": "Hi"}])
     assert text == "user"

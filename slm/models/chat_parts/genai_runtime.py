@@ -109,7 +109,7 @@ class OnnxRuntime:
             self._choose(generator, dict(enumerate(last)), len(rows))
             generator.generate_next_token()
         while not (generator.is_done() or all(row.finish_reason for row in rows)):
-            if any((row.sampling.temperature or row.forced) and not row.finish_reason for row in rows):
+            if any(not (row.takes_likeliest or row.finish_reason) for row in rows):
                 logits = generator.get_logits().reshape(len(rows), -1)
                 live = {place: row for place, row in enumerate(rows) if not row.finish_reason}
                 chosen = {place: next_token(logits[place], row) for place, row in live.items()}

@@ -70,6 +70,10 @@ class Generation:
                     if not left[index]:
                         yield index, scores.pop(index)
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        return self._runtime.end_tokens
+
     def vocabulary(self) -> dict[str, int]:
         """The tokens of the tokenizer, with their ids."""
         return self._tokenizer.get_vocab(with_added_tokens=True)
@@ -251,7 +255,10 @@ class Generation:
             yield from (row for row in step if row.finish_reason)
 
     def _append(self, row: Row, token: int, stream: Any, end_tokens: frozenset[int]) -> None:
-        """Appends a token, and ends the row at an end token, a stop string or its last token."""
+        """Appends a token, and ends the row at an end token, a stop string, its grammar's end or its last token."""
+        if row.error:
+            row.end("error")
+            return
         row.output.append(token)
         ended = token in end_tokens and not row.forced
         if ended:
@@ -263,6 +270,8 @@ class Generation:
                 row.text = row.text[:cut]
                 row.end("stop")
                 return
+        if row.matcher is not None and row.matcher.is_stopped():  # nothing may follow a complete structure
+            row.end("stop")
         if len(row.output) >= row.room:
             row.end("length")
         if row.finish_reason and not row.forced:

@@ -12,11 +12,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 
+from .fields import BY_NAME, check_names, checked, includes_usage
 from .genai_runtime import onnx_runtime
 from .generation import Generation
-from .rows import Answer, Refused, Row
+from .mlflow_input import check_before_mlflow, columns
+from .rows import Answer, Refused, Row, TokenLogProbability
 from .runtime import Runtime
 from .sampling import sampling_of
+from .structured import Constraints, checked_grammar, schema_grammar, schema_of
 from .templates import messages_of, read_chat_template, render
 from .transformers_runtime import TransformersRuntime
 
@@ -31,6 +34,7 @@ class SmallLanguageModel(Generation, PythonModel):
 
     _skip_type_hint_validation = True  # the signature is logged: no warning about type hints
     separates_tenants = True  # a server with several keys requires this (Row.tenant)
+    fields = frozenset(BY_NAME)  # a server sends only these fields to `prepare`, which refuses what it must
 
     def load_context(self, context):
         from tokenizers import Tokenizer
@@ -58,7 +62,31 @@ class SmallLanguageModel(Generation, PythonModel):
         onnx = "onnx" in context.artifacts
         self._runtime: Runtime = onnx_runtime(folder, config) if onnx else TransformersRuntime(folder, config)
         self.batch_size = int(config.get("batch_size") or self._runtime.batch_size)
+        self.constraints = Constraints(self._tokenizer, self._runtime.vocabulary_size, self._runtime.end_tokens)
+        self._others = ("prompt",) if self.schema == "prompt" else ()  # columns beside the fields
         self._lock = threading.RLock()  # two threads must not run a runtime at once
+        check_before_mlflow()
+
+    def check_input(self, model_input, params=None) -> None:
+        """Refuses columns and parameters that the table of fields lacks (`mlflow_input.check_before_mlflow`).
+
+        Raises:
+            MlflowException: there is no such field.
+        """
+        parameters = [name for name, field in BY_NAME.items() if field.parameter]
+        try:
+            for name in params if isinstance(params, dict) else ():
+                check_names([name])
+                if name not in parameters:
+                    raise Refused(f"{name}: give it in the row; params may have {', '.join(parameters)}", name)
+            for name in columns(model_input):
+                check_names([name], self._others)
+                if self.schema == "prompt" and name != "prompt":
+                    raise Refused(
+                        f"{name}: a row of the prompt schema has no such column; give it in params", str(name)
+                    )
+        except Refused as refusal:
+            raise MlflowException(str(refusal), error_code=INVALID_PARAMETER_VALUE) from None
 
     def predict(self, context, model_input, params=None):
         """Gives one answer for each row, in order: chat completions (chat) or strings (prompt).
@@ -85,8 +113,6 @@ class SmallLanguageModel(Generation, PythonModel):
     def predict_stream(self, context, model_input, params=None):
         """Yields the text of one row while it is generated: OpenAI chunks (chat) or pieces of text (prompt).
 
-        With `n` above 1, only the first answer is generated.
-
         Raises:
             MlflowException: the number of rows is not 1, or the row can't be answered.
         """
@@ -94,23 +120,40 @@ class SmallLanguageModel(Generation, PythonModel):
         if len(rows) != 1:
             raise MlflowException(f"a stream answers one row, got {len(rows)}", error_code=INVALID_PARAMETER_VALUE)
         try:
-            row = {name: value for name, value in rows[0].items() if name != "stream"}
-            [prepared] = self.prepare(row, params)[:1]
+            row = {name: value for name, value in rows[0].items() if name not in ("stream", "stream_options")}
+            with_usage = includes_usage(checked(rows[0], others=self._others)["stream_options"])
+            prepared = self.prepare(row, params)
         except Refused as refusal:
             raise MlflowException(str(refusal), error_code=INVALID_PARAMETER_VALUE) from None
-        pieces = (text for step in self.stream([prepared]) for _, text in step if text)
         if self.schema == "prompt":
-            yield from pieces
-            return
-        head = self.head("chat.completion.chunk")
+            yield from (text for step in self.stream(prepared) for _, text in step if text)
+        else:
+            yield from self._chunks(prepared, with_usage)
+        if prepared[0].error:
+            raise MlflowException(prepared[0].error, error_code=INVALID_PARAMETER_VALUE)
 
-        def chunk(delta, finish_reason=None):
-            return head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
+    def _chunks(self, rows: list[Row], with_usage: bool) -> Iterator[dict]:
+        """The chunks of one request. Each of its n choices gets chunks, even if one text serves several choices."""
+        head, n = self.head("chat.completion.chunk"), rows[0].sampling.n
 
-        yield chunk({"role": "assistant", "content": ""})
-        for piece in pieces:
-            yield chunk({"content": piece})
-        yield chunk({}, prepared.finish_reason)
+        def chunk(choice: int, delta: dict, finish_reason: str | None = None, logprobs: dict | None = None) -> dict:
+            told = {"index": choice, "delta": delta, "finish_reason": finish_reason}
+            return head | {"choices": [told | ({"logprobs": logprobs} if logprobs else {})]}
+
+        for choice in range(n):
+            yield chunk(choice, {"role": "assistant", "content": ""})
+        pieces = {id(row): self.log_probability_pieces(row) for row in rows}
+        for step in self.stream(rows):
+            for row, text in step:
+                logprobs = pieces[id(row)].sent_with(text, row.finish_reason)
+                for choice in range(rows.index(row), n, len(rows)):
+                    if text or (logprobs and not row.finish_reason):
+                        yield chunk(choice, {"content": text}, None, logprobs)
+                    if row.finish_reason:
+                        yield chunk(choice, {}, row.finish_reason, None if text else logprobs)
+        if with_usage:
+            output_tokens = sum(answer.output_tokens for answer in self.choices(rows))
+            yield head | {"choices": [], "usage": usage(len(rows[0].prompt), output_tokens)}
 
     def answers(
         self, rows: Iterable[dict], params: dict | None = None, batch_size: int = 0
@@ -156,7 +199,21 @@ class SmallLanguageModel(Generation, PythonModel):
         Raises:
             Refused: the row can't be answered.
         """
-        sampling = sampling_of(row, params or {})
+        request = checked(row, params, self._others)
+        if request["stream"] or request["stream_options"]:
+            raise Refused("stream is not supported by predict, got true; call predict_stream instead", "stream")
+        sampling = sampling_of(request)
+        for token, _ in sampling.logit_bias:
+            if token >= self._runtime.vocabulary_size:
+                size = self._runtime.vocabulary_size
+                raise Refused(
+                    f"logit_bias: token {token} is not in the vocabulary, which has {size} tokens", "logit_bias"
+                )
+        if self.schema == "prompt" and (sampling.n > 1 or sampling.logprobs):
+            name = "n" if sampling.n > 1 else "logprobs"
+            raise Refused(f"{name} is not supported by this model: its answer is one text", name)
+        schema = schema_of(request["response_format"])
+        grammar = checked_grammar(schema_grammar(schema)) if schema is not None else ""
         if self.schema == "prompt" and "messages" not in row:
             prompt = row.get("prompt")
             if not isinstance(prompt, str) or not prompt:
@@ -165,25 +222,50 @@ class SmallLanguageModel(Generation, PythonModel):
             if not ids or ids[0] not in self._special_ids:  # a rendered template already has special tokens
                 ids = self._ids(prompt, add_special_tokens=True)
         else:
-            ids = self._ids(self.render(messages_of(row.get("messages"))))
+            ids = self._ids(self.render(messages_of(row.get("messages"), self.template)))
         room = self._runtime.context_length - len(ids)
         if not ids or room < 1:
             raise Refused(f"the prompt has {len(ids)} tokens; the context length is {self._runtime.context_length}")
         choices = sampling.n if sampling.temperature else 1
-        return [
+        rows = [
             Row((index, choice), ids, sampling, min(sampling.max_tokens, room), sampling.seed + choice)
             for choice in range(choices)
         ]
+        if sampling.logprobs:
+            _ = self.constraints.tokens  # read now, not in the thread that sends the answer
+        for prepared in rows if grammar else []:
+            self.constraints.constrain(prepared, grammar)
+        return rows
 
     def choices(self, rows: list[Row]) -> list[Answer]:
         """The n answers of one request, made from its finished texts."""
         answers = [
             Answer(
-                row.text, row.finish_reason, len(row.prompt), len(row.output), row.seconds, token_ids=tuple(row.output)
+                row.text,
+                row.finish_reason,
+                len(row.prompt),
+                len(row.output),
+                row.seconds,
+                row.error,
+                tuple(row.output),
+                self.log_probability_pieces(row).all(),
             )
             for row in rows
         ]
         return answers * (rows[0].sampling.n // len(answers))
+
+    def log_probability_pieces(self, row: Row) -> "LogProbabilityPieces":
+        """A row's log probabilities in the pieces in which a stream sends its text."""
+        return LogProbabilityPieces(self, row)
+
+    def token_entry(self, found: TokenLogProbability) -> dict:
+        """The log probabilities of one token in OpenAI's form."""
+
+        def entry(token: int, value: float) -> dict:
+            content = bytes(self.constraints.tokens.decode_bytes([token]))
+            return {"token": content.decode(errors="replace"), "logprob": value, "bytes": list(content)}
+
+        return entry(found.token, found.value) | {"top_logprobs": [entry(*pair) for pair in found.likeliest]}
 
     def head(self, kind: str) -> dict:
         """The first entries of a chat completion, and of each of its chunks."""
@@ -204,6 +286,7 @@ class SmallLanguageModel(Generation, PythonModel):
                     "message": {"role": "assistant", "content": answer.text},
                     "finish_reason": answer.finish_reason,
                 }
+                | self._logprobs(answer)
                 for index, answer in enumerate(choices)
             ],
             "usage": usage(first.prompt_tokens, sum(answer.output_tokens for answer in choices)),
@@ -211,6 +294,12 @@ class SmallLanguageModel(Generation, PythonModel):
         return completion | (
             {"error": {"type": "invalid_request_error", "message": first.error}} if first.error else {}
         )
+
+    def _logprobs(self, answer: Answer) -> dict:
+        if not answer.log_probabilities:
+            return {}
+        content = [self.token_entry(found) for found in answer.log_probabilities]
+        return {"logprobs": {"content": content, "refusal": None}}
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -243,3 +332,40 @@ def usage(prompt_tokens: int, output_tokens: int) -> dict[str, int]:
         "completion_tokens": output_tokens,
         "total_tokens": prompt_tokens + output_tokens,
     }
+
+
+class LogProbabilityPieces:
+    """A row's log probabilities, in the order of its tokens, without the end token.
+
+    A token is sent when its text begins before the end of the sent text. So a token of a stop string is not sent.
+    """
+
+    def __init__(self, model: SmallLanguageModel, row: Row):
+        self._model, self._row = model, row
+        self._sent = 0  # tokens
+        self._begun = 0  # bytes of their text
+        self._size = 0  # bytes of the text that was sent
+
+    def sent_with(self, text: str, finish_reason: str) -> dict | None:
+        """The log probabilities that go with a piece of text, in OpenAI's form. None if there are none."""
+        self._size += len(text.encode(errors="replace"))
+        found = [self._model.token_entry(entry) for entry in self._next(bool(finish_reason))]
+        return {"content": found, "refusal": None} if found else None
+
+    def all(self) -> tuple[TokenLogProbability, ...]:
+        """The log probabilities of a finished row's text."""
+        self._size = len(self._row.text.encode(errors="replace"))
+        return tuple(self._next(True))
+
+    def _next(self, last: bool) -> list[TokenLogProbability]:
+        row, found = self._row, []
+        ends = self._model.end_tokens
+        cut = bool(row.sampling.stop) and row.finish_reason == "stop" and not (row.output and row.output[-1] in ends)
+        for entry in row.log_probabilities[self._sent :]:
+            whole = last and not cut  # a tokenizer may leave out the first blank: its bytes are not in the text
+            if entry.token in ends or not (whole or self._begun < self._size):
+                break
+            found.append(entry)
+            self._begun += len(self._model.constraints.tokens.decode_bytes([entry.token]))
+        self._sent += len(found)
+        return found

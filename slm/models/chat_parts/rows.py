@@ -2,12 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 
 class Refused(ValueError):
-    """This row can't be answered. The other rows can. The message gives the reason in one line."""
+    """This row can't be answered. The other rows can. The message gives the reason in one line.
+
+    `field` is the field of the request that is to blame, or "".
+    """
+
+    def __init__(self, message: str, field: str = ""):
+        super().__init__(message)
+        self.field = field
 
 
 @dataclass(frozen=True)
@@ -20,9 +28,32 @@ class Sampling:
     seed: int
     stop: tuple[str, ...]
     n: int
+    top_k: int = 0  # 0: all tokens
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    logprobs: bool = False
+    top_logprobs: int = 0
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the logits change before a token is chosen from them."""
+        neutral = (self.frequency_penalty, self.presence_penalty, self.repetition_penalty) == (0, 0, 1)
+        return bool(self.logit_bias) or not neutral
 
 
 GREEDY = Sampling(max_tokens=1, temperature=0.0, top_p=1.0, seed=0, stop=(), n=1)
+
+
+@dataclass(frozen=True)
+class TokenLogProbability:
+    """What the model thought of a token that it generated, before temperature, penalties and grammar."""
+
+    token: int
+    value: float  # natural logarithm
+    likeliest: tuple[tuple[int, float], ...] = ()  # (token id, log probability), the likeliest first
 
 
 @dataclass(frozen=True)
@@ -36,6 +67,7 @@ class Answer:
     seconds: float = 0.0  # from the start of the prompt, or of the batch, to the last token
     error: str = ""
     token_ids: tuple[int, ...] = ()  # all generated tokens, including the end token
+    log_probabilities: tuple[TokenLogProbability, ...] = ()  # of these tokens, if the request asks for them
 
 
 @dataclass(frozen=True)
@@ -67,8 +99,18 @@ class Row:
     seconds: float = 0.0
     tenant: str = ""  # keys and values are copied only between rows of one tenant
     forced: list[int] = field(default_factory=list)  # the tokens, if they are given and not chosen: `room` of them
+    matcher: Any = None  # llguidance's LLMatcher: what the row's grammar allows next (structured.Constraints)
+    log_probabilities: list[TokenLogProbability] = field(default_factory=list)
+    error: str = ""  # the reason in one line, if the row can't go on
     # gets the place of a given token, and the logits (tokens, vocabulary) from which it and the next ones follow
     see: Callable[[int, np.ndarray], None] = lambda first, logits: None
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is the likeliest one, and nobody needs the logits."""
+        sampling = self.sampling
+        alone = not (self.forced or self.matcher or sampling.temperature or sampling.logprobs)
+        return alone and not sampling.changes_logits
 
     def end(self, reason: str) -> None:
         """Ends the row, for a reason such as stop, length, cancelled or dropped. The first reason stays."""

@@ -13,10 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from .confined import CallFailed, Confined
+from .fields import did_you_mean, plain
 from .rows import Refused
 
 TEMPLATE_SECONDS = 5  # of processor time for one rendering
 TEMPLATE_BYTES = 2**29  # of memory for one rendering
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MESSAGE_FIELDS = ("role", "content", "name")
 
 
 def read_chat_template(folder: str | Path) -> tuple[str, dict[str, str]]:
@@ -123,16 +126,70 @@ def render(template: str, special_tokens: dict[str, str], messages: list[dict]) 
     return rendered["text"]
 
 
-def messages_of(value) -> list[dict]:
-    """A conversation as a list of {"role", "content"}.
+def messages_of(value, template: str = "") -> list[dict]:
+    """A conversation as the templates of transformers want it: content is one text, arguments are objects.
+
+    Text parts are joined by line ends. If the template has no role developer, the role becomes system.
 
     Raises:
-        Refused: the value is no list, the list is empty, or a message has no text as its role or content.
+        Refused: the value is no list, the list is empty, or a message has something that the model can't take.
     """
-    messages = [dict(message) for message in value] if isinstance(value, list | tuple | np.ndarray) else None
+    messages = plain(value) if isinstance(value, list | tuple | np.ndarray) else None
     if not messages:
-        raise Refused("messages must hold at least one message, got an empty conversation")
-    for position, message in enumerate(messages):
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise Refused(f"messages[{position}] must have a role and a content, both text, got {message!r:.80}")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+        raise Refused("messages must hold at least one message, got an empty conversation", "messages")
+    return [_message(f"messages[{place}]", message, template) for place, message in enumerate(messages)]
+
+
+def _message(where: str, message, template: str) -> dict:
+    if not isinstance(message, dict):
+        raise Refused(f"{where} must be an object with a role and a content, got {message!r:.80}", "messages")
+    role = message.get("role")
+    if role not in ROLES:
+        raise Refused(f"{where}.role: {role!r:.40} is none of {', '.join(ROLES)}", "messages")
+    own = MESSAGE_FIELDS + {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}.get(role, ())
+    for name, content in message.items():
+        if name not in own and content not in ("", [], {}):  # clients send back the fields that they got
+            hint = did_you_mean(name, own)
+            raise Refused(f"{where}.{name!s:.40} is not supported by this model{hint}", "messages")
+    calls = message.get("tool_calls") or []
+    found = {"role": "system" if role == "developer" and "developer" not in template else role}
+    found["content"] = _content(where, message.get("content"), empty=bool(calls))
+    if calls:
+        if "tool_calls" not in template:
+            raise Refused(f"{where}.tool_calls: the model's chat template has no tool calls", "messages")
+        found["tool_calls"] = [_call(f"{where}.tool_calls[{place}]", call) for place, call in enumerate(calls)]
+    for name in ("name", "tool_call_id"):
+        if message.get(name):
+            if not isinstance(message[name], str):
+                raise Refused(f"{where}.{name} must be text, got {message[name]!r:.60}", "messages")
+            found[name] = message[name]
+    if role == "tool" and "tool_call_id" not in found:
+        raise Refused(f"{where}.tool_call_id is missing: a tool's answer names its call", "messages")
+    return found
+
+
+def _content(where: str, content, empty: bool) -> str:
+    if isinstance(content, list) and content:
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else part
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise Refused(f"{where}.content: only parts of text, not {kind!r:.40}", "messages")
+        return "\n".join(part["text"] for part in content)
+    if isinstance(content, str):
+        return content
+    if content is None and empty:
+        return ""
+    raise Refused(f"{where} must have a content, which is text or a list of parts, got {content!r:.60}", "messages")
+
+
+def _call(where: str, call) -> dict:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Refused(f"{where} must have a function with a name, got {call!r:.80}", "messages")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            raise Refused(f"{where}.function.arguments is not JSON: {arguments!r:.60}", "messages") from None
+    return call | {"type": "function", "function": function | {"arguments": arguments}}

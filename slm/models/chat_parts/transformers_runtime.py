@@ -80,7 +80,7 @@ class TransformersRuntime:
             logits, tokens = self._thread.submit(self._forward, ids, mask, positions, cache).result()
             for at, place in enumerate(live):
                 row = rows[place]
-                if row.sampling.temperature or row.forced:
+                if not row.takes_likeliest:
                     tokens[at] = next_token(logits[at].float().cpu().numpy(), row)
             yield dict(zip(live, tokens, strict=True))
             kept = [at for at, place in enumerate(live) if not rows[place].finish_reason]
