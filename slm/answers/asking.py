@@ -11,8 +11,10 @@ from typing import Any, NotRequired, Protocol, TypedDict
 
 from slm.answers import forms
 from slm.base import model_uri
+from slm.base.errors import BadInput
 from slm.base.hashing import digest
 from slm.models import chat_model
+from slm.models.chat_parts import structured
 from slm.prompts import prompt_rows
 from slm.prompts.prompt_rows import Prompt
 
@@ -161,6 +163,21 @@ def answers(model: LoadedModel, asked: list[Question], batch_size: int = 0) -> I
         yield taken[place], answer
 
 
+def check_response_formats(prompts: Iterable[Prompt]) -> None:
+    """Checks that each row's `response_format` can be followed. No model is loaded.
+
+    Raises:
+        BadInput: a schema has something that a grammar can't hold.
+    """
+    for prompt in prompts:
+        try:
+            schema = structured.schema_of(prompt.response_format)
+            if schema is not None:
+                structured.checked_grammar(structured.schema_grammar(schema))
+        except chat_model.Refused as refusal:
+            raise BadInput(f"prompt {prompt.id}: {refusal}") from None
+
+
 def row_of(model: ModelFacts, prompt: Prompt, repeat: int, generation: dict[str, Any]) -> dict[str, Any]:
     """What one prompt becomes for a model, as plain data.
 
@@ -185,6 +202,10 @@ def row_of(model: ModelFacts, prompt: Prompt, repeat: int, generation: dict[str,
         (params if place.is_param else row)[place.name] = forms.fitted(value, place.kind)
     if form.do_sample:
         params["do_sample"] = generation["temperature"] > 0
+    if prompt.response_format and not (model.is_ours or model.uri.startswith(("http://", "https://"))):
+        return {"refused": "the row has a response_format, which only models of this project and OpenAI's API take"}
+    if prompt.response_format:
+        row["response_format"] = prompt.response_format
     if model.is_ours:
         return row
     return {"row": row, "params": params, "to": "" if model.sha256 else model.uri}

@@ -69,6 +69,14 @@ class OwnModel:
 
     def replies(self, rows: list[dict[str, Any]], batch_size: int) -> Iterator[tuple[int, Answer]]:
         """Rows are generated together. If no row ends within `row_timeout` seconds, all rows that are left fail."""
+        if not hasattr(self.wrapper, "fields"):  # it would ignore the field
+            old = [place for place, row in enumerate(rows) if "response_format" in row]
+            yield from ((place, failed("response_format: log the model again with this version", 0.0)) for place in old)
+            rest = [place for place in range(len(rows)) if place not in old]
+            if old:
+                replies = self.replies([rows[place] for place in rest], batch_size)
+                yield from ((rest[place], answer) for place, answer in replies)
+                return
         found = self.wrapper.answers(rows, {}, batch_size)
         if not self.row_timeout:
             for place, [answer] in found:

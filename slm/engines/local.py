@@ -58,6 +58,7 @@ def read_prompts(args: Parameters) -> PromptSet:
             path = located
         asked = scorer_calls.read(args.scorers, args.judge)
         found = scorer_calls.add(asked, read_prompt_set(path, given, scorer_calls.IN_ROWS, mapping))
+    asking.check_response_formats(found.prompts)
     if found.unnamed:
         rows = "1 row names" if found.unnamed == 1 else f"{found.unnamed} rows name"
         console.out.print(f"{found.name}: {rows} no scorer, and get `contains`", markup=False)

@@ -11,8 +11,9 @@ from slm.base.wording import did_you_mean, quoted
 from slm.prompts import other_shapes
 
 ROW_BYTES = 2**20
-FIELDS = ("id", "messages", "prompt", "expected", "scorers", "cluster", "tags")
+FIELDS = ("id", "messages", "prompt", "expected", "scorers", "cluster", "tags", "response_format")
 ROLES = ("system", "user", "assistant")
+FORMATS = ("json_object", "json_schema")  # of `response_format`
 
 # scorer name -> a check of a row's expected texts and options, which returns the fault, or None without a fault
 KnownScorers = Mapping[str, Callable[[tuple[str, ...], dict[str, Any]], str | None]]
@@ -35,6 +36,7 @@ class Prompt:
     scorers: tuple[ScorerCall, ...]
     cluster: str | None
     tags: tuple[str, ...]
+    response_format: dict[str, Any] | None = None  # as OpenAI's API has it. None: free text
 
 
 def conversation(prompt: Prompt) -> list[dict[str, str]]:
@@ -73,6 +75,8 @@ def read_row(row: object, where: str, known_scorers: KnownScorers) -> Prompt:
         cluster=_text(row["cluster"], "cluster", where) if "cluster" in row else None,
         tags=_texts(row.get("tags", []), "tags", where),
     )
+    if "response_format" in row:
+        prompt = replace(prompt, response_format=_response_format(row["response_format"], prompt.scorers, where))
     canonical = _canonical_row(prompt)
     if (size := len(_canonical_json(canonical))) > ROW_BYTES:
         raise BadInput(f"{where}: is {size / 2**20:.1f} MiB long; at most 1 MiB is read: shorten it")
@@ -101,7 +105,7 @@ def check_names(row: dict[str, Any], where: str, what: str = "field") -> None:
 
 
 def _from_mlflow(row: dict[str, Any], where: str) -> dict[str, Any]:
-    _known_fields(row, ("inputs", "expectations", "id", "scorers", "cluster", "tags"), where)
+    _known_fields(row, ("inputs", "expectations", "id", "scorers", "cluster", "tags", "response_format"), where)
     plain = {field: value for field, value in row.items() if field not in ("inputs", "expectations")}
     pairs = (("inputs", "messages", "messages"), ("expectations", "expected_response", "expected"))
     for outer, inner, field in pairs:
@@ -176,6 +180,26 @@ def _scorers(value: object, expected: tuple[str, ...], where: str, known: KnownS
     return tuple(ScorerCall(name, options) for name, options in calls.items())
 
 
+def _response_format(value: object, scorers: tuple[ScorerCall, ...], where: str) -> dict[str, Any]:
+    """What holds an answer to JSON. The text `json_schema` takes the schema of the row's scorer json_schema."""
+    told = f"{where}: `response_format` is {quoted(value)}"
+    if value == "json_object":
+        return {"type": value}
+    if value == "json_schema":
+        schema = next((call.options.get("schema") for call in scorers if call.name == "json_schema"), None)
+        if not isinstance(schema, dict):
+            raise BadInput(f"{told}, but the row has no scorer json_schema with a schema; write the schema here")
+        return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    if not isinstance(value, dict) or value.get("type") not in FORMATS:
+        guess = did_you_mean(value.get("type") if isinstance(value, dict) else value, FORMATS)
+        raise BadInput(f"{told}{guess}; write json_object, json_schema, or OpenAI's {{type, json_schema}}")
+    try:
+        _canonical_json(value)
+    except (TypeError, ValueError, RecursionError):
+        raise BadInput(f"{told}; write plain text, numbers, lists and mappings") from None
+    return value
+
+
 def _options(name: str, options: object, where: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise BadInput(f"{where}: the options of scorer {name} are {quoted(options)}; write {{option: value}}")
@@ -196,6 +220,7 @@ def _canonical_row(prompt: Prompt) -> dict[str, Any]:
         "scorers": [{call.name: call.options} for call in prompt.scorers],
         "cluster": prompt.cluster,
         "tags": list(prompt.tags),
+        "response_format": prompt.response_format,
     }
     return {field: value for field, value in row.items() if value is not None}
 

@@ -106,11 +106,11 @@ def _csv_rows(text: str, name: str, mapped: frozenset[str] = frozenset()) -> Ite
 def _csv_cell(column: str, cell: str, where: str) -> object:
     if column in ("expected", "scorers", "tags"):
         return [part.strip() for part in cell.split("|")]
-    if column == "messages":
+    if column == "messages" or (column == "response_format" and cell.startswith("{")):
         try:
             return strict_json.parse(cell)
         except ValueError as error:
-            raise BadInput(f"{where}: `messages` is not JSON: {error}") from None
+            raise BadInput(f"{where}: `{column}` is not JSON: {error}") from None
     return cell
 
 

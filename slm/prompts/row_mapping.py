@@ -149,7 +149,7 @@ def _replaced(columns: tuple[tuple[str, str], ...]) -> set[str]:
 
 def _as_field(ours: str, value: object, where: str) -> object:
     """A whole number becomes text, as in other people's ids and answers. JSON in a text is read for `messages`."""
-    if ours in ("messages", "scorers") and isinstance(value, str) and value.startswith(("[", "{")):
+    if ours in ("messages", "scorers", "response_format") and isinstance(value, str) and value.startswith(("[", "{")):
         try:
             return strict_json.parse(value)
         except ValueError as error:

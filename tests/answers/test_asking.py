@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from support.scored import facts
@@ -10,6 +10,7 @@ from support.scored import facts
 from slm.answers import asking
 from slm.answers.asking import ModelFacts
 from slm.answers.forms import Field, Form
+from slm.base.errors import BadInput
 from slm.prompts.prompt_rows import Prompt
 
 GENERATION = {"max_tokens": 5, "temperature": 0.0, "top_p": 0.9, "seed": 7, "stop": [], "batch_size": 3}
@@ -136,3 +137,27 @@ def test_a_conversation_is_told_as_json_and_a_text_as_it_is(content, text):
 )
 def test_the_version_of_a_model_is_in_its_uri(uri, version):
     assert facts(uri=uri).version == version
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}}}
+
+
+def test_a_rows_response_format_is_sent_to_models_that_take_it_and_fails_the_row_elsewhere():
+    prompt = replace(PLAIN, response_format=SCHEMA)
+    ours = facts(form=OURS, code_sha256="c0de", sha256="ab")
+    assert asking.row_of(ours, prompt, 0, GENERATION)["response_format"] == SCHEMA
+    endpoint = facts(form=OURS, uri="http://127.0.0.1:5005/v1#phi3")
+    assert asking.row_of(endpoint, prompt, 0, GENERATION)["row"]["response_format"] == SCHEMA
+    others = asking.row_of(facts(form=OURS, sha256="ab", uri="models:/other/1"), prompt, 0, GENERATION)
+    assert others == {
+        "refused": "the row has a response_format, which only models of this project and OpenAI's API take"
+    }
+
+
+def test_a_schema_that_no_grammar_holds_is_an_error_before_a_model_is_loaded():
+    asking.check_response_formats([PLAIN, replace(PLAIN, response_format=SCHEMA)])
+    wrong = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"not": {}}}}
+    with pytest.raises(BadInput) as refused:
+        asking.check_response_formats([replace(PLAIN, response_format=wrong)])
+    told = 'prompt plain: response_format: the schema can\'t be used: Unimplemented keys: ["not"]'
+    assert str(refused.value) == told

@@ -272,15 +272,15 @@ def _decoded(data: bytes, name: str, line: int) -> str:
 
 
 def _parquet_row(value: object) -> object:
-    """A record without nulls. `messages` and `scorers` may be JSON texts, since a Parquet column has one type."""
+    """A record without nulls. `messages`, `scorers` and `response_format` may be JSON texts: a column has one type."""
     if isinstance(value, list):
         return [_parquet_row(item) for item in value]
     if not isinstance(value, dict):
         return value
     row = {key: _parquet_row(item) for key, item in value.items() if item is not None}
-    for field in ("messages", "scorers"):
+    for field in ("messages", "scorers", "response_format"):
         text = row.get(field)
-        if isinstance(text, str) and text.startswith("["):
+        if isinstance(text, str) and text.startswith(("[", "{")):
             row[field] = strict_json.parse(text)
     return row
 
@@ -325,6 +325,7 @@ def _prompt(canonical: dict) -> Prompt:
         scorers=tuple(ScorerCall(name, options) for call in canonical["scorers"] for name, options in call.items()),
         cluster=canonical.get("cluster"),
         tags=tuple(canonical["tags"]),
+        response_format=canonical.get("response_format"),
     )
 
 
