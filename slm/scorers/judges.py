@@ -37,6 +37,8 @@ OPENAI_ADDRESS = "https://api.openai.com/v1"
 ANSWER_SECONDS = 10  # that an address has to answer a check
 MOST_FAILURES = 3  # failed calls in a row. MLflow tries each call eleven times, over about three minutes
 LOGGED_PARAMETERS = {"temperature": 0.0, "max_tokens": 512}  # of a logged judge. Its own defaults are for chat
+RATINGS = ("yes", "no")  # of MLflow's judges
+LONGEST_TEXT = 400  # characters of a logged judge's rationale. With an open end, a small model writes until it is cut
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,8 @@ def _logged(uri: str) -> JudgeModel:
     if "model.sha256" not in facts or facts.get("schema") != "chat":
         raise BadInput(f"judge: {uri} is not a chat model that this project logged; write {EXAMPLES}")
     registry.resolve(resolved)  # this project logged the model, but its code may still be unknown
-    return JudgeModel(resolved, f"{facts['model.sha256']} {LOGGED_PARAMETERS}", is_logged=True)
+    identity = f"{facts['model.sha256']} {LOGGED_PARAMETERS} {RATINGS} {LONGEST_TEXT}"
+    return JudgeModel(resolved, identity, is_logged=True)
 
 
 def _openai_address() -> str:
@@ -262,6 +265,27 @@ def _reached(model: JudgeModel) -> Iterator[tuple[str, dict[str, str]]]:
         yield f"openai:/{name}", {"OPENAI_API_BASE": address, "OPENAI_API_KEY": key, "no_proxy": "127.0.0.1"}
 
 
+def strict_format(row: dict) -> dict:
+    """The `response_format` of a judge's request, with bounds that MLflow's schema lacks. {} without a schema.
+
+    MLflow's schema has a `rationale` without an end. For some judges, it allows any text as a `result`.
+    """
+    asked = row.get("response_format") or {}
+    schema = (asked.get("json_schema") or {}).get("schema") or {}
+    properties = schema.get("properties")
+    if asked.get("type") != "json_schema" or not isinstance(properties, dict):
+        return {}
+    bounded = {name: _bounded(name, content) for name, content in properties.items()}
+    told = asked["json_schema"] | {"schema": schema | {"properties": bounded}}
+    return {"response_format": asked | {"json_schema": told}}
+
+
+def _bounded(name: str, content: dict) -> dict:
+    if not isinstance(content, dict) or content.get("type") != "string" or "enum" in content:
+        return content
+    return content | ({"enum": list(RATINGS)} if name == "result" else {"maxLength": LONGEST_TEXT})
+
+
 @contextmanager
 def _served(uri: str) -> Iterator[tuple[str, str, str]]:
     """Serves a logged chat model over OpenAI's API, only for this process. Gives the model's name, address and key.
@@ -277,6 +301,9 @@ def _served(uri: str) -> Iterator[tuple[str, str, str]]:
         model, defaults, _ = http_app.load(uri)
     except BadInput as error:
         raise BadInput(f"judge: {str(error).removeprefix('model_uri: ')}") from None
+    if hasattr(model, "fields"):  # else the wrapper is too old for a schema, and MLflow asks again without one
+        prepare = model.prepare
+        setattr(model, "prepare", lambda row, *rest: prepare(row | strict_format(row), *rest))  # noqa: B010
     key = secrets.token_urlsafe()
     app = http_app.build(model, defaults | LOGGED_PARAMETERS, api_key=key)
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -430,11 +430,8 @@ def test_a_logged_model_judges_on_loopback_and_what_it_cannot_say_is_unscored(in
         assert [t.name for t in threading.enumerate() if t.name == "judge"] == ["judge"]
         long = score_answer(ScorerCall("safety", {}), row(), "word " * 10_000)["safety"]
     for name, score in [*scores.items(), ("safety", long)]:
-        assert score.value in (None, 0.0, 1.0)
-        assert score.reason
-        if score.value is None:
-            assert score.reason.startswith((f"{name} got no judgement: ", f"{name} gave "))
-    assert None in [score.value for score in scores.values()]  # 135 M parameters seldom make the JSON asked for
+        assert score.reason, name
+    assert {score.value for score in scores.values()} <= {0.0, 1.0}  # a grammar makes the JSON asked for
     assert long.value is None
     assert long.reason.startswith("safety got no judgement: Context window exceeded")
     assert not {"OPENAI_API_KEY", "OPENAI_API_BASE", "no_proxy"} & os.environ.keys()
@@ -541,3 +538,21 @@ def both(outputs, expectations):
     assert "<guideline>Be kind.</guideline>" in text
     runs = tracking.search_runs(filter_string="tags.`model.uri` != ''", output_format="list")
     assert runs[0].data.tags["fingerprint"] == runs[1].data.tags["fingerprint"]
+
+
+def test_a_logged_judge_gets_mlflows_schema_with_an_end(server):
+    """MLflow asks for a schema without one: a small model writes a rationale until it is cut."""
+    import jsonschema
+
+    judged(server, "correctness")
+    [body] = server.asked
+    asked = body["response_format"]
+    strict = judges.strict_format({"response_format": asked})["response_format"]
+    assert strict | {"json_schema": 0} == asked | {"json_schema": 0}
+    properties = strict["json_schema"]["schema"]["properties"]
+    assert properties["result"]["enum"] == ["yes", "no"]
+    assert properties["rationale"]["maxLength"] == judges.LONGEST_TEXT
+    assert judges.strict_format({"response_format": strict})["response_format"] == strict
+    jsonschema.validate({"result": "yes", "rationale": "So."}, strict["json_schema"]["schema"])
+    for row in ({}, {"response_format": None}, {"response_format": {"type": "json_object"}}):
+        assert judges.strict_format(row) == {}
