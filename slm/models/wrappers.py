@@ -55,11 +55,12 @@ class Row(Protocol):
 class Wrapper(Protocol):
     """chat_model.SmallLanguageModel, or that of the copy that was logged.
 
-    Copies of 0.1.0 lack `cache_share` and `token_scores`.
+    Copies of 0.1.0 lack `cache_share`, `token_scores`, `joins` and `joined`.
     """
 
     name: str
     batch_size: int
+    joins: bool
     template: str
     special_tokens: dict[str, str]
     _runtime: Any
@@ -71,6 +72,8 @@ class Wrapper(Protocol):
     def answers(self, rows: list[dict[str, Any]], params: dict[str, Any], batch_size: int) -> Iterator[Any]: ...
 
     def stream(self, batch: list[Any]) -> Generator[list[tuple[Any, str]]]: ...
+
+    def joined(self, arriving: Any) -> Generator[list[tuple[Any, str]]]: ...
 
     def fits(self, batch: list[Any], row: Any, batch_size: int = 0) -> bool: ...
 

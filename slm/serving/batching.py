@@ -1,4 +1,8 @@
-"""The thread that generates. Requests wait in fair queues, and share the model's batches."""
+"""The thread that generates. Requests wait in fair queues, and share the model's batches.
+
+If the model's runtime refills, a text joins a running batch before the next step, while the batch has room. Otherwise,
+a text waits for the next batch.
+"""
 
 import asyncio
 import threading
@@ -18,7 +22,7 @@ MOST_BATCHES = 2  # batches that run at once for throughput
 FAIR_BATCHES = 4  # up to this number, a client without a running text may start a batch
 MOST_CACHES = 2.5  # for all batches together. One batch for throughput may take one cache
 GATHER_SECONDS = 0.01  # to wait for simultaneous requests while nothing runs. Short beside a prompt's time
-JOIN_SECONDS = 5.0  # a text that has waited this long starts the second batch, even a small batch
+PATIENT_SECONDS = 5.0  # without joining, a text that has waited this long starts the second batch, even a small batch
 FAIR_SECONDS = 1.0  # to gather the texts of clients without a running text. Each batch costs the others a turn
 SHORT_FACTOR = 4  # so a batch of 4096 tokens allows at most six levels of shorter batches
 
@@ -60,12 +64,14 @@ class Batch:
     places: list[Place]
     steps: Generator[list[tuple[wrappers.Row, str]]]
     share: float  # of the cache that one batch may take
+    arriving: deque[wrappers.Row] | None = None  # the texts that join. None: the batch takes no further texts
+    most: float = float("inf")  # share. A batch with a limit is for short texts
 
     def live(self) -> int:
         return sum(not place.row.finish_reason for place in self.places)
 
     def left(self) -> int:
-        return max(place.left() for place in self.places)
+        return max((place.left() for place in self.places), default=0)
 
 
 def fair_order(waiting: Iterable[Place], running: Iterable[Place]) -> list[Place]:
@@ -106,6 +112,9 @@ class Metrics:
         self.batch_texts = prometheus_client.Histogram(
             "slm_batch_texts", "Texts a batch began with", registry=registry, buckets=(1, 2, 4, 8, 16, 32, 64)
         )
+        self.joined = prometheus_client.Counter(
+            "slm_joined_texts", "Texts that joined a running batch", registry=registry
+        )
         waiting = prometheus_client.Gauge("slm_waiting", "Texts that wait for a batch", registry=registry)
         waiting.set_function(lambda: len(worker.waiting))
         generating = prometheus_client.Gauge("slm_generating", "Texts that are being generated", registry=registry)
@@ -117,6 +126,7 @@ class Worker:
 
     def __init__(self, model: wrappers.Wrapper, limits: Limits):
         self.model, self.limits = model, limits
+        self.joins = bool(getattr(model, "joins", False))  # older models lack it
         self.waiting: deque[Place] = deque()
         self.running: list[Batch] = []
         self.metrics = Metrics(self)
@@ -177,36 +187,70 @@ class Worker:
         _deliver((place.ticket, _stopping()) for place in [*left, *self.waiting])
 
     def _admit(self) -> bool:
-        """Starts a batch of waiting texts if it is time. Sleeps while there is no work. False: the worker stops."""
+        """Lets waiting texts join the running batches, and starts a batch if it is time.
+
+        Sleeps while there is no work. False: the worker stops.
+        """
         with self._wake:
             while not (self.waiting or self.running or self._stopping):
                 self._wake.wait()
             if self._stopping:
                 return False
+            self._join()
             seen = 0
-            while not self.running and seen < len(self.waiting) < self.model.batch_size:
+            while not (self.joins or self.running) and seen < len(self.waiting) < self.model.batch_size:
                 seen = len(self.waiting)
                 self._wake.wait(GATHER_SECONDS)  # ends early when another request arrives
-            places = self._next_places()
+            places, most = self._next_places()
             if not places:
                 return True
             self.waiting = deque(place for place in self.waiting if place not in places)
             rows = [place.row for place in places]
-            self.running.append(Batch(places, self.model.stream(rows), self._share(rows)))
+            arriving = deque(rows) if self.joins else None
+            steps = self.model.stream(rows) if arriving is None else self.model.joined(arriving)
+            self.running.append(Batch(places, steps, self._share(rows), arriving, most))
         self.metrics.batch_texts.observe(len(places))
         return True
 
-    def _next_places(self) -> list[Place]:
-        """The waiting texts that form the next batch. Empty if all texts continue to wait."""
+    def _under_way(self) -> list[Place]:
+        return [place for batch in self.running for place in batch.places if not place.row.finish_reason]
+
+    def _join(self) -> None:
+        """Lets waiting texts join the running batches that have room, in the fair order."""
+        if not (self.waiting and self.joins and self.running):
+            return
+        for place in fair_order(self.waiting, self._under_way()):
+            batch = next((batch for batch in self.running if self._has_room(batch, place)), None)
+            if batch is not None and batch.arriving is not None:
+                batch.share = max(batch.share, self._share([*(other.row for other in batch.places), place.row]))
+                batch.places.append(place)
+                batch.arriving.append(place.row)
+                self.waiting.remove(place)
+                self.metrics.joined.inc()
+
+    def _has_room(self, batch: Batch, place: Place) -> bool:
+        rows = [other.row for other in batch.places]
+        if len(rows) >= self.model.batch_size or not self.model.fits(rows, place.row):
+            return False
+        if batch.most == float("inf"):
+            return True
+        left = min((other.left() for other in self.running if other is not batch), default=0)
+        return SHORT_FACTOR * place.tokens() <= left and self._share([*rows, place.row]) <= batch.most
+
+    def _next_places(self) -> tuple[list[Place], float]:
+        """The waiting texts that form the next batch, and the share of the cache that the batch may take.
+
+        Without texts, all continue to wait.
+        """
         if not self.waiting:
-            return []
+            return [], 0.0
         now = time.monotonic()
-        under_way = [place for batch in self.running for place in batch.places if not place.row.finish_reason]
+        under_way = self._under_way()
         ordered = fair_order(self.waiting, under_way)
         if len(self.running) < MOST_BATCHES:
-            patient = now - min(place.ticket.arrived for place in ordered) < JOIN_SECONDS
-            if len(ordered) >= len(under_way) or not patient:
-                return self._together(ordered)
+            patient = now - min(place.ticket.arrived for place in ordered) < PATIENT_SECONDS
+            if self.joins or len(ordered) >= len(under_way) or not patient:
+                return self._together(ordered), float("inf")
         left = min(batch.left() for batch in self.running)
         busy = {place.ticket.client for place in under_way}
         short = [place for place in ordered if SHORT_FACTOR * place.tokens() <= left]
@@ -214,7 +258,7 @@ class Worker:
         late = len(self.running) < FAIR_BATCHES and any(now - place.ticket.arrived >= FAIR_SECONDS for place in others)
         # half of the free cache leaves room for shorter texts. A batch of more than one cache counts as one cache
         share = (MOST_CACHES - sum(min(batch.share, 1.0) for batch in self.running)) / 2
-        return self._together(short, share) or self._together(others if late else [], share)
+        return self._together(short, share) or self._together(others if late else [], share), share
 
     def _together(self, ordered: list[Place], share: float = float("inf")) -> list[Place]:
         """The texts that fit into one batch and into a share of its cache. Without a limit, the first text fits."""
@@ -234,7 +278,8 @@ class Worker:
         for place in batch.places:
             if place.ticket.dropped:
                 wrappers.end(place.row, "cancelled")
-        if not batch.live():
+        batch.places = [place for place in batch.places if not place.row.finish_reason]
+        if not batch.places:
             return []
         step = next(batch.steps, None)
         if step is None:

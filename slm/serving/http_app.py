@@ -6,8 +6,13 @@
 One thread owns the model, and generates waiting requests together. New text goes into the queue of its request. If a
 client disconnects or its time is up, its request leaves the batch after the next token.
 
+If the model's runtime refills, a text joins a running batch before the next step, while the batch has room. Long
+prompts are read in pieces between the steps. With any other runtime, a batch takes no further texts.
+
 The running batches take turns, one step each, so no batch delays another batch for long. A further batch starts when:
-- fewer than MOST_BATCHES run, and as many texts wait as are being generated, or one text has waited JOIN_SECONDS;
+- fewer than MOST_BATCHES run, and the running batch has no room;
+- fewer than MOST_BATCHES run, texts can't join, and as many texts wait as are being generated, or one text has waited
+  PATIENT_SECONDS;
 - a waiting text is short: each running batch may still need SHORT_FACTOR times the text's tokens or more;
 - a client has no running text and has waited FAIR_SECONDS, and fewer than FAIR_BATCHES run.
 Fair queueing between clients orders the waiting texts. A client is an address. With several API keys, a client is a
@@ -21,8 +26,7 @@ A page in a browser can give its own name the address of this machine (DNS rebin
 requests that name one of the server's host names.
 
 Not covered: TLS, users and quotas (use a proxy), tools, images, more than one model or process.
-A text does not join a running batch. If the model's runtime refills, it reads a long prompt in pieces, and other
-batches take turns between two pieces. With any other runtime, a prompt is one step of its batch.
+With a runtime that does not refill, a prompt is one step of its batch.
 slm/serving/connections.py guards the sockets.
 """
 

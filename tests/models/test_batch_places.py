@@ -4,7 +4,7 @@ import itertools
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def test_a_prompt_longer_than_a_chunk_is_answered_as_in_one_piece(wrapper, monke
     row = {"messages": [{"role": "user", "content": "Count on from here: " + "1 2 3 4 5 " * 20}], "max_tokens": 12}
     whole = fresh(wrapper, row)
     for size in (2, whole.prompt_tokens - 2, 64):  # the last piece would hold one token, were it not avoided
-        monkeypatch.setattr(wrapper._runtime, "_at_once", lambda span, size=size: size)
+        monkeypatch.setattr(wrapper._runtime, "_piece_tokens", lambda size=size: size)
         assert fresh(wrapper, row).text == whole.text
 
 
@@ -102,7 +102,7 @@ def test_a_prompts_logits_do_not_depend_on_what_a_shorter_one_left(wrapper):
 def test_an_answer_of_one_token_takes_the_pass_over_its_prompt_alone(wrapper, monkeypatch):
     rows = [{"messages": [{"role": "user", "content": f"Count from {n}."}], "max_tokens": 2} for n in range(5)]
     longer = {index: answer.text for index, [answer] in wrapper.answers(rows)}
-    monkeypatch.setattr(type(wrapper._runtime), "_next", None)
+    monkeypatch.setattr(type(wrapper._runtime), "next_logits", None)
     for temperature in (0, 1e-6):  # what is drawn there is the likeliest token
         asked = [row | {"max_tokens": 1, "temperature": temperature} for row in rows]
         found = {index: answer for index, [answer] in wrapper.answers(asked, batch_size=2)}
@@ -122,8 +122,8 @@ def test_the_first_token_is_drawn_from_the_logits_of_its_prompt(wrapper):
 
 
 def test_a_row_that_is_dropped_before_its_turn_is_not_begun(wrapper, monkeypatch):
-    read, begun = type(wrapper._runtime)._pieces, []
-    monkeypatch.setattr(type(wrapper._runtime), "_pieces", lambda self, *words: begun.append(1) or read(self, *words))
+    read, begun = type(wrapper._runtime).piece, []
+    monkeypatch.setattr(type(wrapper._runtime), "piece", lambda self, *words: begun.append(1) or read(self, *words))
     rows = [wrapper.prepare({"messages": PLACES[at:], "max_tokens": 2})[0] for at in (0, 1, 0)]
     for step, _ in enumerate(wrapper._steps(rows, 3, wrapper._runtime, decoded=True)):
         if step == 0:  # the first row's first token
@@ -171,7 +171,7 @@ def test_a_row_waits_for_no_core_that_is_busy(on_two_cores, monkeypatch):
     runtime = type(on_two_cores._runtime)
     if len(on_two_cores._runtime.lanes(40)) == 1:
         pytest.skip("its weights are held once")
-    pieces, step, begun = runtime._pieces, runtime._next, Counter()
+    pieces, step, begun = runtime.piece, runtime.next_logits, Counter()
 
     def counted(self, *words):
         begun[threading.get_ident()] += 1
@@ -182,8 +182,8 @@ def test_a_row_waits_for_no_core_that_is_busy(on_two_cores, monkeypatch):
             time.sleep(0.5)
         return step(self, *words)
 
-    monkeypatch.setattr(runtime, "_pieces", counted)
-    monkeypatch.setattr(runtime, "_next", slowed)
+    monkeypatch.setattr(runtime, "piece", counted)
+    monkeypatch.setattr(runtime, "next_logits", slowed)
     rows = [{"messages": [{"role": "user", "content": f"Count from {n}."}], "max_tokens": 3} for n in range(10, 50)]
     assert len([*on_two_cores.answers(rows, batch_size=32)]) == 40
     assert [*begun.values()] == [16, 24]
@@ -252,3 +252,97 @@ def test_what_one_core_fails_of_is_the_callers_to_know(on_two_cores, monkeypatch
     )
     with pytest.raises(MemoryError, match="no more"):
         list(on_two_cores.answers(forty(8)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows that join a running batch
+
+
+LONG_PROMPT = [{"role": "user", "content": "Count on from here: " + "1 2 3 4 5 " * 60}]
+
+
+def joined(wrapper, requests: dict[int, list[dict]], steps: int = 10**6):
+    """Generates rows that arrive before the given steps. Gives the rows, and the rows of every step."""
+    arriving, rows, history = deque(), [], []
+    requests = dict(requests)
+    running = wrapper.joined(arriving)
+    for number in range(steps):
+        for request in requests.pop(number, []):
+            [row] = wrapper.prepare(request)
+            row.tenant = request.get("tenant", "")
+            rows.append(row)
+            arriving.append(row)
+        step = next(running, None)
+        if step is None:
+            assert not requests
+            return rows, history
+        history.append([rows.index(row) for row, _ in step])
+    raise AssertionError("it does not end")
+
+
+def test_a_row_takes_part_from_the_next_step_on(wrapper):
+    one, other = {"messages": PLACES, "max_tokens": 12}, {"messages": PLACES[1:], "max_tokens": 4}
+    expected = [fresh(wrapper, row).text for row in (one, other)]
+    wrapper._runtime._idle.clear()
+    rows, history = joined(wrapper, {0: [one], 5: [other]})
+    assert history[5] == [1] and [0, 1] in history[6:7]  # its first token, and then both rows together
+    assert [row.text for row in rows] == expected
+
+
+def test_rows_that_join_at_any_time_are_answered_as_each_alone(wrapper):
+    """Batch places are replaced by larger ones on the way, for more rows and for longer ones."""
+    prompts = read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "", CHECKS).prompts[:150:11]
+    rows = [{"messages": list(row.messages), "max_tokens": 4 + at % 5 * 5} for at, row in enumerate(prompts)]
+    rows[4] = {"messages": LONG_PROMPT, "max_tokens": 6}
+    rows[9] = {"messages": [*LONG_PROMPT, *PLACES], "max_tokens": 300, "stop": ["e"]}
+    expected = [fresh(wrapper, row).text for row in rows]
+    wrapper._runtime._idle.clear()
+    found, history = joined(wrapper, {0: rows[:1], 1: rows[1:3], 4: rows[3:10], 6: rows[10:]})
+    assert [row.text for row in found] == expected
+    assert max(map(len, history)) >= 9
+
+
+def test_a_long_prompt_does_not_stop_the_others(wrapper):
+    rows, history = joined(
+        wrapper, {0: [{"messages": PLACES, "max_tokens": 30}], 3: [{"messages": LONG_PROMPT, "max_tokens": 2}]}
+    )
+    begun = history.index([1])
+    assert len(rows[1].prompt) > 4 * 128
+    assert history[3:begun] == [[], [0]] * ((begun - 3) // 2) and begun - 3 >= 8  # a piece, a step, a piece, …
+
+
+def test_a_short_prompt_overtakes_a_long_one(wrapper):
+    short = {"messages": PLACES, "max_tokens": 4}
+    expected = [fresh(wrapper, row).text for row in ({"messages": LONG_PROMPT, "max_tokens": 4}, short)]
+    wrapper._runtime._idle.clear()
+    rows, history = joined(wrapper, {0: [{"messages": LONG_PROMPT, "max_tokens": 4}], 1: [short]})
+    assert history.index([1]) <= 3 < history.index([0])
+    assert [row.text for row in rows] == expected
+
+
+def test_prompts_that_arrive_together_are_computed_once_within_one_tenant(wrapper, monkeypatch):
+    run, counts = type(wrapper._runtime)._run, []
+
+    def counted(self, binding, tokens, lengths):
+        counts.append(tokens.shape[1])
+        return run(self, binding, tokens, lengths)
+
+    monkeypatch.setattr(type(wrapper._runtime), "_run", counted)
+    for tenants, times in ((("a", "a", "a"), 1), (("a", "b", "c"), 3)):
+        wrapper._runtime._idle.clear()
+        counts.clear()
+        requests = [{"messages": LONG_PROMPT, "max_tokens": 1, "tenant": tenant} for tenant in tenants]
+        rows, _ = joined(wrapper, {0: requests})
+        assert times * len(rows[0].prompt) <= sum(counts) <= times * len(rows[0].prompt) + 2 * (3 - times)
+
+
+def test_a_row_that_is_dropped_while_its_prompt_is_read_leaves_its_place(wrapper):
+    [long], [short] = (wrapper.prepare({"messages": messages, "max_tokens": 5}) for messages in (LONG_PROMPT, PLACES))
+    expected = fresh(wrapper, {"messages": PLACES, "max_tokens": 5}).text
+    arriving = deque([long])
+    running = wrapper.joined(arriving)
+    assert next(running) == []
+    long.end("cancelled")
+    arriving.append(short)
+    assert [len(step) for step in running] == [1] * len(short.output)
+    assert (long.output, short.text) == ([], expected)

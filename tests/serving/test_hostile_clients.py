@@ -10,6 +10,7 @@ import resource
 import socket
 import time
 import urllib.request
+from collections import deque
 
 import openai
 import pytest
@@ -47,6 +48,13 @@ def client_at(address: str, host: str = "", key: str = "none"):
 # Who is answered when
 
 
+@pytest.fixture
+def full_batches(model, monkeypatch):
+    """The model, of which each batch has room for one text."""
+    monkeypatch.setattr(model, "batch_size", 1)
+    return model
+
+
 def two_batches(client, address: str, key: str = "none") -> list:
     """Streams of two long answers, each in a batch of its own."""
     streams = []
@@ -57,8 +65,8 @@ def two_batches(client, address: str, key: str = "none") -> list:
 
 
 @pytest.mark.fault("serving: two long answers, and one of one token")
-def test_one_token_is_answered_while_two_long_answers_are_generated(model):
-    with here(model) as (address, client):
+def test_one_token_is_answered_while_two_long_answers_are_generated(full_batches):
+    with here(full_batches) as (address, client):
         streams = two_batches(client, address)
         assert ask(client, max_tokens=1).usage.completion_tokens == 1
         assert metric(address, "slm_generating") == 2
@@ -68,7 +76,7 @@ def test_one_token_is_answered_while_two_long_answers_are_generated(model):
 
 @pytest.mark.fault("serving: another client's long prompt")
 def test_a_long_prompt_is_read_in_pieces_between_which_others_have_their_turn(model, monkeypatch):
-    monkeypatch.setattr(model._runtime, "_at_once", lambda span: 16)
+    monkeypatch.setattr(model._runtime, "_piece_tokens", lambda: 16)
     question = {"messages": [{"role": "user", "content": "word " * 100}], "max_tokens": 2}
     [row], [dropped] = model.prepare(question), model.prepare(question)
     turns = [len(step) for step in model.stream([row])]
@@ -83,9 +91,9 @@ def test_a_long_prompt_is_read_in_pieces_between_which_others_have_their_turn(mo
 
 @pytest.mark.fault("serving: one client's many long answers, and another client")
 @pytest.mark.parametrize("known_by", ["address", "key"])
-def test_a_client_is_answered_beside_another_ones_many_long_answers(model, known_by):
+def test_a_client_is_answered_beside_another_ones_many_long_answers(full_batches, known_by):
     keys = "many,one" if known_by == "key" else ""
-    with here(model, api_key=keys) as (address, _):
+    with here(full_batches, api_key=keys) as (address, _):
         many, one = (
             client_at(address, key=name) if keys else client_at(address, host)
             for name, host in (("many", "192.0.2.1"), ("one", "192.0.2.2"))
@@ -101,8 +109,8 @@ def test_a_client_is_answered_beside_another_ones_many_long_answers(model, known
 
 
 @pytest.mark.fault("serving: a queue that one client fills")
-def test_a_queue_that_one_client_fills_has_room_for_another(model):
-    with here(model, waiting=1) as (address, _):
+def test_a_queue_that_one_client_fills_has_room_for_another(full_batches):
+    with here(full_batches, waiting=1) as (address, _):
         many, one = client_at(address, "192.0.2.1"), client_at(address, "192.0.2.2")
         streams = [*two_batches(many, address), ask(many, LONG, stream=True, max_tokens=4096)]
         assert wait_for(address, "slm_waiting", 1)
@@ -142,11 +150,42 @@ def test_batches_for_short_texts_keep_to_the_memory_that_is_left(model, share):
     worker.running = [Batch([place("a", 0, 4096)], iter(()), share) for _ in range(2)]
     worker.waiting.extend(place("a", time.monotonic(), 200, prompt=2000) for _ in range(40))
     for _ in range(3):
-        places = worker._next_places()
+        places, most = worker._next_places()
         taken = model.cache_share([each.row for each in places])
         left = batching.MOST_CACHES - sum(min(batch.share, 1.0) for batch in worker.running)
-        assert 0 < taken <= left / 2
+        assert 0 < taken <= left / 2 == most
         worker.running.append(Batch([place("a", 0, 4096)], iter(()), taken))
+
+
+def test_a_batch_for_short_texts_is_joined_by_short_texts_alone(model):
+    """Else long texts would take the room that short ones have beside them."""
+    worker = Worker(model, Limits())
+    full = [Batch([place("a", 0, 4096) for _ in range(11)], iter(()), 1.0, deque()) for _ in range(2)]
+    assert not model.fits([each.row for each in full[0].places], place("a", 0, 4000).row)
+    short = Batch([place("a", 0, 100)], iter(()), 0.0, deque(), most=0.25)
+    worker.running = [*full, short]
+    arrived = time.monotonic()
+    worker.waiting.extend([place("a", arrived, 4000), place("a", arrived, 100), place("b", arrived, 2000)])
+    worker._join()
+    assert [each.row.room for each in short.places] == [100, 100]
+    assert [each.row.room for each in worker.waiting] == [4000, 2000]
+    full[0].places.pop()
+    worker._join()
+    assert [each.row.room for each in worker.waiting] == [4000]  # it would end later than the other client's text
+
+
+@pytest.mark.fault("serving: a request that arrives beside a long answer")
+def test_requests_join_a_running_batch_of_any_client(model):
+    with here(model) as (address, _):
+        many, one = client_at(address, "192.0.2.1"), client_at(address, "192.0.2.2")
+        streams = [ask(client, LONG, stream=True, max_tokens=4096) for client in (many, many, one)]
+        for stream in streams:
+            next(chunk for chunk in stream if chunk.choices[0].delta.content)
+        assert metric(address, "slm_generating") == 3
+        assert metric(address, "slm_batch_texts_count") == 1
+        assert metric(address, "slm_joined_texts_total") >= 2
+        for stream in streams:
+            stream.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -207,8 +207,10 @@ def test_the_key_is_asked_for_and_a_signal_ends_the_server_soon(store):
 def test_a_full_queue_answers_429(wrapper, monkeypatch):
     from slm.serving import batching
 
+    model = wrapper.unwrap_python_model()
     monkeypatch.setattr(batching, "MOST_BATCHES", 1)
-    with here(wrapper.unwrap_python_model(), waiting=1) as (address, client), ThreadPoolExecutor(1) as pool:
+    monkeypatch.setattr(model, "batch_size", 1)
+    with here(model, waiting=1) as (address, client), ThreadPoolExecutor(1) as pool:
         stream = ask(client, LONG, stream=True, max_tokens=1000)
         next(stream)
         assert wait_for(address, "slm_generating", 1)
@@ -239,12 +241,12 @@ def test_a_request_whose_time_is_up_is_ended_with_an_error(wrapper):
 def test_a_batch_that_fails_is_a_500_and_the_next_one_is_answered(wrapper, monkeypatch, capfd):
     model = wrapper.unwrap_python_model()
 
-    def broken(rows):
+    def broken(arriving):
         raise RuntimeError("out of memory")
         yield
 
     with here(model) as (address, client):
-        monkeypatch.setattr(model, "stream", broken)
+        monkeypatch.setattr(model, "joined", broken)
         with pytest.raises(openai.InternalServerError, match="the model failed: RuntimeError: out of memory"):
             ask(client)
         monkeypatch.undo()

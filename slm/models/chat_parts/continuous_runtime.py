@@ -2,45 +2,22 @@
 
 import copy
 import os
-import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from .rows import Row
+from .running_batch import PIECE_TOKENS, BatchPlaces, RunningBatch, span_of
 from .runtime import LOGITS_BYTES, Runtime, exact_integers, physical_cores
-from .sampling import next_token
 
 SPAN_STEP = 64  # tokens; keys and values are allocated for a multiple of this number
 SCRATCH_BYTES = 2**28  # for attention; they limit the tokens of a prompt that go through a graph at once
 LANE_ROWS = 16  # rows per core; with fewer rows, a batch of its own doesn't keep a core busy
 LANE_BYTES = 2**28  # of weights that lanes hold a second time; with more, products are long enough to share
 KEEP = "num_logits_to_keep"  # an optional input of a graph: the number of last places that get logits; 0 is all
-
-
-@dataclass
-class BatchPlaces:
-    """Keys and values of the rows that are generated together, and the prompts that they come from.
-
-    A place is a batch place: a finished row's place goes to the next row.
-    """
-
-    session: Any  # of the bindings
-    arrays: dict[tuple[int, str], np.ndarray]  # (layer, key or value): (places, heads, span, head size)
-    prompts: list[np.ndarray]  # by place: the tokens of its first keys and values
-    tenants: list[str]  # by place: the tenant of that prompt
-    logits: np.ndarray  # (places, 1, vocabulary)
-    span: int
-    bindings: dict = field(default_factory=dict)
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        for array in self.arrays.values():
-            array[target, :, :length] = array[source, :, :length]
 
 
 class ContinuousRuntime:
@@ -50,8 +27,8 @@ class ContinuousRuntime:
     common beginning again for each prompt. Grouped-query attention allows a different length for every row of a batch.
     So this runtime gives a finished row's batch place to the next row, and pads nothing. It copies the keys and values
     of a beginning that another batch place holds, also from an earlier call. Each prompt goes through the graph alone,
-    which gives its first token. Then the rows are generated together. So a row's numbers don't depend on the other rows
-    of its batch. In int4, this keeps the row's text the same too.
+    in pieces, which gives its first token. Then the rows are generated together. So a row's numbers don't depend on the
+    other rows of its batch. In int4, this keeps the row's text the same too.
 
     A copied beginning makes an answer faster. So the time of an answer could show one tenant the prompts of another
     tenant. Therefore a row copies a beginning only from a row of its own tenant.
@@ -141,60 +118,19 @@ class ContinuousRuntime:
         not started, or raises IndexError. Without `take`, all rows are taken in order.
         """
         count = min(places or len(rows), len(rows))
+        held = self._places(count, max(map(span_of, rows)))
         take = take or deque(range(len(rows))).popleft
-        held = self._places(count, max(len(row.prompt) + row.room for row in rows))
-        lengths, last = np.zeros(count, dtype=np.int64), np.zeros((count, 1), dtype=np.int64)
-        live: list[int] = []  # by place: its row's position
+        yield from self._steps_of(RunningBatch(self, rows, take, held, count))
 
-        def begin(place: int) -> Generator[dict[int, int], None, bool]:
-            """Gives the place to the next row, and yields the row's first token.
+    def join(self, rows: Mapping[int, Row], take: Callable[[], int]) -> Iterator[dict[int, int]]:
+        """Like `steps`, but rows may come while others are generated: `take` is called before each step."""
+        yield from self._steps_of(RunningBatch(self, rows, take, self._places(1, 1), joins=True))
 
-            If the first token ends the row, the next row follows. Returns whether a row holds the place.
-            """
-            while True:
-                try:
-                    position = take()
-                except IndexError:
-                    return False
-                row = rows[position]
-                if row.finish_reason:
-                    continue
-                row.started = time.perf_counter()
-                logits = None
-                for logits in self._pieces(held, place, np.array(row.prompt, dtype=np.int64), row.tenant):
-                    if logits is None:
-                        yield {}  # other batches can run between the pieces of a long prompt
-                    if row.finish_reason:
-                        break
-                if row.finish_reason or logits is None:
-                    continue
-                token = next_token(logits, row)
-                yield {position: token}
-                if not row.finish_reason:
-                    lengths[place], last[place] = len(row.prompt), token
-                    live[place : place + 1] = [position]
-                    return True
-
+    def _steps_of(self, batch: RunningBatch) -> Iterator[dict[int, int]]:
         try:
-            while len(live) < count and (yield from begin(len(live))):
-                pass
-            while live:
-                logits = self._next(held, last[: len(live)], lengths[: len(live)])
-                tokens = [next_token(of_row, rows[position]) for of_row, position in zip(logits, live, strict=True)]
-                yield dict(zip(live, tokens, strict=True))
-                lengths[: len(live)] += 1
-                last[: len(live), 0] = tokens
-                for place in reversed(range(len(live))):
-                    if not rows[live[place]].finish_reason or (yield from begin(place)):
-                        continue
-                    end = len(live) - 1  # the last row moves here: live places stay adjacent
-                    if place < end:
-                        held.copy(end, place, lengths[end])
-                        held.prompts[place], held.tenants[place] = held.prompts[end], held.tenants[end]
-                        live[place], lengths[place], last[place] = live[end], lengths[end], last[end]
-                    live.pop()
+            yield from batch.steps()
         finally:
-            self._idle.append(held)
+            self._idle.append(batch.held)
             del self._idle[:-1]
 
     def alone_in_batch(self, prompt: list[int]) -> bool:
@@ -208,7 +144,10 @@ class ContinuousRuntime:
                 if held.session is not self._session:
                     held.session, held.bindings = self._session, {}
                 return held
-        span = -(-span // SPAN_STEP) * SPAN_STEP
+        return self.new_places(count, -(-span // SPAN_STEP) * SPAN_STEP)
+
+    def new_places(self, count: int, span: int) -> BatchPlaces:
+        """Empty batch places for `span` tokens each."""
         layers, heads, size = self._shape
         return BatchPlaces(
             session=self._session,
@@ -225,9 +164,62 @@ class ContinuousRuntime:
 
     def _read(self, held: BatchPlaces, place: int, prompt: np.ndarray, tenant: str = "") -> np.ndarray:
         """Puts a prompt's keys and values into a batch place. Gives the logits after the prompt, (vocabulary,)."""
-        *_, logits = self._pieces(held, place, prompt, tenant)
-        assert logits is not None
+        begun, logits = 0, None
+        while logits is None:
+            begun, _, logits = self.piece(held, place, prompt, begun, tenant)
         return logits
+
+    def piece(
+        self, held: BatchPlaces, place: int, prompt: np.ndarray, begun: int, tenant: str
+    ) -> tuple[int, int, np.ndarray | None]:
+        """Puts the next piece of a prompt into a batch place, which holds `begun` tokens of the prompt.
+
+        Gives the tokens that the place holds then, how many of them were computed, and after the last piece the logits
+        (vocabulary,). Tokens that another place holds for the same tenant are copied, not computed. Pieces end at
+        multiples of PIECE_TOKENS, whatever was copied. A single token uses other kernels, which give other numbers. So
+        no piece has one token.
+        """
+        begun = self._copy_beginning(held, place, prompt, begun, tenant, len(prompt) - 2)
+        size = self._piece_tokens()
+        end = min(begun + size - begun % size, len(prompt))
+        if end - begun == 1:
+            end = min(end + size, len(prompt))
+        end += len(prompt) - end == 1
+        logits = self._run_piece(held, place, prompt, begun, end, 0, "prompt")
+        return end, end - begun, logits[-1] if end == len(prompt) else None
+
+    def _piece_tokens(self) -> int:
+        return PIECE_TOKENS
+
+    def _copy_beginning(
+        self, held: BatchPlaces, place: int, prompt: np.ndarray, begun: int, tenant: str, most: int
+    ) -> int:
+        """Copies what another place holds of a prompt, if that is more than `begun` tokens; `most` tokens at most.
+
+        Gives the number of tokens that the place holds.
+        """
+        shared = [
+            _in_common(prompt, other) if owner == tenant else 0
+            for other, owner in zip(held.prompts, held.tenants, strict=True)
+        ]
+        source = max(range(len(shared)), key=lambda other: (shared[other], other == place))
+        found = max(begun, min(shared[source], max(most, 0)))
+        if found > begun and source != place:
+            held.copy(source, place, found)
+        held.prompts[place], held.tenants[place] = prompt[:found], tenant
+        return found
+
+    def _run_piece(
+        self, held: BatchPlaces, place: int, prompt: np.ndarray, begun: int, end: int, kept: int, kind: str
+    ) -> np.ndarray:
+        """Runs the graph over prompt[begun:end]. Gives the logits that the graph returns, (places, vocabulary)."""
+        binding = self._binding(held, place, 1, kind)
+        binding.bind_output(self._names["logits"], "cpu")  # of the last position, or of all positions
+        if self._keeps and kind == "read":
+            binding.bind_ortvalue_input(KEEP, self._ort.OrtValue.ortvalue_from_numpy(np.array(max(kept, 1))))
+        self._run(binding, prompt[None, begun:end], np.array([begun]))
+        held.prompts[place] = prompt[:end]
+        return binding.get_outputs()[-1].numpy()[0]
 
     def read(self, rows: list[Row], take: Callable[[], int] | None = None) -> Iterator[int]:
         """Calls `Row.see` for all given tokens of the rows. Yields each row's position when the row is done.
@@ -254,48 +246,30 @@ class ContinuousRuntime:
                 yield position
 
     def _pieces(
-        self, held: BatchPlaces, place: int, prompt: np.ndarray, tenant: str, keep_from: int | None = None
+        self, held: BatchPlaces, place: int, prompt: np.ndarray, tenant: str, keep_from: int
     ) -> Iterator[np.ndarray | None]:
-        """Puts a prompt's keys and values into a batch place. Yields None after each piece, except the last.
+        """Puts a text's keys and values into a batch place. Yields the logits of the places from `keep_from` on.
 
-        After the last piece, yields the logits (vocabulary,). With `keep_from`, yields the logits of the places from
-        there on instead, (places, vocabulary) after each piece that has any. A single token uses other kernels, which
-        give other numbers. So the last two tokens of a prompt go through together, and so do the first two places.
+        After each piece, yields (places, vocabulary), or None if the piece has no such place. A single token uses other
+        kernels, which give other numbers. So the last two tokens go through together, and so do the first two places.
         """
-        shared = [
-            _in_common(prompt, other) if owner == tenant else 0
-            for other, owner in zip(held.prompts, held.tenants, strict=True)
-        ]
-        source = max(range(len(shared)), key=lambda other: (shared[other], other == place))
-        begun = min(shared[source], max((len(prompt) - 1 if keep_from is None else keep_from) - 1, 0))
-        if begun and source != place:
-            held.copy(source, place, begun)
-        held.prompts[place], held.tenants[place] = prompt[:begun], tenant
+        begun = self._copy_beginning(held, place, prompt, 0, tenant, keep_from - 1)
         while begun < len(prompt):
             at_once = self._at_once(held.span)
-            if keep_from is not None and begun + at_once > keep_from:
+            if begun + at_once > keep_from:
                 at_once = min(at_once, max(keep_from - begun, 0) + max(LOGITS_BYTES // (4 * self.vocabulary_size), 2))
             end = min(begun + at_once, len(prompt))
             end += len(prompt) - end == 1
-            binding = self._binding(held, place, 1, "prompt" if keep_from is None else "read")
-            binding.bind_output(self._names["logits"], "cpu")  # of the last position, or of all positions
-            kept = 0 if keep_from is None else min(end - begun, max(end - keep_from, 0))
-            if self._keeps and keep_from is not None:
-                binding.bind_ortvalue_input(KEEP, self._ort.OrtValue.ortvalue_from_numpy(np.array(max(kept, 1))))
-            self._run(binding, prompt[None, begun:end], np.array([begun]))
-            held.prompts[place] = prompt[:end]
+            kept = min(end - begun, max(end - keep_from, 0))
+            logits = self._run_piece(held, place, prompt, begun, end, kept, "read")
             begun = end
-            logits = binding.get_outputs()[-1].numpy()[0]
-            if keep_from is not None:
-                yield logits[len(logits) - kept :] if kept else None
-            else:
-                yield None if begun < len(prompt) else logits[-1]
+            yield logits[len(logits) - kept :] if kept else None
 
     def _at_once(self, span: int) -> int:
-        """The number of tokens of a prompt that go through the graph together."""
+        """The number of tokens of a text that go through the graph together, where they are read."""
         return max(SCRATCH_BYTES // (4 * self._heads * span), 128)
 
-    def _next(self, held: BatchPlaces, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def next_logits(self, held: BatchPlaces, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """The logits after each row's last token, shape (rows, vocabulary)."""
         rows = len(tokens)
         binding = self._binding(held, 0, rows, "step")

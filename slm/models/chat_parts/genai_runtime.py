@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +116,9 @@ class OnnxRuntime:
                 self._choose(generator, chosen, len(rows))
             generator.generate_next_token()
             yield dict(enumerate(generator.get_next_tokens().tolist()))
+
+    def join(self, rows: Mapping[int, Row], take: Callable[[], int]) -> Iterator[dict[int, int]]:
+        raise NotImplementedError("onnxruntime-genai keeps a batch together")
 
     def read(self, rows: list[Row], take: Callable[[], int] | None = None) -> Iterator[int]:
         raise NotImplementedError("onnxruntime-genai gives the logits of the last place only")

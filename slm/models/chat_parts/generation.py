@@ -94,12 +94,12 @@ class Generation:
         return not batch or (
             len(longer) <= (batch_size or self.batch_size)
             and self.cache_share(longer) <= 1
-            and _span(longer) <= self._runtime.context_length
+            and self._span(longer) <= self._runtime.context_length
         )
 
     def cache_share(self, batch: list[Row]) -> float:
         """The share of CACHE_BYTES that the keys and values of these rows take in one batch. 1.0 is all bytes."""
-        return _span(batch) * len(batch) * self._runtime.bytes_per_token / CACHE_BYTES
+        return self._span(batch) * len(batch) * self._runtime.bytes_per_token / CACHE_BYTES
 
     def stream(self, batch: list[Row]) -> Iterator[list[tuple[Row, str]]]:
         """Generates rows that fit together. After each step, yields every row of the step with its new text.
@@ -107,17 +107,33 @@ class Generation:
         Characters that may begin a stop string are held back. So is half a character. A row's last text comes with its
         finish_reason. The caller drops a row between two steps, with `Row.end`.
         """
-        sent = {id(row): 0 for row in batch}
         with self._lock:
-            for rows in self._steps(batch, len(batch), self._runtime, decoded=True):
-                step = []
-                for row in rows:
-                    ready = len(row.text)
-                    if not row.finish_reason:
-                        ready -= max((_overlap(row.text, stop) for stop in row.sampling.stop), default=0)
-                    step.append((row, row.text[sent[id(row)] : ready]))
-                    sent[id(row)] = max(ready, sent[id(row)])
+            yield from _news(self._steps(batch, len(batch), self._runtime, decoded=True))
+
+    def joined(self, arriving: deque[Row]) -> Iterator[list[tuple[Row, str]]]:
+        """Generates rows as `stream` does. The caller may append to `arriving` at any time between two steps.
+
+        A row takes part from the next step on. The rows under way fit together (`fits`). Ends when no row is left.
+        Only for a runtime that `refills` (`joins`).
+        """
+        rows: dict[int, Row] = {}
+        numbers = itertools.count()
+
+        def take() -> int:
+            number, row = next(numbers), arriving.popleft()
+            rows[number] = row
+            return number
+
+        with self._lock:
+            for step in _news(self._rows_of(self._runtime.join(rows, take), rows, self._runtime, decoded=True)):
                 yield step
+                for number in [number for number, row in rows.items() if row.finish_reason]:
+                    del rows[number]
+
+    @property
+    def joins(self) -> bool:
+        """Whether rows can join a running batch (`joined`)."""
+        return self._runtime.refills
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -153,6 +169,15 @@ class Generation:
             part.see = functools.partial(_see_part, row.see, begin)
             parts.append(part)
         return parts
+
+    def _span(self, batch: list[Row]) -> int:
+        """The number of tokens for which each row of a batch has room in its keys and values.
+
+        Without refilling, prompts are padded to one length.
+        """
+        if self._runtime.refills:
+            return max(len(row.prompt) + row.room for row in batch)
+        return max(len(row.prompt) for row in batch) + max(row.room for row in batch)
 
     def _readings(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int, list[Runtime]]]:
         """Yields all rows with their runtimes. Rows that begin alike are neighbours."""
@@ -229,17 +254,28 @@ class Generation:
 
         With `decoded`, every row's text is updated. With `take`, other threads also take rows from the batch.
         """
+        return self._rows_of(runtime.steps(batch, places, take), batch, runtime, decoded)
+
+    def _rows_of(
+        self, steps: Iterator[dict[int, int]], batch: list[Row] | dict[int, Row], runtime: Runtime, decoded: bool
+    ) -> Iterator[list[Row]]:
+        """Gives the tokens of each step to their rows. Yields these rows."""
         from tokenizers.decoders import DecodeStream
 
         start = time.perf_counter()
-        streams = {id(row): DecodeStream(skip_special_tokens=True) for row in batch if decoded or row.sampling.stop}
-        for tokens in runtime.steps(batch, places, take):
+        streams: dict[int, Any] = {}  # by place
+        for tokens in steps:
+            if len(streams) > len(batch):  # of rows that were dropped
+                streams = {place: stream for place, stream in streams.items() if place in batch}
             changed = []
             for place, token in tokens.items():
                 row = batch[place]
                 if not row.finish_reason:
-                    self._append(row, token, streams.get(id(row)), runtime.end_tokens)
+                    if place not in streams and (decoded or row.sampling.stop):
+                        streams[place] = DecodeStream(skip_special_tokens=True)
+                    self._append(row, token, streams.get(place), runtime.end_tokens)
                     if row.finish_reason:
+                        streams.pop(place, None)
                         row.seconds = time.perf_counter() - (row.started or start)
                     changed.append(row)
             yield changed
@@ -294,9 +330,17 @@ def _see(row: Row, scores: TokenScores, see: SeeDistributions | None, first: int
         see(row.index[0], first, logits)
 
 
-def _span(batch: list[Row]) -> int:
-    """The number of tokens for which each row has room in its keys and values, in a batch with padding."""
-    return max(len(row.prompt) for row in batch) + max(row.room for row in batch)
+def _news(steps: Iterator[list[Row]]) -> Iterator[list[tuple[Row, str]]]:
+    """The rows of each step with their new text."""
+    for rows in steps:
+        step = []
+        for row in rows:
+            ready = len(row.text)
+            if not row.finish_reason:
+                ready -= max((_overlap(row.text, stop) for stop in row.sampling.stop), default=0)
+            step.append((row, row.text[row.sent : ready]))
+            row.sent = max(ready, row.sent)
+        yield step
 
 
 def _overlap(text: str, stop: str) -> int:

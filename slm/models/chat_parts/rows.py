@@ -95,6 +95,7 @@ class Row:
     output: list[int] = field(default_factory=list)
     finish_reason: str = ""
     text: str = ""  # complete at the end; before that only with stop strings and in streams
+    sent: int = 0  # characters of the text that a stream has given
     started: float = 0.0  # perf_counter; 0 if the row starts with its batch
     seconds: float = 0.0
     tenant: str = ""  # keys and values are copied only between rows of one tenant

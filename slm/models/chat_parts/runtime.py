@@ -3,7 +3,7 @@
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -81,6 +81,12 @@ class Runtime(Protocol):
         The caller appends the token, and calls `Row.end` for a row that has ended. A row that has ended takes no
         further part. A runtime that refills has at most `places` rows under way (0: all). `take` gives the position of
         the next row, or raises IndexError; only a runtime that refills calls it.
+        """
+
+    def join(self, rows: Mapping[int, Row], take: Callable[[], int]) -> Iterator[dict[int, int]]:
+        """Like `steps`, but `take` may bring new rows at any time. Ends when no row is left.
+
+        Only for a runtime that refills.
         """
 
     def read(self, rows: list[Row], take: Callable[[], int] | None = None) -> Iterator[int]:

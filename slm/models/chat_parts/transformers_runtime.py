@@ -1,7 +1,7 @@
 """Runs a causal LM of transformers."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,9 @@ class TransformersRuntime:
                 self._thread.submit(self._select, cache, chosen).result()
                 ids, mask, positions = ids[chosen], mask[chosen], positions[chosen]
                 live = [live[at] for at in kept]
+
+    def join(self, rows: Mapping[int, Row], take: Callable[[], int]) -> Iterator[dict[int, int]]:
+        raise NotImplementedError("a batch of transformers takes no further rows")
 
     def read(self, rows: list[Row], take: Callable[[], int] | None = None) -> Iterator[int]:
         """Calls `Row.see` for all given tokens of the rows. Yields each row's position when the row is done.
