@@ -158,8 +158,8 @@ def test_a_template_with_a_developer_gets_a_developer():
         ({"role": "tool", "content": "x"}, "messages[0].tool_call_id is missing: a tool's answer names its call"),
         ({"role": "assistant", "content": None}, "messages[0] must have a content"),
         (
-            {"role": "assistant", "tool_calls": [CALL]},
-            "messages[0].tool_calls: the model's chat template has no tool calls",
+            {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "add", "arguments": "[1]"}}]},
+            "messages[0].tool_calls[0].function.arguments must be an object, got [1]",
         ),
         ("Hi", "messages[0] must be an object with a role and a content, got 'Hi'"),
     ],

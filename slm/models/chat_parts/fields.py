@@ -145,6 +145,7 @@ HINTS = {  # fields of other interfaces
     "do_sample": " (did you mean 'temperature'?)",
     "guided_json": " (did you mean 'response_format'?)",
 }
+WHOLE = ("schema", "parameters", "arguments")  # entries that hold a JSON schema, or the arguments of a call
 BY_NAME = {entry.name: entry for entry in FIELDS}
 DEFAULTS = {entry.name: entry.default for entry in FIELDS if entry.default is not None}
 
@@ -165,13 +166,14 @@ def given(value) -> bool:
     return value is not None and not (isinstance(value, float | np.floating) and np.isnan(value))
 
 
-def plain(value):
+def plain(value, whole: bool = False):
     """A value of a table in Python's own types. Entries without a value, such as those of Arrow's structs, are left
-    out."""
+    out. With `whole`, they stay. A JSON schema and a call's arguments may have them, and so these are whole."""
     if isinstance(value, np.ndarray | list | tuple):
-        return [plain(entry) for entry in value]
+        return [plain(entry, whole) for entry in value]
     if isinstance(value, Mapping):
-        return {name: plain(entry) for name, entry in value.items() if given(entry)}
+        kept = {name: entry for name, entry in value.items() if whole or given(entry)}
+        return {name: plain(entry, whole or name in WHOLE) for name, entry in kept.items()}
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -21,6 +21,7 @@ from .runtime import Runtime
 from .sampling import sampling_of
 from .structured import Constraints, checked_grammar, schema_grammar, schema_of
 from .templates import messages_of, read_chat_template, render
+from .tool_templates import fitted, read_tool_template, tool_template
 from .transformers_runtime import TransformersRuntime
 
 
@@ -59,6 +60,7 @@ class SmallLanguageModel(Generation, PythonModel):
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = {id for id, token in added.items() if token.special}
         self.template, self.special_tokens = read_chat_template(folder)
+        self.tool_template = read_tool_template(folder, self.template)
         onnx = "onnx" in context.artifacts
         self._runtime: Runtime = onnx_runtime(folder, config) if onnx else TransformersRuntime(folder, config)
         self.batch_size = int(config.get("batch_size") or self._runtime.batch_size)
@@ -185,11 +187,19 @@ class SmallLanguageModel(Generation, PythonModel):
                     if len(done[index]) == left[index]:
                         yield index, self.choices([done[index][choice] for choice in sorted(done[index])])
 
-    def render(self, messages: list[dict]) -> str:
-        """The prompt text of a conversation for this model."""
-        if not self.template:
+    def render(self, messages: list[dict], tools: list[dict] | None = None) -> str:
+        """The prompt text of a conversation for this model. `tools` are functions that the model may call.
+
+        Raises:
+            Refused: the template refuses the conversation, or the conversation has tools and the template ignores them.
+        """
+        template = self.tool_template if tools else self.template
+        if not template:
             raise Refused("the model has no chat template; use the prompt schema")
-        return render(self.template, self.special_tokens, messages)
+        if not tools and not any("tool_calls" in message for message in messages):
+            return render(template, self.special_tokens, messages)
+        messages, tools = fitted(messages, tools or [], tool_template(template, self.special_tokens))
+        return render(template, self.special_tokens, messages, tools)
 
     # -- for a caller that makes its own batches, such as a server -----------------------------------------------------
 

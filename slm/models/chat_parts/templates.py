@@ -66,22 +66,26 @@ def _compiled(template: str):
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: (
+        json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    )
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(template)
 
 
-def _rendered(template: str, special_tokens: dict[str, str], messages: list[dict]) -> dict[str, str]:
+def _rendered(
+    template: str, special_tokens: dict[str, str], messages: list[dict], tools: list[dict] | None
+) -> dict[str, str]:
     """Runs in the confined process. Gives {"text"}, or {"refused"} with the reason in one line."""
     import jinja2
 
     try:
         text = _compiled(template).render(
-            messages=messages, add_generation_prompt=True, tools=None, documents=None, **special_tokens
+            messages=messages, add_generation_prompt=True, tools=tools, documents=None, **special_tokens
         )
         # the tokenizer then reads this text without bounds
-        most = 2**20 + 4 * len(json.dumps(messages))
+        most = 2**20 + 4 * len(json.dumps([messages, tools]))
         if len(text) <= most:
             return {"text": text}
         reason = f"its text has {len(text):,} characters; the limit is {most:,}"
@@ -101,7 +105,7 @@ _templates = Confined(
             "import datetime, functools, json",
             inspect.getsource(_compiled),  # read at import: this file may be gone later
             inspect.getsource(_rendered),
-            "FUNCTIONS = {'render': (_rendered, ['', {}, []])}",
+            "FUNCTIONS = {'render': (_rendered, ['', {}, [], None])}",
         ]
     ),
     TEMPLATE_SECONDS,
@@ -109,8 +113,10 @@ _templates = Confined(
 )
 
 
-def render(template: str, special_tokens: dict[str, str], messages: list[dict]) -> str:
+def render(template: str, special_tokens: dict[str, str], messages: list[dict], tools: list[dict] | None = None) -> str:
     """The prompt text of a conversation. The template is rendered by the rules of transformers.
+
+    `tools` are the functions that the model may call, in OpenAI's form.
 
     A rendering may take TEMPLATE_SECONDS of processor time and TEMPLATE_BYTES of memory, where Confined has bounds.
 
@@ -118,7 +124,7 @@ def render(template: str, special_tokens: dict[str, str], messages: list[dict]) 
         Refused: the template refuses the conversation, fails, or exceeds a bound.
     """
     try:
-        rendered = _templates.call("render", template, special_tokens, messages)
+        rendered = _templates.call("render", template, special_tokens, messages, tools)
     except CallFailed as reason:
         raise Refused(f"the model's chat template {reason}") from None
     if "refused" in rendered:
@@ -155,8 +161,6 @@ def _message(where: str, message, template: str) -> dict:
     found = {"role": "system" if role == "developer" and "developer" not in template else role}
     found["content"] = _content(where, message.get("content"), empty=bool(calls))
     if calls:
-        if "tool_calls" not in template:
-            raise Refused(f"{where}.tool_calls: the model's chat template has no tool calls", "messages")
         found["tool_calls"] = [_call(f"{where}.tool_calls[{place}]", call) for place, call in enumerate(calls)]
     for name in ("name", "tool_call_id"):
         if message.get(name):
@@ -192,4 +196,6 @@ def _call(where: str, call) -> dict:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
             raise Refused(f"{where}.function.arguments is not JSON: {arguments!r:.60}", "messages") from None
+    if not isinstance(arguments, dict):
+        raise Refused(f"{where}.function.arguments must be an object, got {arguments!r:.60}", "messages")
     return call | {"type": "function", "function": function | {"arguments": arguments}}
