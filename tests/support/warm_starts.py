@@ -27,8 +27,12 @@ ENTRY_POINTS = (
     *("mlflow.store.model_registry.sqlalchemy_store", "alembic.command", "scipy.stats", "rich.console"),
     *("matplotlib.figure", "jinja2", "openai", "mlflow.genai"),
 )
-# without onnxruntime and onnxruntime_genai, whose threads don't survive a fork
-EXPORTS = ("torch", "transformers", "onnx", "onnx_ir", "sympy")
+# What onnxruntime-genai's builder imports, without onnxruntime and onnxruntime_genai: their threads don't survive a
+# fork. `transformers` alone imports almost nothing; the builder asks it for Gemma 3, and that takes most of the time
+EXPORTS = (
+    *("torch", "transformers", "transformers.models.gemma3.modeling_gemma3", "transformers.models.auto.modeling_auto"),
+    *("transformers.models.auto.tokenization_auto", "transformers.generation", "onnx", "onnx_ir", "sympy"),
+)
 _servers: dict[tuple[int, tuple[str, ...]], str] = {}  # by the process that started one, and what it has imported
 
 
