@@ -1,9 +1,8 @@
 """What can be asked besides the models logged here: anything that MLflow logs with text in and out, and endpoints."""
 
 import json
-import os
 import shutil
-import subprocess
+import signal
 import sys
 import threading
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support import echo_models
-from support.commands import REPOSITORY, entry_point, free_port, running, without_gpu
+from support.commands import entry_point, free_port, running_warm, started, without_gpu
 from support.databases import sqlite_store
 from support.python_models import signature
 
@@ -664,7 +663,7 @@ def test_a_real_gateway_is_asked_by_both_its_addresses(server, monkeypatch, tmp_
     port = free_port()
     command = ["mlflow", "gateway", "start", "--config-path", str(tmp_path / "gateway.yaml"), "--port", str(port)]
     address = f"http://127.0.0.1:{port}"
-    with running(command, f"{address}/health"):
+    with running_warm(command, f"{address}/health"):
         monkeypatch.setenv("MLFLOW_DEPLOYMENTS_TARGET", address)
         for uri in ("endpoints:/ours", f"{address}/v1#ours"):
             answers = asked(load(uri), [PLAIN, TURNS, BAD])
@@ -741,24 +740,21 @@ def test_a_signal_ends_it_soon_while_rows_are_asked_and_the_answers_are_kept(sto
         {"id": word, "prompt": word, "expected": "x", "scorers": ["contains"]} for word in ("one", "two", "endless")
     ]
     (tmp_path / "three.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    command = [sys.executable, "-m", "entrypoints.evaluate", f"--model_uris={server.address}/one/v1"]
-    command += [f"--prompts={tmp_path / 'three.jsonl'}"]
+    command = ["evaluate", f"--model_uris={server.address}/one/v1", f"--prompts={tmp_path / 'three.jsonl'}"]
     environment = {"MLFLOW_TRACKING_URI": store[0], "MLFLOW_EXPERIMENT_NAME": "loading"}
-    full = os.environ | environment | {"PHI3_MLFLOW_CACHE": str(tmp_path / "cache")}
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=full, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment["PHI3_MLFLOW_CACHE"] = str(tmp_path / "cache")
+    process = started(*command, **environment)
     while "endless" not in server.seen:
         assert process.poll() is None
         time.sleep(0.1)
     time.sleep(0.5)
     start = time.monotonic()
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 143
     assert time.monotonic() - start < 10
     server.asked.clear()
     server.seen["endless"] = 0
     server.patient = False
-    done = entry_point(
-        *command[2].split(".")[1:], *command[3:], **environment, PHI3_MLFLOW_CACHE=str(tmp_path / "cache")
-    )
+    done = entry_point(*command, **environment)
     assert done.code == 0, done.err
     assert [body["messages"][0]["content"] for body in server.asked if body["max_tokens"] > 1] == ["endless"]

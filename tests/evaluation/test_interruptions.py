@@ -1,17 +1,16 @@
 """Faults of processes: `mlflow run` that dies, rows that hang, memory that ends; and secrets, which none may leave."""
 
 import json
-import os
 import signal
 import sqlite3
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.commands import REPOSITORY, call, entry_point
+from support import warm_starts
+from support.commands import REPOSITORY, call, entry_point, in_environment, mlflow_command
 from support.databases import sqlite_store
 from support.planted_secrets import GIT, PLANTED, assert_none_in
 
@@ -153,10 +152,8 @@ def test_memory_that_is_too_small_for_the_model_is_one_line_and_exit_4(store, in
 def test_a_project_whose_mlflow_run_died_ends_itself(store, tmp_path, number):
     words = [word for option in options(store, "hangs", "hang") for word in ("-P", option.removeprefix("--"))]
     command = ["mlflow", "run", str(REPOSITORY), "-e", "evaluate", "--env-manager", "local", *words]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    full = os.environ | {"PATH": path} | names(store, tmp_path)
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([*command, "--experiment-name", "hangs"], cwd=tmp_path, env=full, **pipes)
+    command += ["--experiment-name", "hangs"]
+    process = warm_starts.Process(command, tmp_path, in_environment(names(store, tmp_path)))
     until(lambda: any((tmp_path / "cache" / "answers").glob("*.jsonl")))
     [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
     process.send_signal(number)
@@ -209,10 +206,10 @@ def left(store, git_server, tmp_path_factory):
         "GIT_CONFIG_VALUE_0": remote,
     }
     environment = PLANTED | rewrite | {"PHI3_MLFLOW_CACHE": str(own), "MLFLOW_TRACKING_URI": f"sqlite:///{work}/m.db"}
-    command = ["mlflow", "run", remote, "-v", git_server.commit, "-e", "evaluate", "--env-manager", "local"]
+    command = ["run", remote, "-v", git_server.commit, "-e", "evaluate", "--env-manager", "local"]
     given = {"model_uris": saved(store, work), "prompts": folder / "set.csv", "trust_code": "true"}
     words = [word for name, value in given.items() for word in ("-P", f"{name}={value}")]
-    done = call(*command, *words, cwd=work, **environment)
+    done = mlflow_command(*command, *words, cwd=work, **environment)
     assert done.code == 0, done.err[-3000:]
     # MLflow's own lines tell the URL that it was given, before ours is started
     ours = "\n".join(line for line in (done.out + done.err).splitlines() if "mlflow.projects" not in line)

@@ -1,16 +1,11 @@
 """MLflow's own serving commands over the logged wrappers."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 
 import pytest
-from support.commands import call, free_port
+from support.commands import free_port, mlflow_command, running_warm
 from support.questions import PARIS, text
 
 pytestmark = pytest.mark.slow
@@ -48,23 +43,12 @@ def served(request, logged, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("served")
     port = free_port()
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", logged[request.param]]
+    command = ["mlflow", "models", "serve", "-m", logged[request.param]]
     command += ["--port", str(port), "--host", "127.0.0.1", "--env-manager", "local"]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=1)
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "log").read_text()
-                time.sleep(0.5)
+    with running_warm(
+        command, f"http://127.0.0.1:{port}/ping", cwd=folder, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri()
+    ):
         yield request.param, port
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
 
 
 def invoke(port: int, payload) -> tuple[int, object]:
@@ -123,8 +107,8 @@ def test_mlflow_models_predict_answers(logged, tmp_path):
     import mlflow
 
     (tmp_path / "input.json").write_text(json.dumps({"messages": PARIS}))
-    done = call(
-        "mlflow", "models", "predict", "-m", logged["onnx int4"], "-i", "input.json", "--env-manager", "local",
+    done = mlflow_command(
+        "models", "predict", "-m", logged["onnx int4"], "-i", "input.json", "--env-manager", "local",
         cwd=tmp_path, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri(),
     )  # fmt: skip
     assert done.code == 0, done.err
@@ -134,8 +118,8 @@ def test_mlflow_models_predict_answers(logged, tmp_path):
 def test_mlflow_models_generate_dockerfile_holds_the_model_and_its_requirements(logged, tmp_path):
     import mlflow
 
-    done = call(
-        "mlflow", "models", "generate-dockerfile", "-m", logged["onnx int4"], "-d", "image",
+    done = mlflow_command(
+        "models", "generate-dockerfile", "-m", logged["onnx int4"], "-d", "image",
         cwd=tmp_path, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri(),
     )  # fmt: skip
     assert done.code == 0, done.err

@@ -1,14 +1,11 @@
 """The main job as its users start it: `mlflow run GIT-URL -v COMMIT`, a tracking server over HTTP, another folder."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from support.commands import REPOSITORY, entry_point, in_process
+from support.commands import entry_point, in_process, started
 from support.project_runs import check_child, parent_and_children, run_from_git
 from support.questions import GENERATION
 
@@ -147,11 +144,8 @@ def test_a_model_that_is_not_there_is_bad_input_before_any_is_scored(tracking_se
 def scoring_process(tracking_uri, experiment, folder, *options):
     """An `evaluate` with its cache in `folder`, which has some answers of the ONNX wrapper, and not all of them."""
     kept = folder / "answers"
-    command = [sys.executable, "-m", "entrypoints.evaluate", "--max_tokens=40", *options]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_EXPERIMENT_NAME": experiment}
-    environment |= {"PHI3_MLFLOW_CACHE": str(folder)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes)
+    environment = {"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_EXPERIMENT_NAME": experiment}
+    process = started("evaluate", "--max_tokens=40", *options, PHI3_MLFLOW_CACHE=str(folder), **environment)
     for _ in range(3000):
         if any(file.stat().st_size for file in kept.glob("*.jsonl")):
             return process

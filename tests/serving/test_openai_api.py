@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from support.commands import REPOSITORY, entry_point, free_port, running
+from support.commands import REPOSITORY, entry_point, free_port, running_warm
 from support.openai_servers import LONG, NAME, ask, content, here, metric, serving, wait_for
 from support.questions import PARIS, some_questions
 
@@ -293,9 +292,9 @@ def test_mlflows_gateway_in_front_passes_conversations_and_streams(address, clie
     recipe = recipe.replace("http://127.0.0.1:5005", address).replace("name: phi3  ", f"name: {NAME}  ")
     (tmp_path / "gateway.yaml").write_text(recipe.replace("$PHI3_MLFLOW_API_KEY", "none"))
     port = free_port()
-    command = [sys.executable, "-m", "mlflow", "gateway", "start", "--port", str(port)]
+    command = ["mlflow", "gateway", "start", "--port", str(port)]
     command += ["--config-path", str(tmp_path / "gateway.yaml")]
-    with running(command, f"http://127.0.0.1:{port}/health", cwd=tmp_path):
+    with running_warm(command, f"http://127.0.0.1:{port}/health", cwd=tmp_path):
         turns = [*PARIS, {"role": "assistant", "content": "Paris."}, {"role": "user", "content": "And of Italy?"}]
         direct = content(ask(client, turns, max_tokens=12))
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as through:

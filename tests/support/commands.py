@@ -60,7 +60,15 @@ def started(name: str, *options: str, cwd=REPOSITORY, merged=False, **environmen
 
 def entry_point(name: str, *options: str, timeout=600, **environment) -> Finished:
     """The same, to its end."""
-    process = started(name, *options, **environment)
+    return ended(started(name, *options, **environment), timeout)
+
+
+def mlflow_command(*words, cwd: Path, timeout=600, **environment) -> Finished:
+    """MLflow's own command line, in a process that finds MLflow imported. What that starts, finds nothing imported."""
+    return ended(warm_starts.Process(["mlflow", *map(str, words)], cwd, in_environment(environment)), timeout)
+
+
+def ended(process: warm_starts.Process, timeout: float) -> Finished:
     try:
         out, err = process.communicate(timeout)
     except subprocess.TimeoutExpired:
@@ -101,16 +109,31 @@ def running(command: list[str], health: str, cwd: Path = REPOSITORY, output=None
     process = subprocess.Popen(
         command, cwd=cwd, env=in_environment(environment), stdout=output, stderr=output, start_new_session=True
     )
+    with healthy(process, health, end):
+        yield process
+
+
+@contextmanager
+def running_warm(module: list[str], health: str, cwd: Path = REPOSITORY, output=None, end: int = 15, **environment):
+    """The same, of what `python -m` runs, in a process that finds MLflow imported."""
+    process = warm_starts.Process(module, cwd, in_environment(environment), merged=True, output=output)
+    with healthy(process, health, end):
+        yield process
+
+
+@contextmanager
+def healthy(process, health: str, end: int):
+    """Waits until a server answers, and stops it at the end."""
     try:
         for _ in range(600):
             with suppress(OSError):
                 urllib.request.urlopen(health, timeout=1).close()
                 break
-            assert process.poll() is None, f"{command} ended with {process.poll()}"
+            assert process.poll() is None, f"{process.args} ended with {process.poll()}"
             time.sleep(0.2)
         else:
             raise AssertionError(f"{health} didn't answer within two minutes")
-        yield process
+        yield
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, end)
@@ -121,11 +144,11 @@ def running(command: list[str], health: str, cwd: Path = REPOSITORY, output=None
 def serving(folder: Path, *options: str, port: int = 0, end: int = 15, **environment):
     """A `mlflow server` on loopback, with its log and what it stores in `folder`; gives its URI, and stops it."""
     port = port or free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # its workers would take the cores
     uri = f"http://127.0.0.1:{port}"
     with (
         (folder / "log").open("w") as log,
-        running([*command, *options], f"{uri}/health", cwd=folder, output=log, end=end, **environment),
+        running_warm([*command, *options], f"{uri}/health", cwd=folder, output=log, end=end, **environment),
     ):
         yield uri

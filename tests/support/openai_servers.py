@@ -1,14 +1,13 @@
 """Servers of OpenAI's API over a logged model, and what their clients do."""
 
 import re
-import sys
 import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
 import openai
-from support.commands import free_port, running
+from support.commands import free_port, running_warm
 from support.questions import PARIS
 
 NAME = "smollm2-135m-instruct"
@@ -19,9 +18,9 @@ LONG = [{"role": "user", "content": "Write a very long story about a lighthouse.
 def serving(store, *options, **environment):
     """A server process and its address; stopped at the end where the test left it running."""
     address = f"http://127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "entrypoints.serve", f"--model_uri={store[1]['chat']}"]
+    command = ["entrypoints.serve", f"--model_uri={store[1]['chat']}"]
     command += [f"--port={address.rpartition(':')[2]}", *options]
-    with running(command, f"{address}/health", MLFLOW_TRACKING_URI=store[0], **environment) as process:
+    with running_warm(command, f"{address}/health", MLFLOW_TRACKING_URI=store[0], **environment) as process:
         yield process, address
 
 

@@ -3,7 +3,7 @@
 import json
 from xml.etree import ElementTree
 
-from support.commands import call
+from support.commands import mlflow_command
 
 SCORES = ("mean", "stderr", "ci95_low", "ci95_high")
 COSTS = (
@@ -40,8 +40,7 @@ def run_from_git(git_server, tracking_uri, folder, name, *parameters):
     """`mlflow run` in an empty folder; the finished command and the id of its run."""
     options = [word for parameter in parameters for word in ("-P", parameter)]
     experiment = f"{folder.name}-{name}"
-    done = call(
-        "mlflow",
+    done = mlflow_command(
         "run",
         git_server.url,
         "-v",

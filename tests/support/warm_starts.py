@@ -40,14 +40,20 @@ class Process:
     """What `python -m` does with `command`, going on. It has what the tests need of subprocess.Popen."""
 
     def __init__(
-        self, command: list[str], cwd: Path, environment: dict[str, str], merged: bool = False, imported=ENTRY_POINTS
+        self,
+        command: list[str],
+        cwd: Path,
+        environment: dict[str, str],
+        merged: bool = False,
+        imported=ENTRY_POINTS,
+        output=None,
     ):
-        """With `merged`, stdout holds stderr too."""
+        """With `merged`, stdout holds stderr too. With `output`, that file gets both."""
         self.args, self.returncode = command, None
-        self._out = tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has ended
-        self._err = self._out if merged else tempfile.TemporaryFile()  # noqa: SIM115
+        self._out = output or tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has ended
+        self._err = self._out if merged or output else tempfile.TemporaryFile()  # noqa: SIM115
         cores = sorted(os.sched_getaffinity(0))
-        words = {"command": command, "cwd": str(cwd), "environment": environment, "cores": cores}
+        words = {"command": [*map(str, command)], "cwd": str(cwd), "environment": environment, "cores": cores}
         self._asked = socket.socket(socket.AF_UNIX)
         self._asked.connect(_server(imported))
         files = [self._out.fileno(), self._err.fileno()]
@@ -140,6 +146,7 @@ def _main() -> None:
     assert threading.active_count() == 1 and len(set(threads) - {"jemalloc_bg_thd"}) == 1, threads
     gc.freeze()
     words, files = _asked(sys.argv[1])
+    os.setsid()  # its group has its own children alone, so that a signal can be sent to all of them
     for number, file in enumerate([os.open(os.devnull, os.O_RDONLY), *files]):
         os.dup2(file, number)
         os.close(file)
