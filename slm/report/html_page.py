@@ -7,11 +7,13 @@ template, and logs nothing.
 """
 
 import base64
+import functools
 import hashlib
 import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 from slm.base.wording import counted
 from slm.report.chart_data import (
@@ -50,15 +52,11 @@ DATA_CHARACTERS = 20_000_000  # of the answers' JSON; a page much larger than th
 
 def render(report: Report) -> str:
     """The page. Its text can be written as UTF-8."""
-    import jinja2
-
-    source = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_finalize)
-    environment.filters |= {"number": _number, "gap": _gap, "p_value": p_value, "safe_json": _safe_json}
+    template, script_hash = _template()
     scores, gaps, curves = score_rows(report), difference_rows(report), latency_curves(report)
     flipped = flips(report)
     answers = answer_data(report, flipped)
-    return environment.from_string(source).render(
+    return template.render(
         report=report,
         heading=heading(report),
         headline=headline(report),
@@ -83,8 +81,19 @@ def render(report: Report) -> str:
         flipped=flipped,
         compared_tokens=token_rows(report),
         answers=answers,
-        script_hash=_script_hash(source),
+        script_hash=script_hash,
     )
+
+
+@functools.cache  # compiling takes longer than rendering
+def _template() -> tuple[Any, str]:
+    """The page's template, and the hash of its script."""
+    import jinja2
+
+    source = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_finalize)
+    environment.filters |= {"number": _number, "gap": _gap, "p_value": p_value, "safe_json": _safe_json}
+    return environment.from_string(source), _script_hash(source)
 
 
 # What is said ---------------------------------------------------------------------------------------------------------
