@@ -1,7 +1,7 @@
 """Runs the built-in scorers, and checks their options, in a child process with bounds.
 
 A stranger may have written a prompt set with its patterns and schemas. So each call may use at most SECONDS of
-processor time and ROOM bytes of memory. The child process is Confined of slm/models/chat_model.py.
+processor time and ROOM bytes of memory. The child process is Confined of slm/models/chat_parts/confined.py.
 """
 
 import functools

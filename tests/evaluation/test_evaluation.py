@@ -98,7 +98,7 @@ def test_a_challenger_that_is_no_worse_becomes_the_champion_and_its_version_says
     assert champion() == "2"
     tags = mlflow.MlflowClient().get_model_version("copier", "2").tags
     assert tags["gate"] == "pass"
-    assert tags["score"] == tags["score.exact_match"] == "0.90 [0.86, 0.93]"  # statsmodels: Wilson, 270 of 300
+    assert tags["score"] == tags["score.exact_match"] == "0.90 [0.86, 0.93]"  # scipy: the exact interval of 270 of 300
     assert len(tags["prompts.sha256"]) == 64
 
 

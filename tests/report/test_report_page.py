@@ -146,9 +146,9 @@ def words(page: str) -> str:
         (report(FEW, FEW), "No gate. new scores the same as old on 4 prompts"),
         (
             report(RIGHT, WRONG),
-            "No gate. new scores 1.00 more than old, and the 95 % interval, +0.96 to +1.00, leaves out 0 (p < 0.001)",
+            "No gate. new scores 1.00 more than old, and the 95 % interval, +0.97 to +1.00, leaves out 0 (p < 0.001)",
         ),
-        (report(FEW), "No gate. new scores 0.75, 95 % interval 0.30 to 0.95, on 4 prompts"),
+        (report(FEW), "No gate. new scores 0.75, 95 % interval 0.19 to 0.99, on 4 prompts"),
         (report(values(None)), "No gate. new: no answer was scored"),
         (report(values(1), values(None)), "No gate. new and old can't be compared: no prompt was scored for both"),
     ],
@@ -183,11 +183,11 @@ def test_the_title_names_the_models_and_the_baseline():
 def test_scores_and_differences_stand_as_numbers_beside_their_drawings():
     page = html_page.render(report(FEW_WORSE, FEW, "score/mean: {max_drop: 0.1}"))
     told = words(page)
-    assert "0.50 [0.15, 0.85]" in told and "0.75 [0.30, 0.95]" in told
-    assert "-0.25 [-0.70, +0.36] can't tell p = 1.00, 4 pairs, detectable 0.76, allowed -0.1" in told
+    assert "0.50 [0.07, 0.93]" in told and "0.75 [0.19, 0.99]" in told
+    assert "-0.25 [-0.81, +0.40] can't tell p = 1.00, 4 pairs, detectable 0.86, allowed -0.1" in told
     labels = [value for name, value in Text(page).attributes if name == "aria-label"]
-    assert "score, over all, new: 0.50 [0.15, 0.85]" in labels
-    assert any(label.startswith("score, over all, new: -0.25 [-0.70, +0.36], can't tell") for label in labels)
+    assert "score, over all, new: 0.50 [0.07, 0.93]" in labels
+    assert any(label.startswith("score, over all, new: -0.25 [-0.81, +0.40], can't tell") for label in labels)
     assert page.count('class="limit"') == 1  # the margin, on the one row that has a rule
 
 

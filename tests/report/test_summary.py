@@ -81,9 +81,9 @@ def pair() -> summary.Report:
 def test_the_lines_of_the_table_are_scores_then_costs():
     lines = [(line.label, line.cells, line.section) for line in summary.lines(pair().models)]
     assert lines == [
-        ("contains (4)", ("0.25 [0.05, 0.70]", "0.75 [0.30, 0.95]"), False),
-        ("number (4)", ("1.00 [0.51, 1.00]", "1.00 [0.51, 1.00]"), False),
-        ("score, over all (4)", ("0.62 [0.23, 1.00]", "0.88 [0.48, 1.00]"), True),
+        ("contains (4)", ("0.25 [0.01, 0.81]", "0.75 [0.19, 0.99]"), False),
+        ("number (4)", ("1.00 [0.40, 1.00]", "1.00 [0.40, 1.00]"), False),
+        ("score, over all (4)", ("0.62 [0.18, 0.95]", "0.88 [0.17, 1.00]"), True),
         ("rows failed", ("0", "0"), False),
         ("rows unscored", ("0", "0"), False),
         ("rows cut at max_tokens", ("0", "0"), False),
@@ -105,7 +105,7 @@ def test_counts_that_differ_between_models_are_both_told_and_pass_at_k_follows_t
     assert labels[:5] == [
         "contains (1/4)", "number (1/4)", "score, over all (1/4)", "pass@3, over all (1)", "pass^3, over all (1)",
     ]  # fmt: skip
-    assert summary.lines([twice, four])[3].cells == ("1.00 [0.21, 1.00]", "n/a")  # Wilson's interval of 1 of 1
+    assert summary.lines([twice, four])[3].cells == ("1.00 [0.03, 1.00]", "n/a")  # the exact interval of 1 of 1
 
 
 def test_a_model_without_a_score_or_a_sample_has_its_lines_too():
@@ -256,7 +256,7 @@ def test_the_console_s_table_has_short_names_and_is_never_cut():
     console.print(summary.table(pair()))
     shown = console.file.getvalue()
     assert shown.startswith("set") and "m@champion" in shown and "models:/" not in shown
-    assert re.search(r"contains \(4\)\s+│\s+0\.25 \[0\.05, 0\.70\] │\s+0\.75 \[0\.30, 0\.95\] │", shown)
+    assert re.search(r"contains \(4\)\s+│\s+0\.25 \[0\.01, 0\.81\] │\s+0\.75 \[0\.19, 0\.99\] │", shown)
     assert shown.count("├") == 2  # before the overall score, and before the costs
 
 

@@ -1,5 +1,8 @@
 """How a row is generated, and the one place where a row's next token is chosen.
 
+A row at temperature 0 without penalties, biases and a grammar may skip this: its token is the likeliest one, which two
+runtimes find themselves.
+
 The order is that of transformers: penalties and biases change the logits, the grammar forbids tokens, the temperature
 divides, and then top_k, top_p and min_p leave tokens out. Log probabilities are those of the logits before all this.
 """
