@@ -145,10 +145,11 @@ class SmallLanguageModel(Generation, PythonModel):
         for choice in range(n):
             yield chunk(choice, {"role": "assistant", "content": ""})
         pieces = {id(row): self.log_probability_pieces(row) for row in rows}
+        places = {id(row): place for place, row in enumerate(rows)}
         for step in self.stream(rows):
             for row, text in step:
                 logprobs = pieces[id(row)].sent_with(text, row.finish_reason)
-                for choice in range(rows.index(row), n, len(rows)):
+                for choice in range(places[id(row)], n, len(rows)):
                     if text or (logprobs and not row.finish_reason):
                         yield chunk(choice, {"content": text}, None, logprobs)
                     if row.finish_reason:
