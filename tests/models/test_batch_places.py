@@ -268,7 +268,7 @@ def joined(wrapper, requests: dict[int, list[dict]], steps: int = 10**6):
     running = wrapper.joined(arriving)
     for number in range(steps):
         for request in requests.pop(number, []):
-            [row] = wrapper.prepare(request)
+            [row] = wrapper.prepare({name: value for name, value in request.items() if name != "tenant"})
             row.tenant = request.get("tenant", "")
             rows.append(row)
             arriving.append(row)
