@@ -45,13 +45,13 @@ def log_model(folder: Path) -> str:
 
 
 @contextmanager
-def server(model_uri: str):
-    """The base URL of a server over the model, stopped at the end."""
+def server(model_uri: str, folder: str | None = None, options: tuple[str, ...] = ()):
+    """The base URL of a server over the model, stopped at the end. `folder` is another working copy of the project."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "entrypoints.serve", f"--model_uri={model_uri}", f"--port={port}"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "entrypoints.serve", f"--model_uri={model_uri}", f"--port={port}", *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)
     try:
         for _ in range(600):
             try:

@@ -55,11 +55,13 @@ class Row(Protocol):
 class Wrapper(Protocol):
     """chat_model.SmallLanguageModel, or that of the copy that was logged.
 
-    Copies of 0.1.0 lack `cache_share`, `token_scores`, `joins` and `joined`.
+    Copies of 0.1.0 lack `cache_share`, `token_scores`, `joins`, `joined`, `token_ids`, `in_vocabulary`, `reading` and
+    `context_length`.
     """
 
     name: str
     batch_size: int
+    context_length: int
     joins: bool
     template: str
     special_tokens: dict[str, str]
@@ -67,7 +69,19 @@ class Wrapper(Protocol):
 
     def render(self, messages: list[dict[str, str]]) -> str: ...
 
-    def prepare(self, row: dict[str, Any], params: dict[str, Any] | None = None, index: int = 0) -> list[Any]: ...
+    def prepare(
+        self,
+        row: dict[str, Any],
+        params: dict[str, Any] | None = None,
+        index: int = 0,
+        prompt_ids: Sequence[int] | None = None,
+    ) -> list[Any]: ...
+
+    def token_ids(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def in_vocabulary(self, ids: Sequence[int]) -> list[int]: ...
+
+    def reading(self, ids: Sequence[int], see: chat_model.SeeDistributions) -> Iterator[None]: ...
 
     def answers(self, rows: list[dict[str, Any]], params: dict[str, Any], batch_size: int) -> Iterator[Any]: ...
 

@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections import defaultdict, deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -94,6 +94,23 @@ def fair_order(waiting: Iterable[Place], running: Iterable[Place]) -> list[Place
     return sorted(ends, key=lambda place: ends[place])
 
 
+@dataclass(eq=False)
+class Job:
+    """Work on the model that is no generation. It has its turn between the steps of the batches."""
+
+    steps: Iterator[None]
+    done: asyncio.Future
+    loop: asyncio.AbstractEventLoop
+
+    def end(self, error: Exception | None = None) -> None:
+        def tell():
+            if not self.done.done():
+                self.done.set_result(None) if error is None else self.done.set_exception(error)
+
+        with suppress(RuntimeError):  # the loop is closed, so nobody waits
+            self.loop.call_soon_threadsafe(tell)
+
+
 class Metrics:
     def __init__(self, worker: "Worker"):
         self.registry = registry = prometheus_client.CollectorRegistry()
@@ -129,6 +146,7 @@ class Worker:
         self.joins = bool(getattr(model, "joins", False))  # older models lack it
         self.waiting: deque[Place] = deque()
         self.running: list[Batch] = []
+        self.jobs: deque[Job] = deque()
         self.metrics = Metrics(self)
         self._wake = threading.Condition()
         self._stopping = False
@@ -160,6 +178,24 @@ class Worker:
             self._wake.notify()
         return ticket
 
+    def run(self, steps: Iterator[None]) -> asyncio.Future:
+        """Runs a generator in this thread, one step between two rounds of the batches. Cancel the future to stop it.
+
+        Raises:
+            ApiError: too many wait, or the server is stopping.
+        """
+        loop = asyncio.get_running_loop()
+        job = Job(steps, loop.create_future(), loop)
+        with self._wake:
+            if self._stopping:
+                raise _stopping()
+            if len(self.jobs) >= self.limits.waiting:
+                text = f"{len(self.jobs)} texts wait already; try again later"
+                raise ApiError(429, text, "rate_limit_error", code="queue_full")
+            self.jobs.append(job)
+            self._wake.notify()
+        return job.done
+
     def drop(self, ticket: Ticket) -> None:
         """Removes a request's texts from the queue at once, and from their batches after the next token."""
         ticket.dropped = True
@@ -181,10 +217,30 @@ class Worker:
                     if not batch.live():
                         batch.steps.close()
                         self.running.remove(batch)
+            self._advance_a_job()
+        for job in self.jobs:
+            job.end(_stopping())
         for batch in self.running:
             batch.steps.close()
         left = [place for batch in self.running for place in batch.places if not place.row.finish_reason]
         _deliver((place.ticket, _stopping()) for place in [*left, *self.waiting])
+
+    def _advance_a_job(self) -> None:
+        """Jobs take turns."""
+        try:
+            job = self.jobs.popleft()
+        except IndexError:
+            return
+        if job.done.cancelled():
+            return
+        try:
+            next(job.steps)
+            self.jobs.append(job)
+        except StopIteration:
+            job.end()
+        except Exception as error:
+            traceback.print_exception(error)
+            job.end(ApiError(500, f"the model failed: {type(error).__name__}", "server_error"))
 
     def _admit(self) -> bool:
         """Lets waiting texts join the running batches, and starts a batch if it is time.
@@ -192,13 +248,13 @@ class Worker:
         Sleeps while there is no work. False: the worker stops.
         """
         with self._wake:
-            while not (self.waiting or self.running or self._stopping):
+            while not (self.waiting or self.running or self.jobs or self._stopping):
                 self._wake.wait()
             if self._stopping:
                 return False
             self._join()
             seen = 0
-            while not (self.joins or self.running) and seen < len(self.waiting) < self.model.batch_size:
+            while not (self.joins or self.running or self.jobs) and seen < len(self.waiting) < self.model.batch_size:
                 seen = len(self.waiting)
                 self._wake.wait(GATHER_SECONDS)  # ends early when another request arrives
             places, most = self._next_places()

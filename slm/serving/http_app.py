@@ -1,7 +1,8 @@
-"""Serves one chat model of this project over OpenAI's chat API, which MLflow's scoring server lacks.
+"""Serves one chat model of this project over OpenAI's API, which MLflow's scoring server lacks.
 
-    POST /v1/chat/completions   whole, or as server-sent events
-    GET  /v1/models  /health  /metrics (Prometheus)
+    POST /v1/chat/completions  /v1/completions  /v1/responses   whole, or as server-sent events
+    POST /tokenize  /detokenize
+    GET  /v1/models  /openapi.json  /health  /metrics (Prometheus)
 
 One thread owns the model, and generates waiting requests together. New text goes into the queue of its request. If a
 client disconnects or its time is up, its request leaves the batch after the next token.
@@ -32,7 +33,6 @@ slm/serving/connections.py guards the sockets.
 
 import asyncio
 import hmac
-import json
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -46,12 +46,15 @@ from starlette.exceptions import HTTPException
 from slm.answers import endpoints
 from slm.base.errors import BadInput
 from slm.models import wrappers
+from slm.serving import completions, openapi_page, responses, tokens
 from slm.serving.batching import Worker
+from slm.serving.exchanges import Exchange, Service, read_body, server_sent_event
 from slm.serving.protocol import (
     METRICS_TYPE,
     OLD_FIELDS,
     STREAM_HEADERS,
     ApiError,
+    ChatRequest,
     Limits,
     ServedNames,
     check_model,
@@ -88,6 +91,7 @@ def build(
     limits = limits or Limits()
     worker = Worker(model, limits)
     started = int(time.time())
+    description = openapi_page.page(limits, bool(keys))
     names = names or (model.name,)
     model.name = names[0]  # in every answer
 
@@ -145,23 +149,32 @@ def build(
         check_model(name, names)
         return card()
 
-    def client_of(request: Request) -> str:
-        return request.state.tenant if len(keys) > 1 or not request.client else request.client.host
+    service = Service(model, worker, limits, tuple(names), defaults, len(keys) > 1)
+    app.add_api_route("/v1/chat/completions", chat_endpoint(service), methods=["POST"], dependencies=protected)
+    app.add_api_route("/v1/completions", completions.endpoint(service), methods=["POST"], dependencies=protected)
+    app.add_api_route("/v1/responses", responses.endpoint(service), methods=["POST"], dependencies=protected)
+    app.add_api_route("/tokenize", tokens.tokenize_endpoint(service), methods=["POST"], dependencies=protected)
+    app.add_api_route("/detokenize", tokens.detokenize_endpoint(service), methods=["POST"], dependencies=protected)
 
-    @app.post("/v1/chat/completions", dependencies=protected)
+    @app.get("/openapi.json")
+    async def openapi():
+        return description
+
+    return app
+
+
+def chat_endpoint(service: Service):
+    """What answers /v1/chat/completions."""
+    model, limits = service.model, service.limits
+
     async def chat_completions(request: Request):
-        exchange = Exchange(worker, request)
-        try:
-            asked = read_request(await read_body(request, limits))
+        exchange = Exchange(service.worker, request)
+        with service.counted():
+            asked = read_request(await read_body(request, limits), ChatRequest)
             with_usage = asked.includes_usage()
-            row = asked.row(names, limits, getattr(model, "fields", OLD_FIELDS))
-            exchange.rows = await asyncio.to_thread(refused_as_error, model.prepare, row, defaults)
-            for prepared in exchange.rows:
-                prepared.tenant = request.state.tenant
-            exchange.begin(asked.stream, client_of(request))
-        except ApiError as error:
-            worker.metrics.requests.labels("full" if error.status == 429 else "refused").inc()
-            raise
+            row = asked.row(service.names, limits, getattr(model, "fields", OLD_FIELDS))
+            rows = await asyncio.to_thread(refused_as_error, model.prepare, row, service.defaults)
+            service.begin(exchange, rows, asked.stream)
         if asked.stream:
             events = server_sent_events(model, exchange, with_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
@@ -171,86 +184,7 @@ def build(
             raise ApiError(400, reason)
         return JSONResponse(model.completion(model.choices(exchange.rows)))
 
-    return app
-
-
-class Exchange:
-    """One request from its arrival to its end. After any end, it is counted once and leaves the batch."""
-
-    def __init__(self, worker: Worker, request: Request):
-        self.worker, self.request = worker, request
-        self.rows: list = []
-        self.start = time.perf_counter()
-
-    def error(self) -> str:
-        """The reason why a text can't be finished, such as a grammar that is too complex. Usually ""."""
-        return next((row.error for row in self.rows if getattr(row, "error", "")), "")
-
-    def begin(self, streamed: bool | None, client: str) -> None:
-        self.ticket = self.worker.submit(self.rows, bool(streamed), client)
-        self._watch = asyncio.create_task(self._until_the_client_goes())
-        left = self.worker.limits.seconds - (time.perf_counter() - self.start)
-        text = f"not answered within {self.worker.limits.seconds:g} seconds"
-        late = ApiError(504, text, "timeout_error", code="timeout")
-        self._timer = self.ticket.loop.call_later(max(left, 0), self.ticket.events.put_nowait, late)
-
-    async def _until_the_client_goes(self) -> None:
-        while (await self.request.receive())["type"] != "http.disconnect":
-            pass
-        self.worker.drop(self.ticket)  # at once, because a stream that waits to send would notice late
-        self.ticket.events.put_nowait(ApiError(499, "the client has gone", "client_gone"))
-
-    async def news(self) -> AsyncIterator[tuple[int, str, str]]:
-        """Yields (choice, new text, finish reason or "") until all texts have ended.
-
-        Raises:
-            ApiError: the time is up, the client disconnected, the model failed or the server stops.
-        """
-        outcome, metrics = "cancelled", self.worker.metrics
-        places = {id(row): place for place, row in enumerate(self.rows)}
-        going = len(self.rows)
-        first = True
-        try:
-            while going:
-                event = await self.ticket.events.get()
-                if isinstance(event, ApiError):
-                    outcome = {504: "timeout", 499: "cancelled"}.get(event.status, "error")
-                    raise event
-                row, text, finish_reason = event
-                if first and self.ticket.streamed:
-                    metrics.first_seconds.observe(time.perf_counter() - self.start)
-                    first = False
-                going -= bool(finish_reason)
-                yield places[id(row)], text, finish_reason
-            outcome = "ok"
-        finally:
-            self._timer.cancel()
-            self._watch.cancel()
-            self.worker.drop(self.ticket)
-            metrics.requests.labels(outcome).inc()
-            metrics.seconds.observe(time.perf_counter() - self.start)
-            metrics.prompt_tokens.inc(len(self.rows[0].prompt))
-            metrics.output_tokens.inc(sum(len(row.output) for row in self.rows))
-
-
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """
-    Raises:
-        ApiError: the Content-Type is not JSON, or the body is too long or too slow.
-    """
-    # a browser lets a page send text/plain to any address without a preflight request, but not JSON
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "Content-Type must be application/json")
-    body = bytearray()
-    try:
-        async with asyncio.timeout(limits.body_seconds):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > limits.body_bytes:
-                    raise ApiError(413, f"the request has more than {limits.body_bytes} bytes")
-    except TimeoutError:
-        raise ApiError(408, f"the request did not arrive within {limits.body_seconds:g} seconds") from None
-    return bytes(body)
+    return chat_completions
 
 
 async def server_sent_events(model, exchange: Exchange, with_usage: bool) -> AsyncIterator[str]:
@@ -261,7 +195,7 @@ async def server_sent_events(model, exchange: Exchange, with_usage: bool) -> Asy
 
     def event(choice, delta, finish_reason=None, logprobs=None):
         told = {"index": choice, "delta": delta, "finish_reason": finish_reason}
-        return _event(head | {"choices": [told | ({"logprobs": logprobs} if logprobs else {})]})
+        return server_sent_event(head | {"choices": [told | ({"logprobs": logprobs} if logprobs else {})]})
 
     has_pieces = hasattr(model, "log_probability_pieces")  # not in models of older versions
     pieces = [model.log_probability_pieces(row) for row in exchange.rows] if has_pieces else []
@@ -279,15 +213,13 @@ async def server_sent_events(model, exchange: Exchange, with_usage: bool) -> Asy
         if reason := exchange.error():
             raise ApiError(400, reason)
     except ApiError as error:
-        yield _event(error.content)
+        yield server_sent_event(error.content)
         return
     if with_usage:
-        yield _event(head | {"choices": [], "usage": model.completion(model.choices(exchange.rows))["usage"]})
+        yield server_sent_event(
+            head | {"choices": [], "usage": model.completion(model.choices(exchange.rows))["usage"]}
+        )
     yield "data: [DONE]\n\n"
-
-
-def _event(content: dict) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

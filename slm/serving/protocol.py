@@ -4,6 +4,7 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import prometheus_client
 from fastapi.responses import JSONResponse
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slm.base import model_uri, strict_json
 from slm.base.errors import BadInput
-from slm.models.chat_parts.fields import BY_NAME, FIELDS, checked, includes_usage
+from slm.models.chat_parts.fields import BY_NAME, FIELDS, checked, did_you_mean, includes_usage
 from slm.models.chat_parts.templates import messages_of
 
 PROMPT_TOKENS = 8  # prompt tokens that the model reads in the time of one generated token
@@ -151,18 +152,24 @@ def model_names(uri: str, resolved: str, checkpoint: str, chosen: str = "") -> t
     return tuple(dict.fromkeys(filter(None, [chosen, *registered, checkpoint])))
 
 
-def read_request(body: bytes) -> ChatRequest:
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def read_request(body: bytes, kind: type[Kind]) -> Kind:
     """
     Raises:
-        ApiError: the body is no strict JSON, or a field has a wrong type.
+        ApiError: the body is no strict JSON, or a field is unknown or has a wrong type.
     """
     try:
-        asked = ChatRequest.model_validate_json(body)
+        asked = kind.model_validate_json(body)
         strict_json.parse(body.decode())  # with two equal keys, the model above silently uses the last value
         return asked
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            text = f"{place:.60}: there is no such field{did_you_mean(place, kind.model_fields)}"
+            raise ApiError(400, text, param=place.split(".")[0][:60]) from None
         text = f"{place}: {first['msg']}" if place else first["msg"]
         raise ApiError(400, " ".join(text.split()), param=place.split(".")[0] or None) from None
     except ValueError as error:

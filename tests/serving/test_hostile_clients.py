@@ -474,7 +474,7 @@ def test_an_open_address_without_a_key_is_one_line(tmp_path, options, key, line)
 )
 def test_json_that_says_two_things_is_refused_by_name(body, message):
     with pytest.raises(protocol.ApiError) as raised:
-        protocol.read_request(body.encode())
+        protocol.read_request(body.encode(), protocol.ChatRequest)
     assert raised.value.status == 400
     assert raised.value.content["error"]["message"] == f"Invalid JSON: {message}"
 

@@ -221,8 +221,10 @@ class ContinuousRuntime:
         held.prompts[place] = prompt[:end]
         return binding.get_outputs()[-1].numpy()[0]
 
-    def read(self, rows: list[Row], take: Callable[[], int] | None = None) -> Iterator[int]:
+    def read(self, rows: list[Row], take: Callable[[], int] | None = None) -> Iterator[int | None]:
         """Calls `Row.see` for all given tokens of the rows. Yields each row's position when the row is done.
+
+        Yields None after each piece of a row.
 
         Each row goes through the graph alone, in one batch place. What it has in common with the row before it stays
         in the place. Nothing stays from an earlier call, so the numbers depend on the rows and their order alone.
@@ -243,6 +245,7 @@ class ContinuousRuntime:
                     if logits is not None:
                         row.see(first + 1 - len(row.prompt), logits)
                         first += len(logits)
+                    yield None
                 yield position
 
     def _pieces(

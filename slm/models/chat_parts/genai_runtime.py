@@ -120,7 +120,7 @@ class OnnxRuntime:
     def join(self, rows: Mapping[int, Row], take: Callable[[], int]) -> Iterator[dict[int, int]]:
         raise NotImplementedError("onnxruntime-genai keeps a batch together")
 
-    def read(self, rows: list[Row], take: Callable[[], int] | None = None) -> Iterator[int]:
+    def read(self, rows: list[Row], take: Callable[[], int] | None = None) -> Iterator[int | None]:
         raise NotImplementedError("onnxruntime-genai gives the logits of the last place only")
 
     def alone_in_batch(self, prompt: list[int]) -> bool:

@@ -130,6 +130,26 @@ class Generation:
                 for number in [number for number, row in rows.items() if row.finish_reason]:
                     del rows[number]
 
+    def reading(self, ids: Sequence[int], see: SeeDistributions) -> Iterator[None]:
+        """Gives `see` the distributions of all tokens of a text but the first one. Yields between two pieces.
+
+        The caller can do other work there. `see` gets (0, place of the token after the first one, distributions).
+        """
+        forced = list(ids[1:])
+        if not forced:
+            return
+        row = Row((0, 0), list(ids[:1]), GREEDY, len(forced), 0, forced=forced)
+        scores = TokenScores(np.zeros(len(forced), dtype=np.float32), np.zeros(len(forced), dtype=bool))
+        row.see = functools.partial(_see, row, scores, see)
+        with self._lock:
+            if self._runtime.reads:
+                for _ in self._runtime.read([row]):
+                    yield
+                return
+            for part in self._parts(row):
+                for _ in self._steps([part], 1, self._runtime):
+                    yield
+
     @property
     def joins(self) -> bool:
         """Whether rows can join a running batch (`joined`)."""
@@ -284,8 +304,9 @@ class Generation:
         """Generates a batch, or reads its given tokens; yields each row when it has ended."""
         if runtime.reads and batch[0].forced:
             for position in runtime.read(batch, take):
-                batch[position].end("length")
-                yield batch[position]
+                if position is not None:
+                    batch[position].end("length")
+                    yield batch[position]
             return
         for step in self._steps(batch, places, runtime, take=take):
             yield from (row for row in step if row.finish_reason)

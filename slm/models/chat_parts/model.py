@@ -4,7 +4,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -204,8 +204,12 @@ class SmallLanguageModel(Generation, PythonModel):
 
     # -- for a caller that makes its own batches, such as a server -----------------------------------------------------
 
-    def prepare(self, row: dict, params: dict | None = None, index: int = 0) -> list[Row]:
+    def prepare(
+        self, row: dict, params: dict | None = None, index: int = 0, prompt_ids: Sequence[int] | None = None
+    ) -> list[Row]:
         """The texts to generate for a row: n texts, or one text at temperature 0, where all n would be equal.
+
+        `prompt_ids` are the tokens of a prompt, in the place of messages or a text.
 
         Raises:
             Refused: the row can't be answered.
@@ -225,7 +229,9 @@ class SmallLanguageModel(Generation, PythonModel):
             raise Refused(f"{name} is not supported by this model: its answer is one text", name)
         schema = schema_of(request["response_format"])
         grammar = checked_grammar(schema_grammar(schema)) if schema is not None else ""
-        if self.schema == "prompt" and "messages" not in row:
+        if prompt_ids is not None:
+            ids = self.in_vocabulary(prompt_ids)
+        elif self.schema == "prompt" and "messages" not in row:
             prompt = row.get("prompt")
             if not isinstance(prompt, str) or not prompt:
                 raise Refused(f"prompt must be a non-empty text, got {prompt!r}")
@@ -247,6 +253,28 @@ class SmallLanguageModel(Generation, PythonModel):
         for prepared in rows if grammar else []:
             self.constraints.constrain(prepared, grammar)
         return rows
+
+    def token_ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a text. Special tokens are those that the tokenizer puts around a text, such as a BOS token.
+
+        Raises:
+            Refused: the text holds half of a character.
+        """
+        return self._ids(text, add_special_tokens)
+
+    def in_vocabulary(self, ids: Sequence[int]) -> list[int]:
+        """
+        Raises:
+            Refused: a token is not in the vocabulary.
+        """
+        size = self._runtime.vocabulary_size
+        if (strange := next((id for id in ids if not 0 <= id < size), None)) is not None:
+            raise Refused(f"prompt: token {strange} is not in the vocabulary, which has {size} tokens", "prompt")
+        return list(ids)
+
+    @property
+    def context_length(self) -> int:
+        return self._runtime.context_length
 
     def choices(self, rows: list[Row]) -> list[Answer]:
         """The n answers of one request, made from its finished texts."""

@@ -89,8 +89,10 @@ class Runtime(Protocol):
         Only for a runtime that refills.
         """
 
-    def read(self, rows: list[Row], take: Callable[[], int] | None = None) -> Iterator[int]:
+    def read(self, rows: list[Row], take: Callable[[], int] | None = None) -> Iterator[int | None]:
         """Calls `Row.see` for all given tokens of the rows. Yields each row's position when the row is done.
+
+        May also yield None between two pieces of a row: the caller can do other work there.
 
         Only for a runtime that `reads`. A beginning that rows share is computed once.
         """

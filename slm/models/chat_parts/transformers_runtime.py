@@ -98,7 +98,7 @@ class TransformersRuntime:
     def join(self, rows: Mapping[int, Row], take: Callable[[], int]) -> Iterator[dict[int, int]]:
         raise NotImplementedError("a batch of transformers takes no further rows")
 
-    def read(self, rows: list[Row], take: Callable[[], int] | None = None) -> Iterator[int]:
+    def read(self, rows: list[Row], take: Callable[[], int] | None = None) -> Iterator[int | None]:
         """Calls `Row.see` for all given tokens of the rows. Yields each row's position when the row is done.
 
         Rows with one prompt share the keys and values of all its tokens but the last. Prompts of similar length go

@@ -1,0 +1,132 @@
+"""One request from its arrival to its end, for all endpoints that generate."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+
+from slm.serving.batching import Worker
+from slm.serving.protocol import ApiError, Limits
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the endpoints share."""
+
+    model: Any  # wrappers.Wrapper
+    worker: Worker
+    limits: Limits
+    names: tuple[str, ...]  # under which clients may ask for the model
+    defaults: dict[str, Any]  # parameters that a request does not give
+    several_keys: bool
+
+    def client_of(self, request: Request) -> str:
+        return request.state.tenant if self.several_keys or not request.client else request.client.host
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts a request that is refused before anything is generated."""
+        try:
+            yield
+        except ApiError as error:
+            self.worker.metrics.requests.labels("full" if error.status == 429 else "refused").inc()
+            raise
+
+    def begin(self, exchange: "Exchange", rows: list, streamed: bool | None) -> None:
+        """Puts the texts of a request into the queue.
+
+        Raises:
+            ApiError: the queue is full, or the server is stopping.
+        """
+        for row in rows:
+            row.tenant = exchange.request.state.tenant
+        exchange.rows = rows
+        exchange.begin(streamed, self.client_of(exchange.request))
+
+
+class Exchange:
+    """One request from its arrival to its end. After any end, it is counted once and leaves the batch."""
+
+    def __init__(self, worker: Worker, request: Request):
+        self.worker, self.request = worker, request
+        self.rows: list = []
+        self.start = time.perf_counter()
+
+    def error(self) -> str:
+        """The reason why a text can't be finished, such as a grammar that is too complex. Usually ""."""
+        return next((row.error for row in self.rows if getattr(row, "error", "")), "")
+
+    def begin(self, streamed: bool | None, client: str) -> None:
+        self.ticket = self.worker.submit(self.rows, bool(streamed), client)
+        self._watch = asyncio.create_task(self._until_the_client_goes())
+        left = self.worker.limits.seconds - (time.perf_counter() - self.start)
+        text = f"not answered within {self.worker.limits.seconds:g} seconds"
+        late = ApiError(504, text, "timeout_error", code="timeout")
+        self._timer = self.ticket.loop.call_later(max(left, 0), self.ticket.events.put_nowait, late)
+
+    async def _until_the_client_goes(self) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+        self.worker.drop(self.ticket)  # at once, because a stream that waits to send would notice late
+        self.ticket.events.put_nowait(ApiError(499, "the client has gone", "client_gone"))
+
+    async def news(self) -> AsyncIterator[tuple[int, str, str]]:
+        """Yields (choice, new text, finish reason or "") until all texts have ended.
+
+        Raises:
+            ApiError: the time is up, the client disconnected, the model failed or the server stops.
+        """
+        outcome, metrics = "cancelled", self.worker.metrics
+        places = {id(row): place for place, row in enumerate(self.rows)}
+        going = len(self.rows)
+        first = True
+        try:
+            while going:
+                event = await self.ticket.events.get()
+                if isinstance(event, ApiError):
+                    outcome = {504: "timeout", 499: "cancelled"}.get(event.status, "error")
+                    raise event
+                row, text, finish_reason = event
+                if first and self.ticket.streamed:
+                    metrics.first_seconds.observe(time.perf_counter() - self.start)
+                    first = False
+                going -= bool(finish_reason)
+                yield places[id(row)], text, finish_reason
+            outcome = "ok"
+        finally:
+            self._timer.cancel()
+            self._watch.cancel()
+            self.worker.drop(self.ticket)
+            metrics.requests.labels(outcome).inc()
+            metrics.seconds.observe(time.perf_counter() - self.start)
+            metrics.prompt_tokens.inc(sum({id(row.prompt): len(row.prompt) for row in self.rows}.values()))
+            metrics.output_tokens.inc(sum(len(row.output) for row in self.rows))
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """
+    Raises:
+        ApiError: the Content-Type is not JSON, or the body is too long or too slow.
+    """
+    # a browser lets a page send text/plain to any address without a preflight request, but not JSON
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "Content-Type must be application/json")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limits.body_bytes:
+                    raise ApiError(413, f"the request has more than {limits.body_bytes} bytes")
+    except TimeoutError:
+        raise ApiError(408, f"the request did not arrive within {limits.body_seconds:g} seconds") from None
+    return bytes(body)
+
+
+def server_sent_event(content: dict, name: str = "") -> str:
+    return (f"event: {name}\n" if name else "") + f"data: {json.dumps(content, ensure_ascii=False)}\n\n"

@@ -1,0 +1,264 @@
+"""/v1/responses, OpenAI's newer API, without state: a request holds the whole conversation.
+
+Not covered: stored responses (previous_response_id, conversation, background), tools, images, files, reasoning and log
+probabilities. A request for any of them is refused.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from slm.serving.exchanges import Exchange, Service, read_body, server_sent_event
+from slm.serving.protocol import (
+    STREAM_HEADERS,
+    ApiError,
+    Limits,
+    check_model,
+    read_request,
+    refused_as_error,
+)
+from slm.serving.tokens import check_new
+
+STATE = "this server keeps no responses; send the whole conversation as input"
+NEUTRAL: dict[str, tuple] = {  # fields that this server lacks, and the values that ask for nothing
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "include": ([],),
+    "truncation": ("disabled",),
+    "background": (False,),
+    "reasoning": ({},),
+    "top_logprobs": (0,),
+    "max_tool_calls": (),
+    "prompt": (),
+    "context_management": ([],),
+}
+PARTS = ("input_text", "output_text", "text")
+
+
+class TextOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    format: dict[str, Any] | None = Field(None, description="text, json_object, or json_schema with a schema.")
+    verbosity: str | None = Field(None, description="Only medium.")
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    include_obfuscation: bool | None = Field(None, description="Nothing is added to the events.")
+
+
+class ResponsesRequest(BaseModel):
+    """The body of a request. The model itself checks the ranges of the generation parameters."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str | None = None
+    input: str | list[dict[str, Any]] = Field(description="A user's text, or the messages of a conversation.")
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    text: TextOptions | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    store: bool | None = Field(None, description="Nothing is stored, whatever the value.")
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    service_tier: str | None = None
+    parallel_tool_calls: bool | None = None
+    previous_response_id: str | None = Field(None, description="Only null.")
+    conversation: Any = Field(None, description="Only null.")
+    tools: Any = Field(None, description="Only an empty list.")
+    tool_choice: Any = Field(None, description="Only none or auto.")
+    include: Any = Field(None, description="Only an empty list.")
+    truncation: Any = Field(None, description="Only disabled.")
+    background: Any = Field(None, description="Only false.")
+    reasoning: Any = Field(None, description="Only an empty object.")
+    top_logprobs: Any = Field(None, description="Only 0.")
+    max_tool_calls: Any = Field(None, description="Only null.")
+    prompt: Any = Field(None, description="Only null.")
+    context_management: Any = Field(None, description="Only an empty list.")
+
+    def row(self, limits: Limits) -> dict:
+        """The request as a row of the model's input.
+
+        Raises:
+            ApiError: the request needs something that this server does not have.
+        """
+        for name in ("previous_response_id", "conversation"):
+            if getattr(self, name) is not None:
+                raise ApiError(400, f"{name}: {STATE}", param=name)
+        for name, neutral in NEUTRAL.items():
+            value = getattr(self, name)
+            empty = isinstance(value, dict) and name == "reasoning" and not any(value.values())
+            if value is not None and not empty and not any(value is one or value == one for one in neutral):
+                raise ApiError(400, f"{name}: {value!r:.60} is not supported by this model", param=name)
+        if self.text and self.text.verbosity not in (None, "medium"):
+            text = f"text.verbosity: {self.text.verbosity!r:.40} is not supported by this model"
+            raise ApiError(400, text, param="text")
+        if self.stream_options and not self.stream:
+            raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+        most = self.max_output_tokens
+        if most is not None and not 1 <= most <= limits.max_tokens:
+            text = f"max_output_tokens must be a whole number from 1 to {limits.max_tokens}, got {most}"
+            raise ApiError(400, text, param="max_output_tokens")
+        told = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
+        row = {
+            "messages": told + [message(item, place) for place, item in enumerate(items)],
+            "max_tokens": most,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "response_format": response_format(self.text.format if self.text else None),
+        }
+        return {name: value for name, value in row.items() if value is not None}
+
+
+def message(item: dict, place: int) -> dict:
+    """An item of `input` as a message of the chat API.
+
+    Raises:
+        ApiError: the item is no message of text.
+    """
+    where, kind = f"input.{place}", item.get("type", "message")
+    if kind != "message":
+        raise ApiError(400, f"{where}.type: {kind!r:.40} is not supported by this model; only messages", param="input")
+    for name in item:
+        if name not in ("type", "role", "content", "id", "status", "phase"):
+            raise ApiError(400, f"{where}.{name!s:.40}: there is no such field", param="input")
+    content = item.get("content")
+    for part in content if isinstance(content, list) else []:
+        if not isinstance(part, dict) or part.get("type") not in PARTS or not isinstance(part.get("text"), str):
+            raise ApiError(400, f"{where}.content: only parts of text", param="input")
+    if isinstance(content, list):
+        content = "\n".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ApiError(400, f"{where}.content must be a text, or a list of parts of text", param="input")
+    if item.get("role") not in ("system", "developer", "user", "assistant"):
+        told = f"{item.get('role')!r:.40} is none of system, developer, user, assistant"
+        raise ApiError(400, f"{where}.role: {told}", param="input")
+    return {"role": item["role"], "content": content}
+
+
+def response_format(given: dict | None) -> dict | None:
+    """`text.format` in the form of the chat API, where the schema has an object of its own."""
+    if not given or given.get("type") != "json_schema":
+        return given
+    return {"type": "json_schema", "json_schema": {name: value for name, value in given.items() if name != "type"}}
+
+
+def endpoint(service: Service):
+    """What answers /v1/responses."""
+    model = service.model
+
+    async def answer(request: Request):
+        exchange = Exchange(service.worker, request)
+        with service.counted():
+            asked = read_request(await read_body(request, service.limits), ResponsesRequest)
+            if asked.model:
+                check_model(asked.model, service.names)
+            check_new(model)
+            row = asked.row(service.limits)
+            rows = await asyncio.to_thread(refused_as_error, model.prepare, row, service.defaults)
+            service.begin(exchange, rows, asked.stream)
+        response = Response(service, asked, rows[0])
+        if asked.stream:
+            return StreamingResponse(response.events(exchange), media_type="text/event-stream", headers=STREAM_HEADERS)
+        async for _ in exchange.news():
+            pass
+        if reason := exchange.error():
+            raise ApiError(400, reason)
+        return JSONResponse(response.content())
+
+    return answer
+
+
+class Response:
+    """The answer to one request, in the form of OpenAI's Response object and its events."""
+
+    def __init__(self, service: Service, asked: ResponsesRequest, row):
+        self.service, self.asked, self.row = service, asked, row
+        self.id, self.message_id = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.number = 0  # of the next event
+
+    def content(self, status: str = "", error: dict | None = None) -> dict:
+        """The Response object. Without `status`, it is that of the finished row."""
+        row, asked = self.row, self.asked
+        cut = row.finish_reason == "length"
+        ended = not status
+        status = status or ("incomplete" if cut else "completed")
+        usage = {
+            "input_tokens": len(row.prompt),
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": len(row.output),
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": len(row.prompt) + len(row.output),
+        }
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            "status": status,
+            "error": error,
+            "incomplete_details": {"reason": "max_output_tokens"} if ended and cut else None,
+            "instructions": asked.instructions,
+            "max_output_tokens": asked.max_output_tokens,
+            "metadata": asked.metadata or {},
+            "model": self.service.names[0],
+            "output": [self.message(row.text, status)] if ended else [],
+            "parallel_tool_calls": False,
+            "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None},
+            "store": False,
+            "temperature": row.sampling.temperature,
+            "text": {"format": (asked.text and asked.text.format) or {"type": "text"}},
+            "tool_choice": "auto",
+            "tools": [],
+            "top_p": row.sampling.top_p,
+            "truncation": "disabled",
+            "usage": usage if ended else None,
+            "user": asked.user,
+        }
+
+    def message(self, text: str, status: str) -> dict:
+        parts = [] if status == "in_progress" else [self.part(text)]
+        return {"id": self.message_id, "type": "message", "status": status, "role": "assistant", "content": parts}
+
+    def part(self, text: str) -> dict:
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+    def event(self, kind: str, **content) -> str:
+        self.number += 1
+        return server_sent_event({"type": kind, "sequence_number": self.number - 1} | content, kind)
+
+    async def events(self, exchange: Exchange) -> AsyncIterator[str]:
+        """The events of a stream, in OpenAI's order."""
+        place: dict[str, Any] = {"output_index": 0}
+        inside = place | {"item_id": self.message_id, "content_index": 0}
+        try:
+            yield self.event("response.created", response=self.content("in_progress"))
+            yield self.event("response.in_progress", response=self.content("in_progress"))
+            yield self.event("response.output_item.added", item=self.message("", "in_progress"), **place)
+            yield self.event("response.content_part.added", part=self.part(""), **inside)
+            async for _, text, _ in exchange.news():
+                if text:
+                    yield self.event("response.output_text.delta", delta=text, logprobs=[], **inside)
+            if reason := exchange.error():
+                raise ApiError(400, reason)
+        except ApiError as error:
+            told = {"code": "server_error", "message": str(error)}
+            yield self.event("response.failed", response=self.content("failed", told))
+            return
+        done = self.content()
+        yield self.event("response.output_text.done", text=self.row.text, logprobs=[], **inside)
+        yield self.event("response.content_part.done", part=self.part(self.row.text), **inside)
+        yield self.event("response.output_item.done", item=self.message(self.row.text, done["status"]), **place)
+        yield self.event(f"response.{done['status']}", response=done)

@@ -1,0 +1,84 @@
+"""/tokenize and /detokenize, in the form of vLLM: a model's tokens for a text or a conversation, and back."""
+
+import asyncio
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from slm.models.chat_parts.templates import messages_of
+from slm.serving.exchanges import Service, read_body
+from slm.serving.protocol import ApiError, check_model, read_request, refused_as_error
+
+
+class TokenizeRequest(BaseModel):
+    """A text, or a conversation that goes through the chat template."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict] | None = None
+    add_special_tokens: bool | None = Field(None, description="Of a prompt: also the tokenizer's own. Default true.")
+    add_generation_prompt: bool | None = Field(None, description="Only true, its default.")
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str | None = None
+    tokens: list[int]
+
+
+def check_new(model) -> None:
+    """
+    Raises:
+        ApiError: the model runs a wrapper of an older version.
+    """
+    if not hasattr(model, "token_ids"):
+        raise ApiError(400, "the model was logged by a version that serves chat alone; log it again")
+
+
+def tokenize_endpoint(service: Service):
+    model = service.model
+
+    def ids_of(asked: TokenizeRequest) -> list[int]:
+        if asked.prompt is not None:
+            return model.token_ids(asked.prompt, asked.add_special_tokens is not False)
+        return model.token_ids(model.render(messages_of(asked.messages, model.template)), False)
+
+    async def tokenize(request: Request):
+        with service.counted():
+            asked = read_request(await read_body(request, service.limits), TokenizeRequest)
+            if asked.model:
+                check_model(asked.model, service.names)
+            check_new(model)
+            if (asked.prompt is None) == (asked.messages is None):
+                raise ApiError(400, "give either prompt or messages", param="prompt")
+            if asked.messages is not None and asked.add_special_tokens:
+                text = "add_special_tokens: not with messages; the chat template has its own"
+                raise ApiError(400, text, param="add_special_tokens")
+            if asked.add_generation_prompt is False:
+                text = "add_generation_prompt: false is not supported by this model"
+                raise ApiError(400, text, param="add_generation_prompt")
+            ids = await asyncio.to_thread(refused_as_error, ids_of, asked)
+        strings = [model.text_of([token]) for token in ids] if asked.return_token_strs else None
+        return JSONResponse(
+            {"count": len(ids), "max_model_len": model.context_length, "tokens": ids, "token_strs": strings}
+        )
+
+    return tokenize
+
+
+def detokenize_endpoint(service: Service):
+    model = service.model
+
+    async def detokenize(request: Request):
+        with service.counted():
+            asked = read_request(await read_body(request, service.limits), DetokenizeRequest)
+            if asked.model:
+                check_model(asked.model, service.names)
+            check_new(model)
+            ids = refused_as_error(model.in_vocabulary, asked.tokens)
+        return JSONResponse({"prompt": await asyncio.to_thread(model.text_of, ids)})
+
+    return detokenize
