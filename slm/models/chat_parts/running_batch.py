@@ -129,10 +129,10 @@ class RunningBatch:
                     one.length, one.last = one.length + 1, next_token(of_row, one.row)
                 yield {one.position: one.last for one in live}
             elif not self._reading:  # a row may have come while the last ones were dropped
-                one = self._begin()
-                if one is None:
+                new = self._begin()
+                if new is None:
                     return
-                self._reading.append(one)
+                self._reading.append(new)
 
     def _read_prompts(self) -> Iterator[dict[int, int]]:
         """Reads prompts until a step is due, or no prompt is left. Yields first tokens, and {} after other pieces."""
