@@ -25,15 +25,18 @@ def serving(store, *options, **environment):
 
 
 @contextmanager
-def here(model, api_key="", host_names=(), http="auto", **limits):
-    """A server in this process, with limits of its own; gives its address and a client with the first key."""
+def here(model, api_key="", host_names=(), http="auto", defaults=(), **limits):
+    """A server in this process, with limits of its own; gives its address and a client with the first key.
+
+    `defaults` are pairs of a parameter and its value, for requests that do not give the parameter.
+    """
     import threading
 
     import uvicorn
 
     from slm.serving import http_app, protocol
 
-    app = http_app.build(model, {}, protocol.Limits(**limits), api_key, host_names)
+    app = http_app.build(model, dict(defaults), protocol.Limits(**limits), api_key, host_names)
     port = free_port()
     config = uvicorn.Config(app, port=port, http=http, log_level="error", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
