@@ -470,7 +470,7 @@ def test_a_driver_whose_jvm_runs_out_of_memory_ends_in_one_line():
 # Faults ---------------------------------------------------------------------------------------------------------------
 
 
-def wait_for(what, seconds: float = 120) -> None:
+def wait_for(what, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "waited in vain"
