@@ -11,7 +11,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from support.commands import REPOSITORY, call, in_process
+from support.commands import REPOSITORY, ended, entry_point, in_process, mlflow_command, started
 from support.databases import sqlite_store
 
 from entrypoints import compare, evaluate
@@ -48,7 +48,7 @@ def test_a_run_from_a_git_url_is_done_again_by_its_recorded_command_to_the_byte(
         assert again[:5] == ["mlflow", "run", git_server.url, "-v", git_server.commit]
         assert again[5:9] == ["--env-manager", "local", "-e", "evaluate"]
         options = ("--experiment-name", f"{tmp_path.name}-again")
-        done = call(*again, *options, cwd=replayed, MLFLOW_TRACKING_URI=tracking_server)
+        done = mlflow_command(*again[1:], *options, cwd=replayed, MLFLOW_TRACKING_URI=tracking_server)
         assert done.code == 0, done.err
         second, replays = parent_and_children(client, f"{tmp_path.name}-again")
         assert second.data.tags["fingerprint"] == first.data.tags["fingerprint"] == record["fingerprint"]
@@ -65,7 +65,7 @@ def test_a_run_from_a_git_url_is_done_again_by_its_recorded_command_to_the_byte(
     finally:
         mlflow.set_tracking_uri(None)
     ids = (first.info.run_id, second.info.run_id)
-    done = call(sys.executable, "-m", "entrypoints.compare", *ids, MLFLOW_TRACKING_URI=tracking_server)
+    done = entry_point("compare", *ids, MLFLOW_TRACKING_URI=tracking_server)
     assert done.code == 0, done.err
     told = f"24 answers: the fingerprints are equal ({children['pipeline'].data.tags['fingerprint'][:12]}), "
     assert f"pipeline, {told}and the answers and scores are byte-identical" in done.out
@@ -225,7 +225,7 @@ def test_compare_names_changed_constraints_and_code_first(run, store, tmp_path, 
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(REPOSITORY / name, copy / name)
     for _ in range(2):
-        done = call(sys.executable, "-m", "entrypoints.evaluate", *arguments(store), cwd=copy)
+        done = ended(started("evaluate", *arguments(store), cwd=copy), 600)
         assert done.code == 0, done.err
         ids.append(re.search(r"run: (\w+)", done.out)[1])
         (copy / file).write_text((copy / file).read_text("utf-8") + "# changed\n", encoding="utf-8")
