@@ -3,6 +3,7 @@
 Weights and exports are made in the project's own cache, once. Everything listens on loopback and is stopped again.
 """
 
+import gc
 import os
 import shutil
 import socket
@@ -117,6 +118,13 @@ def _no_experiment_is_left_set():
     """mlflow.set_experiment writes into the environment, where every later test and its processes would find it."""
     yield
     assert "MLFLOW_EXPERIMENT_ID" not in os.environ
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_collection_passes_over_what_is_there():
+    """An evaluation collects garbage twice, and would go through all that torch, MLflow and the tests have made."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
