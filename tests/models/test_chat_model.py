@@ -376,4 +376,4 @@ def test_memory_stays_flat_over_calls(models, name):
     from benchmarks.memory import growth_bytes
 
     # a leak grows every time; the keys and values of one call take about 2 MB
-    assert min(growth_bytes(models[name], calls=25, first=5) for _ in range(3)) < 8e6
+    assert any(growth_bytes(models[name], calls=25, first=5) < 8e6 for _ in range(3))

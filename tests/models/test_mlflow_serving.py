@@ -134,7 +134,7 @@ def test_concurrent_calls_from_threads_give_the_serial_answers(models, name):
 
     questions = [
         {"messages": [{"role": "user", "content": f"What is {number} plus {number}?"}], "max_tokens": 12}
-        for number in range(16)
+        for number in range(8)
     ]
 
     def ask(question):
