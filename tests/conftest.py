@@ -27,9 +27,19 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")  # the waits be
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-# Each of two workers begins with one of these: one needs every export, the other one none. Else both would begin with
-# the exports, and one worker would wait for the other one's lock
-FIRST = ("test_spark.py", "test_mlflow_serving.py")
+# The longest files, so that none is left for one worker at the end. The first one needs no export and the second one
+# needs every export. Else both workers would begin with the exports, and one would wait for the other one's lock
+FIRST = (
+    "test_spark.py",
+    "test_mlflow_serving.py",
+    "test_entry_points.py",
+    "test_tracking_servers.py",
+    "test_reproduction.py",
+    "test_environments.py",
+    "test_architectures.py",
+    "test_evaluation.py",
+    "test_journey.py",
+)
 FAULTS = pytest.StashKey[dict[str, dict[str, str]]]()  # fault -> test -> outcome
 
 
@@ -59,8 +69,7 @@ def pytest_collection_modifyitems(config, items):
     """Notes which fault a test shows, one at most; puts files with slow tests first."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])  # so that no worker has a long file left at the end
-    first = [path for path in dict.fromkeys(item.path for item in items) if path.name in FIRST]
-    items.sort(key=lambda item: first.index(item.path) if item.path in first else len(first))
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
     for item in items:
         names = [name for marker in item.iter_markers("fault") for name in marker.args]
         if len(names) > 1:
