@@ -6,11 +6,11 @@ run:
 
 # Every test
 test:
-    python -m pytest -n 2
+    python -m pytest -n 3
 
 # The tests that start no server, export no model and build no environment
 test-fast:
-    python -m pytest -n 2 -m "not slow"
+    python -m pytest -n 3 -m "not slow"
 
 lint:
     ruff check . && ruff format --check . && mypy

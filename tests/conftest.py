@@ -59,7 +59,7 @@ class FaultTable:
 
 def pytest_configure(config):
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    if worker and len(CORES) > 1:  # each worker of `pytest -n` has a core, so that none waits for the other's threads
+    if worker and len(CORES) > 1:  # each worker of `pytest -n` keeps to a core, so that none waits for other threads
         os.sched_setaffinity(0, {CORES[int(worker.removeprefix("gw")) % len(CORES)]})
     config.stash[FAULTS] = {}
     config.pluginmanager.register(FaultTable(config.stash[FAULTS]))

@@ -55,7 +55,7 @@ def test_the_run_command_is_mlflow_run_with_the_local_environment():
 
 
 def test_the_test_command_runs_every_test():
-    assert parts(first_block("Test it"))[-1] == ["python", "-m", "pytest", "-n", "2"]
+    assert parts(first_block("Test it"))[-1] == ["python", "-m", "pytest", "-n", "3"]
 
 
 def test_every_command_names_entry_points_and_parameters_that_exist():
