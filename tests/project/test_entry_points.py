@@ -1,11 +1,13 @@
 """The main job as its users start it: `mlflow run GIT-URL -v COMMIT`, a tracking server over HTTP, another folder."""
 
+import json
 import re
+import shlex
 import signal
 import time
 
 import pytest
-from support.commands import entry_point, in_process, started
+from support.commands import entry_point, in_process, mlflow_command, started
 from support.project_runs import check_child, parent_and_children, run_from_git
 from support.questions import GENERATION
 
@@ -75,11 +77,21 @@ def test_onnx_from_a_git_url(git_server, tracking_server, server, tmp_path):
     assert all(sample["output_tokens"] > 0 for sample in samples)
 
 
-def test_evaluate_from_a_git_url_scores_both_wrappers_side_by_side(git_server, tracking_server, server, tmp_path):
-    done, experiment = run_from_git(git_server, tracking_server, tmp_path, "evaluate", "max_tokens=16")
+@pytest.fixture(scope="module")
+def evaluated(git_server, tracking_server, tmp_path_factory):
+    """`mlflow run GIT-URL -e evaluate`: what was printed, and the name of its experiment."""
+    parameters = ("max_tokens=16", 'stop=it\'s "two words"', "resume=false")
+    done, experiment = run_from_git(
+        git_server, tracking_server, tmp_path_factory.mktemp("evaluated"), "evaluate", *parameters
+    )
     assert done.code == 0, done.err
-    assert "onnx int4" in done.out and "pipeline" in done.out and "output tokens per second" in done.out
-    assert "\x1b" not in done.out  # the bar is for a terminal
+    return done.out, experiment
+
+
+def test_evaluate_from_a_git_url_scores_both_wrappers_side_by_side(evaluated, tracking_server, server, tmp_path):
+    printed, experiment = evaluated
+    assert "onnx int4" in printed and "pipeline" in printed and "output tokens per second" in printed
+    assert "\x1b" not in printed  # the bar is for a terminal
     parent, children = parent_and_children(server, experiment)
     assert set(children) == {"onnx int4", "pipeline"}
     assert not parent.outputs.model_outputs  # MLflow's page of evaluations leaves out runs that logged models
@@ -111,6 +123,41 @@ def test_evaluate_from_a_git_url_scores_both_wrappers_side_by_side(git_server, t
     options = (f"--model_uris={uris[0]}", f"--thresholds={gate}", "--max_tokens=8")
     done = entry_point("evaluate", *options, MLFLOW_TRACKING_URI=tracking_server)
     assert done.code == 3 and "gate: regress" in done.out
+
+
+def test_a_run_from_a_git_url_is_done_again_by_its_recorded_command_to_the_byte(
+    evaluated, git_server, tracking_server, server, tmp_path
+):
+    import mlflow
+
+    first, children = parent_and_children(server, evaluated[1])
+    record = json.loads(mlflow.artifacts.load_text(f"{first.info.artifact_uri}/evaluation/environment.json"))
+    assert record["reproducible"] == "byte-identical on the same kind of CPU"
+    assert record["code"]["git_commit"] == git_server.commit and not record["code"]["git_dirty"]
+    again = shlex.split(record["again"])
+    assert again[:5] == ["mlflow", "run", git_server.url, "-v", git_server.commit]
+    assert again[5:9] == ["--env-manager", "local", "-e", "evaluate"]
+    options = ("--experiment-name", f"{tmp_path.name}-again")
+    done = mlflow_command(*again[1:], *options, cwd=tmp_path, MLFLOW_TRACKING_URI=tracking_server)
+    assert done.code == 0, done.err
+    second, replays = parent_and_children(server, f"{tmp_path.name}-again")
+    assert second.data.tags["fingerprint"] == first.data.tags["fingerprint"] == record["fingerprint"]
+    assert set(replays) == set(children) == {"onnx int4", "pipeline"}
+    for name, child in children.items():
+        for tag in ("fingerprint", "outputs.sha256", "model.sha256"):
+            assert replays[name].data.tags[tag] == child.data.tags[tag]
+        texts = [
+            mlflow.artifacts.load_text(f"{run.info.artifact_uri}/evaluation/samples.jsonl")
+            for run in (child, replays[name])
+        ]
+        kept = [re.sub(r'"latency_seconds": [\d.e-]+, |"model": "[^"]+", ', "", text) for text in texts]
+        assert kept[0] == kept[1] and kept[0].count("\n") == 24
+    ids = (first.info.run_id, second.info.run_id)
+    done = entry_point("compare", *ids, MLFLOW_TRACKING_URI=tracking_server)
+    assert done.code == 0, done.err
+    told = f"24 answers: the fingerprints are equal ({children['pipeline'].data.tags['fingerprint'][:12]}), "
+    assert f"pipeline, {told}and the answers and scores are byte-identical" in done.out
+    assert len(done.out.splitlines()) == 2  # no table: nothing differs
 
 
 @pytest.mark.parametrize(

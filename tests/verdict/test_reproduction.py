@@ -11,7 +11,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from support.commands import REPOSITORY, ended, entry_point, in_process, mlflow_command, started
+from support.commands import REPOSITORY, ended, in_process, started
 from support.databases import sqlite_store
 
 from entrypoints import compare, evaluate
@@ -24,52 +24,6 @@ ROWS = [
     {"id": name, "prompt": f"What is the capital of {name}?", "expected": city, "scorers": ["contains"]}
     for name, city in (("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"))
 ]
-
-
-@pytest.mark.slow
-def test_a_run_from_a_git_url_is_done_again_by_its_recorded_command_to_the_byte(git_server, tracking_server, tmp_path):
-    import mlflow
-    from support.project_runs import parent_and_children, run_from_git
-
-    mlflow.set_tracking_uri(tracking_server)
-    try:
-        client = mlflow.MlflowClient()
-        recorded, replayed = tmp_path / "recorded", tmp_path / "replayed"
-        for folder in (recorded, replayed):
-            folder.mkdir()
-        parameters = ("max_tokens=12", 'stop=it\'s "two words"', "resume=false", "traces=false")
-        done, experiment = run_from_git(git_server, tracking_server, recorded, "evaluate", *parameters)
-        assert done.code == 0, done.err
-        first, children = parent_and_children(client, experiment)
-        record = json.loads(mlflow.artifacts.load_text(f"{first.info.artifact_uri}/evaluation/environment.json"))
-        assert record["reproducible"] == "byte-identical on the same kind of CPU"
-        assert record["code"]["git_commit"] == git_server.commit and not record["code"]["git_dirty"]
-        again = shlex.split(record["again"])
-        assert again[:5] == ["mlflow", "run", git_server.url, "-v", git_server.commit]
-        assert again[5:9] == ["--env-manager", "local", "-e", "evaluate"]
-        options = ("--experiment-name", f"{tmp_path.name}-again")
-        done = mlflow_command(*again[1:], *options, cwd=replayed, MLFLOW_TRACKING_URI=tracking_server)
-        assert done.code == 0, done.err
-        second, replays = parent_and_children(client, f"{tmp_path.name}-again")
-        assert second.data.tags["fingerprint"] == first.data.tags["fingerprint"] == record["fingerprint"]
-        assert set(replays) == set(children) == {"onnx int4", "pipeline"}
-        for name, child in children.items():
-            for tag in ("fingerprint", "outputs.sha256", "model.sha256"):
-                assert replays[name].data.tags[tag] == child.data.tags[tag]
-            texts = [
-                mlflow.artifacts.load_text(f"{run.info.artifact_uri}/evaluation/samples.jsonl")
-                for run in (child, replays[name])
-            ]
-            kept = [re.sub(r'"latency_seconds": [\d.e-]+, |"model": "[^"]+", ', "", text) for text in texts]
-            assert kept[0] == kept[1] and kept[0].count("\n") == 24
-    finally:
-        mlflow.set_tracking_uri(None)
-    ids = (first.info.run_id, second.info.run_id)
-    done = entry_point("compare", *ids, MLFLOW_TRACKING_URI=tracking_server)
-    assert done.code == 0, done.err
-    told = f"24 answers: the fingerprints are equal ({children['pipeline'].data.tags['fingerprint'][:12]}), "
-    assert f"pipeline, {told}and the answers and scores are byte-identical" in done.out
-    assert len(done.out.splitlines()) == 2  # no table: nothing differs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
