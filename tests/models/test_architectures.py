@@ -214,6 +214,24 @@ def test_an_export_has_the_same_bytes_every_time(small_model, tmp_path):
 
 
 @pytest.mark.parametrize("small_model", ["qwen2"], indirect=True)
+def test_weights_that_fill_no_whole_blocks_keep_eight_bits(small_model, tmp_path, monkeypatch):
+    from slm.base import cache
+    from slm.models import onnx_export, quantization
+
+    source = onnx_export.export(small_model[1], "fp32", "cpu").folder
+    made = {}
+    for block in (32, 40):  # the model's 64 and 128 are no multiples of 40
+        monkeypatch.setattr(quantization, "BLOCK", block)
+        for precision in ("int4", "int8"):
+            target = tmp_path / f"{precision}-{block}"
+            target.mkdir()
+            quantization.quantize(source, target, precision)
+            made[precision, block] = cache.manifest_of(target)
+    assert made["int4", 40] == made["int8", 40]
+    assert made["int4", 32] != made["int8", 32]
+
+
+@pytest.mark.parametrize("small_model", ["qwen2"], indirect=True)
 def test_a_graph_with_logits_of_every_place_gives_the_same_tokens(small_model):
     """As most ready ONNX folders have, which were exported without prune_lm_head."""
     from slm.models import onnx_export
