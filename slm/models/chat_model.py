@@ -9,7 +9,7 @@ In fp32, all runtimes give the same greedy text.
 
 The table in chat_parts/fields.py says what happens to each field of a request.
 
-Not covered: tools, images and beam search. A request for tools or images is refused.
+Not covered: images and beam search. A request for images is refused, and so are tools that a template ignores.
 
 Hugging Face's `tokenizers` reads the checkpoint's own tokenizer.json. The encoder of onnxruntime-genai is not used,
 because it cuts a text at its first NUL.

@@ -26,7 +26,7 @@ beginnings.
 A page in a browser can give its own name the address of this machine (DNS rebinding). So the server answers only
 requests that name one of the server's host names.
 
-Not covered: TLS, users and quotas (use a proxy), tools, images, more than one model or process.
+Not covered: TLS, users and quotas (use a proxy), images, more than one model or process.
 With a runtime that does not refill, a prompt is one step of its batch.
 slm/serving/connections.py guards the sockets.
 """
@@ -199,6 +199,8 @@ async def server_sent_events(model, exchange: Exchange, with_usage: bool) -> Asy
 
     has_pieces = hasattr(model, "log_probability_pieces")  # not in models of older versions
     pieces = [model.log_probability_pieces(row) for row in exchange.rows] if has_pieces else []
+    has_deltas = hasattr(model, "deltas")
+    told = [model.deltas(exchange.rows[choice % len(exchange.rows)]) for choice in range(n)] if has_deltas else []
 
     try:
         for choice in range(n):
@@ -206,10 +208,14 @@ async def server_sent_events(model, exchange: Exchange, with_usage: bool) -> Asy
         async for place, text, finish_reason in exchange.news():
             logprobs = pieces[place].sent_with(text, finish_reason) if pieces else None
             for choice in range(place, n, n // copies):
-                if text or (logprobs and not finish_reason):
-                    yield event(choice, {"content": text}, None, logprobs)
+                found = told[choice].of(text, finish_reason) if told else [{"content": text}] if text else []
+                if not found and logprobs and not finish_reason:
+                    found = [{"content": ""}]
+                for delta in found:
+                    yield event(choice, delta, None, logprobs)
                 if finish_reason:
-                    yield event(choice, {}, finish_reason, None if text else logprobs)
+                    reason = told[choice].reason(finish_reason) if told else finish_reason
+                    yield event(choice, {}, reason, None if found else logprobs)
         if reason := exchange.error():
             raise ApiError(400, reason)
     except ApiError as error:

@@ -106,7 +106,7 @@ def test_a_row_that_cannot_be_answered_fails_alone(models, name):
         ({"n": 17}, "n must be a whole number from 1 to 16, got 17"),
         ({"stop": [""]}, "stop must hold non-empty strings, got ['']"),
         ({"presence_penalty": 3}, "presence_penalty must be a number from -2.0 to 2.0, got 3"),
-        ({"tools": [{"type": "function"}]}, "tools: [{'type': 'function'}] is not supported by this model"),
+        ({"tools": [{"type": "function"}]}, "tools[0] must have the type 'function' and a function"),
         ({"stream": True}, "call predict_stream instead"),
     ],
 )

@@ -56,7 +56,7 @@ def test_the_documentation_has_the_table():
         ({"logit_bias": {"Paris": 3}}, "logit_bias: 'Paris' is not a token id"),
         ({"logit_bias": {"5": 101}}, "logit_bias: 5 must have a number from -100 to 100, got 101"),
         ({"logit_bias": [5]}, "logit_bias must be an object, got [5]"),
-        ({"tools": [{}]}, "tools: [{}] is not supported by this model: this model has none"),
+        ({"tools": {}}, "tools must be a list, got {}"),
         ({"audio": {"voice": "x"}}, "audio: {'voice': 'x'} is not supported by this model: answers are text"),
         ({"response_format": "json"}, "response_format must be an object, got 'json'"),
         ({"user": 5}, "user must be text, got 5"),

@@ -92,7 +92,10 @@ REFUSED = {
     "temperature": ({"temperature": 3}, "temperature must be a number from 0.0 to 2.0, got 3"),
     "type": ({"max_tokens": "many"}, "max_tokens must be a number, got 'many'"),
     "cap": ({"max_tokens": 5000}, "max_tokens: 5000 is more than the 4096 allowed here"),
-    "tools": ({"extra_body": {"tools": [{"type": "function"}]}}, "tools: [{'type': 'function'}] is not supported"),
+    "tools": (
+        {"extra_body": {"tools": [{"type": "function"}]}},
+        "tools[0] must have the type 'function' and a function",
+    ),
     "unknown": ({"extra_body": {"beams": 4}}, "beams: there is no such field"),
     "near miss": ({"extra_body": {"min_pp": 0.1}}, "min_pp: there is no such field (did you mean 'min_p'?)"),
     "penalty": ({"presence_penalty": 3}, "presence_penalty must be a number from -2.0 to 2.0, got 3"),

@@ -115,11 +115,11 @@ FIELDS = (
     Field("response_format", "object", "`text`, `json_object` or `json_schema`. A grammar holds the answer to it."),
     Field("stream", "flag", "Sends the answer in pieces: `serve` and `predict_stream`. `predict` refuses it.", False),
     Field("stream_options", "object", "`include_usage`, for a stream.", default={}),
-    Field("tools", "list", "Functions that the model may call.", refused=NEVER, neutral=([],)),
-    Field("tool_choice", "any", "Which tool.", refused="it needs tools", neutral=("none", "auto")),
+    Field("tools", "list", "Functions that the model may call. The chat template must have a place for them."),
     Field(
-        "parallel_tool_calls", "flag", "Several calls in one answer. Without tools, it asks for nothing.", effect=False
+        "tool_choice", "any", "`none`, `auto`, or `required` or a function: a grammar holds the answer to calls of it."
     ),
+    Field("parallel_tool_calls", "flag", "`false`: at most one call in an answer.", default=True),
     Field("functions", "list", "Replaced by `tools`.", refused="use tools", neutral=([],)),
     Field("function_call", "any", "Replaced by `tool_choice`.", refused="use tool_choice", neutral=("none", "auto")),
     Field("modalities", "list", "Answers are text.", refused="answers are text", neutral=(["text"],)),

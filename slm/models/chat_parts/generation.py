@@ -21,6 +21,7 @@ class Generation:
 
     batch_size: int
     _tokenizer: Any
+    _special_ids: set[int]
     _runtime: Runtime
     _lock: threading.RLock  # two threads must not run a runtime at once
 
@@ -292,7 +293,7 @@ class Generation:
                 row = batch[place]
                 if not row.finish_reason:
                     if place not in streams and (decoded or row.sampling.stop):
-                        streams[place] = DecodeStream(skip_special_tokens=True)
+                        streams[place] = DecodeStream(skip_special_tokens=not row.shown)
                     self._append(row, token, streams.get(place), runtime.end_tokens)
                     if row.finish_reason:
                         streams.pop(place, None)
@@ -320,7 +321,7 @@ class Generation:
         ended = token in end_tokens and not row.forced
         if ended:
             row.end("stop")
-        elif stream is not None:
+        elif stream is not None and not self._hidden(row, token):
             row.text += stream.step(self._tokenizer, token) or ""
             cut = min((at for at in map(row.text.find, row.sampling.stop) if at >= 0), default=-1)
             if cut >= 0:
@@ -332,7 +333,12 @@ class Generation:
         if len(row.output) >= row.room:
             row.end("length")
         if row.finish_reason and not row.forced:
-            row.text = self._tokenizer.decode(row.output[: len(row.output) - ended], skip_special_tokens=True)
+            ids = [token for token in row.output[: len(row.output) - ended] if not self._hidden(row, token)]
+            row.text = self._tokenizer.decode(ids, skip_special_tokens=not row.shown)
+
+    def _hidden(self, row: Row, token: int) -> bool:
+        """Whether a special token is left out of a text that shows other special tokens."""
+        return bool(row.shown) and token in self._special_ids and token not in row.shown
 
 
 def _see_part(see: Callable[[int, np.ndarray], None], begin: int, first: int, logits: np.ndarray) -> None:

@@ -22,6 +22,7 @@ from .sampling import sampling_of
 from .structured import Constraints, checked_grammar, schema_grammar, schema_of
 from .templates import messages_of, read_chat_template, render
 from .tool_templates import fitted, read_tool_template, tool_template
+from .tools import Deltas, Reading, openai_call, said, said_reason, tools_grammar, tools_of
 from .transformers_runtime import TransformersRuntime
 
 
@@ -59,6 +60,7 @@ class SmallLanguageModel(Generation, PythonModel):
         self._tokenizer.no_truncation()
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = {id for id, token in added.items() if token.special}
+        self._added_ids = {token.content: id for id, token in added.items()}
         self.template, self.special_tokens = read_chat_template(folder)
         self.tool_template = read_tool_template(folder, self.template)
         onnx = "onnx" in context.artifacts
@@ -146,14 +148,19 @@ class SmallLanguageModel(Generation, PythonModel):
             yield chunk(choice, {"role": "assistant", "content": ""})
         pieces = {id(row): self.log_probability_pieces(row) for row in rows}
         places = {id(row): place for place, row in enumerate(rows)}
+        told = [self.deltas(rows[choice % len(rows)]) for choice in range(n)]
         for step in self.stream(rows):
             for row, text in step:
                 logprobs = pieces[id(row)].sent_with(text, row.finish_reason)
                 for choice in range(places[id(row)], n, len(rows)):
-                    if text or (logprobs and not row.finish_reason):
-                        yield chunk(choice, {"content": text}, None, logprobs)
+                    found = told[choice].of(text, row.finish_reason)
+                    if not found and logprobs and not row.finish_reason:
+                        found = [{"content": ""}]
+                    for delta in found:
+                        yield chunk(choice, delta, None, logprobs)
                     if row.finish_reason:
-                        yield chunk(choice, {}, row.finish_reason, None if text else logprobs)
+                        reason = told[choice].reason(row.finish_reason)
+                        yield chunk(choice, {}, reason, None if found else logprobs)
         if with_usage:
             output_tokens = sum(answer.output_tokens for answer in self.choices(rows))
             yield head | {"choices": [], "usage": usage(len(rows[0].prompt), output_tokens)}
@@ -229,6 +236,13 @@ class SmallLanguageModel(Generation, PythonModel):
             raise Refused(f"{name} is not supported by this model: its answer is one text", name)
         schema = schema_of(request["response_format"])
         grammar = checked_grammar(schema_grammar(schema)) if schema is not None else ""
+        tools, reading = tools_of(request), None
+        if tools.shown and self.schema == "prompt":
+            raise Refused("tools is not supported by this model: its answer is one text", "tools")
+        if tools.shown:
+            form = tool_template(self.tool_template, self.special_tokens).form
+            grammar = tools_grammar(tools, form, self._added_ids)
+            reading = Reading(form, tools.names, tools.parallel)
         if prompt_ids is not None:
             ids = self.in_vocabulary(prompt_ids)
         elif self.schema == "prompt" and "messages" not in row:
@@ -239,7 +253,8 @@ class SmallLanguageModel(Generation, PythonModel):
             if not ids or ids[0] not in self._special_ids:  # a rendered template already has special tokens
                 ids = self._ids(prompt, add_special_tokens=True)
         else:
-            ids = self._ids(self.render(messages_of(row.get("messages"), self.template)))
+            template = self.tool_template if tools.shown else self.template
+            ids = self._ids(self.render(messages_of(row.get("messages"), template), tools.shown))
         room = self._runtime.context_length - len(ids)
         if not ids or room < 1:
             raise Refused(f"the prompt has {len(ids)} tokens; the context length is {self._runtime.context_length}")
@@ -250,8 +265,13 @@ class SmallLanguageModel(Generation, PythonModel):
         ]
         if sampling.logprobs:
             _ = self.constraints.tokens  # read now, not in the thread that sends the answer
-        for prepared in rows if grammar else []:
-            self.constraints.constrain(prepared, grammar)
+        for prepared in rows:
+            if reading:
+                marks = (*reading.form.opens, reading.form.closes)
+                shown = {self._added_ids[mark] for mark in marks if mark in self._added_ids}
+                prepared.tools, prepared.shown = reading, frozenset(shown & self._special_ids)
+            if grammar:
+                self.constraints.constrain(prepared, grammar, "tools" if reading else "response_format")
         return rows
 
     def token_ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -278,20 +298,27 @@ class SmallLanguageModel(Generation, PythonModel):
 
     def choices(self, rows: list[Row]) -> list[Answer]:
         """The n answers of one request, made from its finished texts."""
-        answers = [
-            Answer(
-                row.text,
-                row.finish_reason,
-                len(row.prompt),
-                len(row.output),
-                row.seconds,
-                row.error,
-                tuple(row.output),
-                self.log_probability_pieces(row).all(),
+        answers = []
+        for row in rows:
+            content, calls = said(row, self.end_tokens)
+            answers.append(
+                Answer(
+                    content,
+                    said_reason(row.finish_reason, bool(calls)),
+                    len(row.prompt),
+                    len(row.output),
+                    row.seconds,
+                    row.error,
+                    tuple(row.output),
+                    self.log_probability_pieces(row).all(),
+                    calls,
+                )
             )
-            for row in rows
-        ]
         return answers * (rows[0].sampling.n // len(answers))
+
+    def deltas(self, row: Row) -> Deltas:
+        """A row's text as the deltas of one choice of a stream."""
+        return Deltas(row, self.end_tokens)
 
     def log_probability_pieces(self, row: Row) -> "LogProbabilityPieces":
         """A row's log probabilities in the pieces in which a stream sends its text."""
@@ -322,7 +349,7 @@ class SmallLanguageModel(Generation, PythonModel):
             "choices": [
                 {
                     "index": index,
-                    "message": {"role": "assistant", "content": answer.text},
+                    "message": self._message(answer),
                     "finish_reason": answer.finish_reason,
                 }
                 | self._logprobs(answer)
@@ -333,6 +360,12 @@ class SmallLanguageModel(Generation, PythonModel):
         return completion | (
             {"error": {"type": "invalid_request_error", "message": first.error}} if first.error else {}
         )
+
+    def _message(self, answer: Answer) -> dict:
+        if not answer.calls:
+            return {"role": "assistant", "content": answer.text}
+        calls = [openai_call(call) for call in answer.calls]
+        return {"role": "assistant", "content": answer.text or None, "tool_calls": calls}
 
     def _logprobs(self, answer: Answer) -> dict:
         if not answer.log_probabilities:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from .tool_calls import Call
+
 
 class Refused(ValueError):
     """This row can't be answered. The other rows can. The message gives the reason in one line.
@@ -61,13 +63,14 @@ class Answer:
     """One generated text. `output_tokens` counts every generated token, including the end token."""
 
     text: str
-    finish_reason: str  # stop | length | error
+    finish_reason: str  # stop | length | tool_calls | error
     prompt_tokens: int = 0
     output_tokens: int = 0
     seconds: float = 0.0  # from the start of the prompt, or of the batch, to the last token
     error: str = ""
     token_ids: tuple[int, ...] = ()  # all generated tokens, including the end token
     log_probabilities: tuple[TokenLogProbability, ...] = ()  # of these tokens, if the request asks for them
+    calls: tuple[Call, ...] = ()  # functions that the model calls. They are not in `text`
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ class Row:
     matcher: Any = None  # llguidance's LLMatcher: what the row's grammar allows next (structured.Constraints)
     log_probabilities: list[TokenLogProbability] = field(default_factory=list)
     error: str = ""  # the reason in one line, if the row can't go on
+    tools: Any = None  # how the calls in the text are read (tools.Reading), if the request has tools
+    shown: frozenset[int] = frozenset()  # special tokens that stay in the text, because they mark calls
     # gets the place of a given token, and the logits (tokens, vocabulary) from which it and the next ones follow
     see: Callable[[int, np.ndarray], None] = lambda first, logits: None
 

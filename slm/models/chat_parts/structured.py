@@ -133,8 +133,8 @@ class Constraints:
                 self._tokens = LLTokenizer(self._tokenizer.to_str(), n_vocab=size, eos_token=sorted(self._end_tokens))
             return self._tokens
 
-    def constrain(self, row: Row, grammar: str) -> None:
-        """Lets a row have only tokens that the grammar allows. The grammar comes from `checked_grammar`.
+    def constrain(self, row: Row, grammar: str, what: str = FORM) -> None:
+        """Lets a row have only tokens that the grammar allows. `checked_grammar` has checked its schemas.
 
         Raises:
             Refused: the grammar does not fit this tokenizer.
@@ -148,7 +148,7 @@ class Constraints:
                 matcher = LLMatcher(tokens, grammar, log_level=0)
                 if matcher.is_error():
                     reason = " ".join(matcher.get_error().split())
-                    raise Refused(f"{FORM}: the schema can't be used: {reason:.300}", FORM)
+                    raise Refused(f"{what}: the schema can't be used: {reason:.300}", what)
                 while len(self._matchers) >= KEPT:
                     del self._matchers[next(iter(self._matchers))]
                 self._matchers[grammar] = matcher

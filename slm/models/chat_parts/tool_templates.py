@@ -135,7 +135,7 @@ def fitted(messages: list[dict], tools: list[dict], found: ToolTemplate) -> tupl
         elif message["role"] == "tool":
             name = message.get("name") or names.get(message.get("tool_call_id", ""))
             message = message | ({"name": name} if name else {})
-            if found.calls == "content":  # <|tool|> begins the list of tools there
+            if found.in_system:  # there, <|tool|> begins the list of tools
                 message["role"] = "tool_response"
         told.append(message)
     return (_with_system(told, tools), None) if found.in_system else (told, tools or None)
