@@ -140,6 +140,7 @@ async def measure(urls: dict[str, str], requests: int, rounds: int) -> dict[tupl
         for part in parts:
             for name, url in urls.items():
                 await closed(url, part, clients, found[f"{clients} clients", name])
+        tell(found, f"{clients} clients")
     most = [found[f"{CLOSED[-1]} clients", name] for name in urls]
     capacity = min(one.requests / one.seconds for one in most)
     for share in OPEN:
@@ -147,7 +148,15 @@ async def measure(urls: dict[str, str], requests: int, rounds: int) -> dict[tupl
         for number, part in enumerate(parts):
             for name, url in urls.items():
                 await opened(url, part, share * capacity, number, found[load, name])
+        tell(found, load)
     return found
+
+
+def tell(found: dict[tuple[str, str], Measured], load: str) -> None:
+    """Prints a load when it is done: the whole table takes long on a slow machine."""
+    for (done, name), measured in found.items():
+        if done == load:
+            print(load, name, *measured.row(), flush=True)
 
 
 def show(found: dict[tuple[str, str], Measured]) -> None:
