@@ -1,11 +1,13 @@
 """MLflow's own serving commands over the logged wrappers."""
 
 import json
+import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
-from support.commands import free_port, mlflow_command, running_warm
+from support.commands import LINKS, call, free_port, mlflow_command, running_warm
 from support.questions import PARIS, text
 
 pytestmark = pytest.mark.slow
@@ -115,17 +117,56 @@ def test_mlflow_models_predict_answers(logged, tmp_path):
     assert "Paris" in done.out
 
 
-def test_mlflow_models_generate_dockerfile_holds_the_model_and_its_requirements(logged, tmp_path):
+@pytest.mark.parametrize("env_manager", ["local", "uv"])
+def test_mlflow_models_predict_in_python_answers_in_the_environment_that_is_asked_for(logged, tmp_path, env_manager):
+    import mlflow
+
+    code = (
+        "import sys, mlflow; mlflow.models.predict(sys.argv[1], input_data={'messages': [{'role': 'user', 'content':"
+        " 'What is the capital of France?'}]}, output_path='out.json', env_manager=sys.argv[2])"
+    )
+    done = call(
+        sys.executable, "-c", code, logged["onnx int4"], env_manager, cwd=tmp_path, timeout=900, **LINKS,
+        MLFLOW_TRACKING_URI=mlflow.get_tracking_uri(),
+    )  # fmt: skip
+    assert done.code == 0, done.out + done.err
+    assert "Paris" in (tmp_path / "out.json").read_text()
+
+
+@pytest.mark.parametrize(("name", "runtime"), [("pipeline", "transformers=="), ("onnx int4", "onnxruntime-genai==")])
+def test_mlflow_models_generate_dockerfile_holds_the_model_and_its_requirements(logged, tmp_path, name, runtime):
     import mlflow
 
     done = mlflow_command(
-        "models", "generate-dockerfile", "-m", logged["onnx int4"], "-d", "image",
+        "models", "generate-dockerfile", "-m", logged[name], "-d", "image",
         cwd=tmp_path, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri(),
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert (tmp_path / "image" / "Dockerfile").is_file()
+    copied = [line.split() for line in (tmp_path / "image" / "Dockerfile").read_text().splitlines() if "COPY" in line]
+    assert copied and all((tmp_path / "image" / source).exists() for _, source, _ in copied)
     [requirements] = list((tmp_path / "image").rglob("requirements.txt"))
-    assert "onnxruntime-genai==" in requirements.read_text()
+    assert runtime in requirements.read_text()
+
+
+def test_mlflow_models_build_docker_gives_the_engine_the_model_and_a_dockerfile(logged, tmp_path):
+    """No engine is at hand: a program in its place keeps what MLflow asks of it."""
+    import mlflow
+
+    engine = tmp_path / "bin" / "docker"
+    engine.parent.mkdir()
+    engine.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\nfor last; do :; done\nls "$last" >> {tmp_path}/context\n'
+    )
+    engine.chmod(0o755)
+    done = call(
+        "mlflow", "models", "build-docker", "-m", logged["onnx int4"], "-n", "phi3", cwd=tmp_path,
+        MLFLOW_TRACKING_URI=mlflow.get_tracking_uri(), PATH=os.pathsep.join(
+            [str(engine.parent), str(Path(sys.executable).parent), os.environ["PATH"]]
+        ),
+    )  # fmt: skip
+    assert done.code == 0, done.out + done.err
+    assert "build -t phi3" in (tmp_path / "asked").read_text()
+    assert {"Dockerfile", "model_dir"} <= set((tmp_path / "context").read_text().split())
 
 
 @pytest.mark.parametrize("name", ["pipeline", "onnx int4"])
