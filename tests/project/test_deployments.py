@@ -4,20 +4,33 @@ There is no container engine, no cluster and no cloud: the steps of each Dockerf
 """
 
 import json
+import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
-from support.commands import REPOSITORY, call
+from support.commands import LINKS, REPOSITORY, call, free_port, running
+from support.databases import database
+from support.effort import LONG
+from support.questions import GENERATION
+
+from slm.base import cache
 
 DEPLOYMENTS = REPOSITORY / "deployments"
 
-# Fields that KServe (v1beta1, the models of PyPI's kserve 0.21) adds to a pod's. The pod's own fields go to Kubernetes' schema.
+# Fields that KServe adds to a pod's (v1beta1, the models of PyPI's kserve 0.21). The others go to Kubernetes' schema.
 KSERVE_SPEC = {"predictor", "transformer", "explainer"}
 KSERVE_COMPONENT = {
     "annotations",
@@ -36,8 +49,37 @@ KSERVE_COMPONENT = {
     "timeout",
 }
 
+AZURE = "azure-ai-ml==1.35.2"
+LOADED = """
+import sys
+from azure.ai.ml import load_online_deployment, load_online_endpoint
+(load_online_endpoint if "endpoint" in sys.argv[1].rsplit("/", 1)[1] else load_online_deployment)(source=sys.argv[1])
+"""
+azure = pytest.mark.skipif(not LONG, reason="PHI3_MLFLOW_TESTS=long installs Azure's package, which takes minutes")
+
 
 # The files
+
+
+@pytest.fixture(scope="session")
+def azure_python():
+    """A Python with Azure ML's loader, whose pins go with none of ours: made once, in the cache folder."""
+    folder = cache.root() / f"tests-{AZURE.replace('==', '-')}"
+    python, done = folder / "bin" / "python", folder / "done"
+    if not done.exists():
+        uv = (sys.executable, "-m", "uv")
+        for command in (
+            (*uv, "venv", "-q", "--clear", "--python", sys.executable, folder),
+            (*uv, "pip", "install", "-q", "--python", python, AZURE),
+        ):
+            made = call(*command, **LINKS)
+            assert made.code == 0, made.err
+        done.touch()
+    return python
+
+
+def azure_loader(file: Path, request) -> str:
+    return complaint(call(request.getfixturevalue("azure_python"), "-c", LOADED, file, PYTHONPATH=""))
 
 
 def kubernetes(file: Path, request) -> str:
@@ -145,6 +187,13 @@ FILES = {
         json_schema("vendor.github-workflows"),
         (("needs: gate", "need: gate"), ("timeout-minutes: 30", "timeout-minuts: 30")),
     ),
+    "azureml-endpoint.yaml": DeploymentFile(azure_loader, (("auth_mode:", "auth_mod:"),), (azure,)),
+    "azureml-blue.yaml": DeploymentFile(
+        azure_loader,
+        (("liveness_probe:", "livenes_probe:"), ("instance_count: 1", "instance_count: one")),
+        (azure,),
+    ),
+    "azureml-green.yaml": DeploymentFile(azure_loader, (("scoring_route:", "scoreing_route:"),), (azure,)),
     "azureml-shift.sh": DeploymentFile(shell, (("esac", "easc"),)),
 }
 
@@ -173,6 +222,17 @@ def test_the_workflow_deploys_only_after_a_gate_with_parameters_that_there_are()
     asked = dict(word.split("=", 1) for word in shlex.split(command) if "=" in word)
     assert set(asked) <= {parameter.name for parameter in PARAMETERS if "evaluate" in parameter.entry_points}
     assert asked["alias"] == "champion" and (REPOSITORY / asked["thresholds"]).is_file()
+
+
+def test_blue_and_green_are_the_endpoint_s_and_differ_in_the_version_alone():
+    read = {
+        name: yaml.safe_load((DEPLOYMENTS / f"azureml-{name}.yaml").read_text("utf-8"))
+        for name in ("endpoint", "blue", "green")
+    }
+    assert {read[name].pop("name") for name in ("blue", "green")} == {"blue", "green"}
+    versions = {read[name]["environment_variables"].pop("MODEL_URI") for name in ("blue", "green")}
+    assert versions == {"models:/phi3/1", "models:/phi3/2"}
+    assert read["blue"] == read["green"] and read["blue"]["endpoint_name"] == read["endpoint"]["name"]
 
 
 @pytest.mark.parametrize(
@@ -216,3 +276,199 @@ def steps_of(text: str) -> list[tuple[str, str]]:
         if name in ("CMD", "ENTRYPOINT"):
             json.loads(rest)
     return steps
+
+
+@dataclass
+class Image:
+    """What the steps of a Dockerfile leave, in a folder in the place of `/`.
+
+    Not run: FROM (this environment's Python stands in), useradd, and the installation of the packages (this
+    environment stands in as .venv). The steps that copy and make folders are run, and processes start as the image's
+    user if the tests run as root and this user can start this environment's Python.
+    """
+
+    folder: Path
+    environment: dict[str, str]
+    workdir: Path
+    user: dict
+    command: list[str]
+    entry: list[str]
+    health: list[str]
+
+    def start(self, *words: str, output=None, **environment: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [*self.entry, *(words or self.command)],
+            cwd=self.workdir,
+            env=self.environment | environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            **self.user,
+        )
+
+    def healthy(self, **environment: str) -> bool:
+        variables = self.environment | environment
+        return (
+            subprocess.run(self.health, cwd=self.workdir, env=variables, capture_output=True, **self.user).returncode
+            == 0
+        )
+
+
+def built(name: str, folder: Path) -> Image:
+    image, skipped, owned = Image(folder, {}, folder, {}, [], [], []), [], []
+
+    def inside(text: str) -> str:
+        return re.sub(r"/(opt|var/cache)/phi3-mlflow", lambda found: f"{folder}{found[0]}", text)
+
+    for step, text in steps_of((DEPLOYMENTS / name).read_text("utf-8")):
+        if step == "WORKDIR":
+            image.workdir = Path(inside(text))
+            image.workdir.mkdir(parents=True)
+        elif step == "COPY":
+            *sources, target = shlex.split(text)
+            for source in sources:
+                kept = shutil.ignore_patterns("__pycache__")
+                if (REPOSITORY / source).is_dir():
+                    shutil.copytree(REPOSITORY / source, image.workdir / target, ignore=kept)
+                else:
+                    shutil.copy(REPOSITORY / source, image.workdir / target)
+        elif step == "ENV":
+            image.environment |= dict(word.split("=", 1) for word in shlex.split(inside(text)))
+        elif step == "RUN":
+            for command in text.split("&&"):
+                words = shlex.split(inside(command))
+                if words[0] == "install":
+                    owner = [word for word in words if word not in ("-o", "-g", "phi3")]
+                    subprocess.run(owner, check=True)
+                    owned.append(words[-1])
+                elif words[1:3] == ["-m", "venv"]:
+                    (image.workdir / words[3]).symlink_to(sys.prefix)
+                else:
+                    skipped.append(words[0])
+                    if words[0].endswith("pip"):
+                        assert words[1:] == ["install", "--no-cache-dir", "--require-hashes", "-r", "locked.txt"]
+                        assert (image.workdir / "locked.txt").is_file()
+        elif step == "USER":
+            number = int(text.split(":")[0])
+            wanted = {"user": number, "group": number, "extra_groups": []}
+            start = ["/bin/sh", "-c", f"exec {shlex.quote(sys.executable)} -c 'import mlflow.version'"]
+            possible = os.geteuid() == 0 and not subprocess.call(start, cwd="/", stderr=subprocess.DEVNULL, **wanted)
+            image.user = wanted if possible else {}
+            for path in owned if possible else ():
+                os.chown(path, number, number)
+        elif step == "HEALTHCHECK" and text != "NONE":
+            image.health = json.loads(text.partition("CMD ")[2])
+        elif step == "CMD":
+            image.command = json.loads(text)
+        elif step == "ENTRYPOINT":
+            image.entry = json.loads(text)
+    assert skipped == ["useradd", ".venv/bin/pip"]
+    return image
+
+
+@pytest.fixture(scope="module")
+def tracking(int4_export, tmp_path_factory):
+    """The server of compose.yaml on PostgreSQL, with phi3 version 1 as its champion and challenger; gives its URI."""
+    import mlflow
+
+    from slm.models import model_logging
+
+    folder, port = tmp_path_factory.mktemp("tracking"), free_port()
+    command = yaml.safe_load((DEPLOYMENTS / "compose.yaml").read_text("utf-8"))["services"]["mlflow"]["command"]
+    there = "postgresql+psycopg://mlflow:${POSTGRES_PASSWORD}@postgres:5432/mlflow"
+    with database() as (uri, up), up(), (folder / "log").open("w") as log:
+        here = {there: uri.replace("postgresql:", "postgresql+psycopg:"), "/artifacts": str(folder / "artifacts")}
+        here |= {
+            "--host=0.0.0.0": "--host=127.0.0.1",
+            "--port=5000": f"--port={port}",
+            "127.0.0.1:5000": f"127.0.0.1:{port}",
+        }
+        line = "\n".join(command)
+        for old, new in here.items():
+            assert line.count(old) == 1, old
+            line = line.replace(old, new)
+        words = [sys.executable, "-m", *line.replace("--workers=2", "--workers=1").split("\n")]
+        address = f"http://127.0.0.1:{port}"
+        with running(words, f"{address}/health", folder, log, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"):
+            mlflow.set_tracking_uri(address)
+            with mlflow.start_run(experiment_id=mlflow.create_experiment("phi3-evaluate")):
+                info = model_logging.log_onnx(int4_export, "chat", GENERATION, "int4")
+            mlflow.register_model(info.model_uri, "phi3")
+            for alias in ("champion", "challenger"):
+                mlflow.MlflowClient().set_registered_model_alias("phi3", alias, "1")
+            yield address
+            mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture
+def root():
+    """A folder that the image's user can enter; pytest's own can't be entered by others."""
+    folder = Path(tempfile.mkdtemp(prefix="phi3-mlflow-image-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("host", "status"), [("mlflow:5000", 200), ("localhost:5000", 200), ("example.com", 403)])
+def test_compose_s_tracking_server_answers_under_its_names_alone(tracking, host, status):
+    asked = urllib.request.Request(f"{tracking}/api/2.0/mlflow/experiments/get?experiment_id=0", headers={"Host": host})
+    try:
+        with urllib.request.urlopen(asked) as answer:
+            assert answer.status == status
+    except urllib.error.HTTPError as error:
+        assert error.code == status
+
+
+@pytest.mark.slow
+def test_the_serving_image_becomes_healthy_answers_and_ends_on_sigterm(tracking, root):
+    image = built("Dockerfile.serve", root)
+    assert not [path for path in root.rglob("*") if path.suffix in (".onnx", ".data", ".safetensors", ".gguf")]
+    variables = {"PORT": str(free_port()), "MLFLOW_TRACKING_URI": tracking, "PHI3_MLFLOW_API_KEY": "a-key-of-a-client"}
+    variables |= {"ALLOWED_HOSTS": "serve"}
+    assert not image.healthy(**variables)
+    log = root / "log"
+    with log.open("w") as output:
+        process = image.start(output=output, **variables)
+        try:
+            for _ in range(600):
+                if image.healthy(**variables):
+                    break
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.2)
+            else:
+                raise AssertionError(log.read_text())
+            if image.user:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                assert re.search(r"^Uid:\s+1000\s+1000", status, re.MULTILINE)
+            question = {"model": "phi3", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+            headers = {"Content-Type": "application/json", "Authorization": "Bearer a-key-of-a-client", "Host": "serve"}
+            address = f"http://127.0.0.1:{variables['PORT']}/v1/chat/completions"
+            asked = urllib.request.Request(address, json.dumps(question).encode(), headers)
+            with urllib.request.urlopen(asked) as answer:
+                assert json.load(answer)["usage"]["completion_tokens"] >= 1
+        finally:
+            process.send_signal(signal.SIGTERM)  # to this process alone, as an engine sends it
+            code = process.wait(60)
+    assert code in (0, 128 + signal.SIGTERM), log.read_text()
+    assert not image.healthy(**variables)
+
+
+@pytest.mark.slow
+def test_the_serving_image_without_a_key_refuses_to_start(tracking, root):
+    image = built("Dockerfile.serve", root)
+    process = image.start(output=subprocess.PIPE, PORT=str(free_port()), MLFLOW_TRACKING_URI=tracking)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and b"set PHI3_MLFLOW_API_KEY, or write open_to_all=true" in out
+
+
+@pytest.mark.slow
+def test_the_evaluating_image_runs_its_command_and_evaluates_a_version_of_the_registry(tracking, root):
+    image = built("Dockerfile.evaluate", root)
+    process = image.start(output=subprocess.PIPE, MLFLOW_TRACKING_URI=tracking)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out.decode()  # the challenger is the champion: nothing to do
+    words = ("--model_uris=models:/phi3/1", "--prompts=prompts/smoke.jsonl", "--max_tokens=4", "--traces=false")
+    process = image.start(*words, output=subprocess.PIPE, MLFLOW_TRACKING_URI=tracking)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and b"gate: none" in out, out.decode()
