@@ -102,7 +102,7 @@ def test_every_file_that_is_named_and_every_link_exists(name):
     folder = REPOSITORY if name in ("README.md", "CONTRIBUTING.md") else REPOSITORY / "docs"
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", TEXTS[name]):
         assert link.startswith("http") or (folder / link).exists(), link
-    rooted = r"`((?:prompts|gates|schedules|entrypoints|benchmarks|docs|slm|tests)/[\w/.-]*)`"
+    rooted = r"`((?:prompts|gates|schedules|deployments|entrypoints|benchmarks|docs|slm|tests)/[\w/.-]*)`"
     for path in re.findall(rooted, TEXTS[name]):
         assert (REPOSITORY / path).exists() or (REPOSITORY / "slm" / path).exists(), path
 
