@@ -32,7 +32,7 @@ def evaluate(args: parameters.Parameters) -> str:
     from slm.evaluation import conclusion, forecast, promotion, requests, scoring
 
     # What was asked for, checked before anything is opened or fetched
-    engine = engines.chosen(args.engine)
+    engine = engines.chosen(args)
     engine.check(args)
     prompt_set = engine.read_prompts(args)
     thresholds = requests.read_gate(args)

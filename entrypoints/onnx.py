@@ -30,7 +30,7 @@ def log_and_score(args: parameters.Parameters) -> str:
     from slm.evaluation import conclusion, requests, scoring
 
     # What was asked for, checked before anything is opened or fetched
-    engine = engines.chosen(args.engine)
+    engine = engines.chosen(args)
     prompt_set = engine.read_prompts(args)
     options = requests.generation(args)
     source = checkpoints.find(args.model, args.revision, args.subfolder)

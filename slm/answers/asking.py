@@ -130,6 +130,19 @@ class LoadedModel(Protocol):
     def text_of(self, token_ids: Sequence[int]) -> str:
         """The text of tokens. Only for a model that has a `vocabulary`."""
 
+    def token_ids(self, text: str, special: bool) -> list[int]:
+        """The tokens of a text; `special` adds what the tokenizer puts around a text. Only for a model that has a
+        `vocabulary`."""
+
+    def first_token(self) -> int:
+        """The token that stands before a text that has no context. Only for a model that has a `vocabulary`."""
+
+    def context_length(self) -> int:
+        """The most tokens of one row. Only for a model that has a `vocabulary`."""
+
+    def for_texts(self) -> "LoadedModel":
+        """The same model, for prompts that no chat template may change. A chat model of others stays as it is."""
+
     def check_unchanged(self) -> None:
         """Raises BadInput if the model's files have changed since they were checked."""
 

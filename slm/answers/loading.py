@@ -12,13 +12,14 @@ slm/models/wrappers.py opens a model of this project and decides which copy of t
 others, and then runs the code that was logged with the model. `trust_code` must allow this code.
 """
 
+import copy
 import ctypes
 import gc
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,6 +49,15 @@ class NotRead:
         raise NoTokenScores(self.reason)
 
     def text_of(self, token_ids: Sequence[int]) -> str:
+        raise NoTokenScores(self.reason)
+
+    def token_ids(self, text: str, special: bool) -> list[int]:
+        raise NoTokenScores(self.reason)
+
+    def first_token(self) -> int:
+        raise NoTokenScores(self.reason)
+
+    def context_length(self) -> int:
         raise NoTokenScores(self.reason)
 
 
@@ -107,6 +117,25 @@ class OwnModel:
     def text_of(self, token_ids: Sequence[int]) -> str:
         return self.wrapper.text_of(token_ids)
 
+    def token_ids(self, text: str, special: bool) -> list[int]:
+        return self.wrapper._ids(text, add_special_tokens=special)
+
+    def first_token(self) -> int:
+        """The token that begins texts. A tokenizer without such a token has an end token."""
+        known, special = self.wrapper.vocabulary(), self.wrapper.special_tokens
+        named = [special[name] for name in ("bos_token", "eos_token") if special.get(name) in known]
+        return known[named[0]] if named else min(self.wrapper._runtime.end_tokens)
+
+    def context_length(self) -> int:
+        return int(self.wrapper._runtime.context_length)
+
+    def for_texts(self) -> "OwnModel":
+        """The wrapper with the prompt schema: it shares the weights, and reads a text as it is."""
+        wrapper = copy.copy(self.wrapper)
+        wrapper.schema = "prompt"
+        form = replace(self.facts.form, column="prompt", is_chat=False, template="")
+        return replace(self, wrapper=wrapper, facts=replace(self.facts, form=form))
+
 
 @dataclass(frozen=True)
 class OthersModel(NotRead):
@@ -120,6 +149,9 @@ class OthersModel(NotRead):
 
     def sent(self, row: dict[str, Any]) -> tuple[str, list[int] | None]:
         return text_sent(row, self.facts.form), None
+
+    def for_texts(self) -> "OthersModel":
+        return replace(self, facts=replace(self.facts, form=replace(self.facts.form, template="")))
 
     def check_unchanged(self) -> None:
         """Nothing: MLflow has read the files."""
@@ -185,6 +217,9 @@ class EndpointModel(NotRead):
 
     def sent(self, row: dict[str, Any]) -> tuple[str, list[int] | None]:
         return text_sent(row, self.facts.form), None
+
+    def for_texts(self) -> "EndpointModel":
+        return replace(self, facts=replace(self.facts, form=replace(self.facts.form, template="")))
 
     def check_unchanged(self) -> None:
         """Nothing: an endpoint has no files."""

@@ -40,6 +40,24 @@ PARAMETERS = (
     Parameter("revision", "", ALL, "commit, branch or tag of the hub repository"),
     Parameter("subfolder", "", ALL, "folder in the hub repository, or in a local folder"),
     Parameter("prompts", "prompts/smoke.jsonl", ALL, "prompt set: path, web address, or URI that MLflow can download"),
+    Parameter(
+        "tasks",
+        "",
+        ("evaluate",),
+        "tasks of lm-evaluation-harness in the place of `prompts`: names or YAML files, by commas",
+    ),
+    Parameter("limit", 0, ("evaluate",), "of `tasks`: documents per task; 0: all", low=0, high=10**7),
+    Parameter(
+        "num_fewshot",
+        "",
+        ("evaluate",),
+        "of `tasks`: examples before each question; empty: as each task says",
+        pattern=r"\d{1,3}",
+        remedy="write a whole number, such as 5",
+    ),
+    Parameter(
+        "apply_chat_template", False, ("evaluate",), "of `tasks`: put each question into the model's chat template"
+    ),
     Parameter("fields", "", ALL, "columns of another shape, theirs:ours by commas: question:prompt,answer:expected"),
     Parameter("expected_pattern", "", ALL, "regular expression: the part of each `expected` to keep"),
     Parameter("max_tokens", 64, ALL, "tokens generated at most per scored answer", low=1, high=2**20),
@@ -188,6 +206,10 @@ class Parameters(argparse.Namespace):
     revision: str
     subfolder: str
     prompts: str
+    tasks: str
+    limit: int
+    num_fewshot: str
+    apply_chat_template: bool
     fields: str
     expected_pattern: str
     max_tokens: int

@@ -15,6 +15,8 @@ from slm.scorers.scorer_calls import Asked
 from slm.verdict.scored_model import ScoredModel
 from slm.verdict.statistics import Difference
 
+TASKS = "slm.engines.tasks.engine"  # answers lm-evaluation-harness's tasks in this process
+
 
 @dataclass(frozen=True)
 class Request:
@@ -43,7 +45,7 @@ class Engine(Protocol):
         """Refuses parameters that the engine does not support, with BadInput, before anything is read."""
 
     def read_prompts(self, args: Parameters) -> PromptSet:
-        """The prompt set that `args.prompts` names, with the scorers of `args.scorers` in every row.
+        """The prompt set that `args.prompts` (or `args.tasks`) names, with the scorers of `args.scorers` in every row.
 
         Raises BadInput for a wrong row, scorer or judge; Unavailable where a judge or a cluster does not answer.
         """
@@ -60,6 +62,6 @@ class Engine(Protocol):
         """Frees the memory that the prompt set holds outside this process."""
 
 
-def chosen(name: str) -> Engine:
-    """The engine with this name. The functions of an engine import its libraries."""
-    return cast(Engine, importlib.import_module(ENGINES[name]))
+def chosen(args: Parameters) -> Engine:
+    """The engine that `engine` names, or the one that answers `tasks`. An engine's functions import its libraries."""
+    return cast(Engine, importlib.import_module(TASKS if args.tasks else ENGINES[args.engine]))

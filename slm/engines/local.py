@@ -70,17 +70,9 @@ def read_prompts(args: Parameters) -> PromptSet:
 
 
 def score(request: Request, prompt_set: PromptSet) -> ScoredModel:
-    label, uri, options = request.label, request.uri, request.generation
+    label, options = request.label, request.generation
     with ExitStack() as stack:
-        with console.step(f"Loading {label}"):
-            folder = None
-            if not endpoints.is_endpoint(
-                uri
-            ):  # the copy stays while the model answers: a model of others may read files late
-                folder = stack.enter_context(registry.local_copy(uri))
-            settings = {name: options.get(name) for name in ("dtype", "device")} | {"row_timeout": request.row_timeout}
-            recorded = registry.recorded_manifests(uri)
-            model = loading.load(label, uri, folder, settings, recorded, request.trust_code)
+        model = load(request, stack)
         asked = asking.questions(model, prompt_set.prompts, options, request.repeats)
         with console.progress(f"Scoring {label}", len(asked)) as advance:
             score_answer = stack.enter_context(scorer_calls.opened(request.scorers, request.resume))
@@ -88,13 +80,25 @@ def score(request: Request, prompt_set: PromptSet) -> ScoredModel:
                 model, prompt_set, asked, options, request.reuse, advance, score_answer, request.cut
             )
         if request.reference:
-            scored = _beside(request.reference, model, scored, prompt_set, request)
+            scored = beside(request.reference, model, scored, prompt_set, request)
         del model
     gc.collect()  # the next model needs the memory
     return scored
 
 
-def _beside(
+def load(request: Request, stack: ExitStack) -> asking.LoadedModel:
+    """Loads the model of a request. Its files stay until `stack` ends: a model of others may read files late."""
+    with console.step(f"Loading {request.label}"):
+        folder = None
+        if not endpoints.is_endpoint(request.uri):
+            folder = stack.enter_context(registry.local_copy(request.uri))
+        options = request.generation
+        settings = {name: options.get(name) for name in ("dtype", "device")} | {"row_timeout": request.row_timeout}
+        recorded = registry.recorded_manifests(request.uri)
+        return loading.load(request.label, request.uri, folder, settings, recorded, request.trust_code)
+
+
+def beside(
     reference: distributions.Reference,
     model: asking.LoadedModel,
     scored: ScoredModel,

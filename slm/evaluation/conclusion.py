@@ -45,7 +45,7 @@ def finish(
     `baseline` is the place in `results` of the model that the others are compared with. `is_first` is as in
     `gate.decide`.
     """
-    used = engine.chosen(args.engine)
+    used = engine.chosen(args)
     report = compared(title, [scored for scored, _ in results], used, prompt_set, thresholds, baseline, is_first)
     tag_models(report, results)
     record_run(report, results, thresholds)
@@ -151,7 +151,7 @@ def tag_version(
         found[tags.GIT_COMMIT] = environment.describe()["git_commit"]
         found[manifest.TAG] = scored.model.manifest_sha256  # equal to the recorded hash, if there is one
         for name, figure in scored.estimates.items():
-            if "/" not in name:
+            if scored_model.is_of_a_scorer(name, scored.estimates):
                 found[tags.of_score(name, scored_model.OVERALL)] = summary.estimate(figure)
         found = {name: value for name, value in found.items() if value}
         stale = [name for name in earlier if tags.is_of_score(name) and name not in found]

@@ -45,7 +45,11 @@ def show(
     earlier = earlier_runs.newest(prompt_set.sha256)
     if baseline is not None:
         _line("can find", _detectable(clusters, earlier.get("difference/score/detectable")))
-    _line("takes", _takes(rows * args.repeats * args.max_tokens * len(named), earlier.get("output_tokens_per_second")))
+    if args.tasks:
+        _line("takes", "unknown: a task has its own lengths of answers")
+    else:
+        tokens = rows * args.repeats * args.max_tokens * len(named)
+        _line("takes", _takes(tokens, earlier.get("output_tokens_per_second")))
     console.out.print("check: nothing was generated", markup=False)
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
         run_records.name_run(run_id, f"checked: {', '.join(label for label, _ in named)} on {prompt_set.name}")

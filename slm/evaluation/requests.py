@@ -42,7 +42,8 @@ def check_gate(args: Parameters, thresholds: tuple[gate.Threshold, ...], prompt_
         raise BadInput(f"thresholds: {rule.metric} needs fidelity=auto")
     names = prompt_set.scorer_names
     if names is not None:
-        gate.check_names(thresholds, names, scorer_calls.read(args.scorers, args.judge).user_scorers, args.repeats)
+        open_names = {*scorer_calls.read(args.scorers, args.judge).user_scorers, *prompt_set.open_names}
+        gate.check_names(thresholds, names, open_names, args.repeats)
 
 
 def check_alias(args: Parameters, uris: list[str], thresholds: tuple[gate.Threshold, ...]) -> None:
@@ -69,3 +70,11 @@ def generation(args: Parameters) -> dict:
     names = ("max_tokens", "temperature", "top_p", "seed", "batch_size", "dtype", "device")
     chosen = {name: getattr(args, name) for name in names if name in vars(args)}
     return chosen | {"stop": parameters.stop_strings(args.stop)}
+
+
+def asked(args: Parameters) -> dict:
+    """The parameters on which answers and scores depend, for the record. A task has its own generation parameters."""
+    if not args.tasks:
+        return generation(args) | {"cut": args.cut}
+    names = ("seed", "batch_size", "dtype", "device", "tasks", "limit", "num_fewshot", "apply_chat_template", "cut")
+    return {name: getattr(args, name) for name in names}

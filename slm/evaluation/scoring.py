@@ -89,7 +89,7 @@ def score_model(
     scorers = scorer_calls.read(args.scorers, args.judge)
     options = requests.generation(args)
     machine = environment.describe()
-    asked = reproduction.asked(machine, prompt_set, options | {"cut": args.cut}, args.repeats, scorers.sha256)
+    asked = reproduction.asked(machine, prompt_set, requests.asked(args), args.repeats, scorers.sha256)
     with lifecycle.child_run(label) as child:
         run_id = child.info.run_id
         request = engine.Request(
@@ -108,10 +108,12 @@ def score_model(
             reference=reference,
             is_baseline=is_baseline,
         )
-        scored = engine.chosen(args.engine).score(request, prompt_set)
+        scored = engine.chosen(args).score(request, prompt_set)
         model, judged = scored.model, bool(scorers.judge)
         record = reproduction.record(machine, asked, scored, judged)
-        if scored.reused:
+        if scored.reused and args.tasks:  # a document may have several requests
+            console.out.print(f"{label}: {scored.unmeasured} (resume=true)")
+        elif scored.reused:
             rows = int(scored.metrics["rows"])
             console.out.print(f"{label}: {scored.reused} of {rows} answers are reused (resume=true)")
         found = {

@@ -60,6 +60,7 @@ class Wrapper(Protocol):
     """
 
     name: str
+    schema: str
     batch_size: int
     context_length: int
     joins: bool
@@ -96,6 +97,8 @@ class Wrapper(Protocol):
     def token_scores(
         self, rows: Iterable[tuple[Sequence[int], Sequence[int]]], see: chat_model.SeeDistributions | None
     ) -> Iterator[tuple[int, chat_model.TokenScores]]: ...
+
+    def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]: ...
 
     def vocabulary(self) -> dict[str, int]: ...
 

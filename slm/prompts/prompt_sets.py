@@ -35,6 +35,8 @@ class PromptSet:
     sha256: str
     left_out: tuple[str, ...] = field(default=(), kw_only=True)  # columns of the file that `fields` does not map
     unnamed: int = field(default=0, kw_only=True)  # rows that expect a text and name no scorer: they got `contains`
+    # scorers that may give further scores and figures, as `<scorer>/<name>`, and that are named by no row
+    open_names: frozenset[str] = field(default=frozenset(), kw_only=True)
 
     @property
     def count(self) -> int:

@@ -19,7 +19,7 @@ from slm.prompts.prompt_sets import PromptSet
 from slm.tracking.earlier_runs import Point
 from slm.verdict import estimation, reproduction
 from slm.verdict.gate import Verdict
-from slm.verdict.scored_model import OVERALL, ScoredModel
+from slm.verdict.scored_model import OVERALL, ScoredModel, is_of_a_scorer
 from slm.verdict.statistics import Difference, Estimate
 
 MISSING = "n/a"
@@ -83,7 +83,8 @@ class Line:
 
 def lines(models: Sequence[ScoredModel]) -> list[Line]:
     """The rows of the table: first the scores, then the costs."""
-    names = sorted({name for model in models for name in model.estimates if "/" not in name} - {OVERALL})
+    named = {name for model in models for name in model.estimates}
+    names = sorted(name for name in named - {OVERALL} if is_of_a_scorer(name, named))
     rows = [
         Line(f"{name} ({_count(models, name)})", tuple(estimate(model.estimates.get(name)) for model in models))
         for name in names
@@ -100,8 +101,10 @@ def lines(models: Sequence[ScoredModel]) -> list[Line]:
         cells = (model.metrics.get(metric) for model in models)
         return Line(label, tuple(MISSING if value is None else form(value) for value in cells), section)
 
+    figures = sorted({name for model in models for name in model.figures})
     return [
         *rows,
+        *(line(name, name, "{:.4g}".format) for name in figures),
         line("rows failed", "rows_failed", "{:.0f}".format),
         line("rows unscored", "rows_unscored", "{:.0f}".format),
         line("rows cut at max_tokens", "rows_cut", "{:.0f}".format),
@@ -120,6 +123,7 @@ def _remarks(report: Report) -> list[str]:
         for model in report.models
         if model.model.ignored
     ]
+    told += figure_remarks(report)
     told += cut_remarks(report)
     for model in report.models:
         reproducible = model.record.get("reproducible", "")
@@ -155,6 +159,18 @@ def _remarks(report: Report) -> list[str]:
         flips = estimation.flips(scored, baseline).get(OVERALL)
         if flips:
             told.append(f"{scored.model.label}: {_ids('worse', flips.worse)}; {_ids('better', flips.better)}")
+    return told
+
+
+def figure_remarks(report: Report) -> list[str]:
+    """Why a plain figure has no interval, and why one is missing."""
+    told = []
+    names = sorted({name for model in report.models for name in model.figures})
+    for name in names:
+        missing = [model for model in report.models if name in model.figures and name not in model.metrics]
+        told += [f"{model.model.label}: {name} is not given: {model.figures[name]}" for model in missing]
+        given = [model.figures[name] for model in report.models if name in model.figures and name in model.metrics]
+        told += [f"{name} has no interval: {given[0]}"] if given else []
     return told
 
 
@@ -200,11 +216,14 @@ def cut_remarks(report: Report) -> list[str]:
             continue
         asked = model.record.get("parameters", {})
         limit = f"max_tokens={asked['max_tokens']}" if "max_tokens" in asked else "max_tokens"
+        remedy = "set max_tokens higher"
+        if asked.get("tasks"):
+            limit, remedy = "the task's max_gen_toks", "set it higher in the task's file"
         counts = COUNTS_AS[asked.get("cut", "score")]
         verb = "is" if cut == 1 else "are"
         told.append(
             f"warning: {model.model.label}: {cut:,} of {counted(rows, 'answer')} {verb} cut at {limit}, and {counts}; "
-            "set max_tokens higher"
+            f"{remedy}"
         )
     if report.baseline is not None:
         theirs = shares[report.baseline]

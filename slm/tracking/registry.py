@@ -63,6 +63,16 @@ def resolve(uri: str, trust_code: bool = False) -> str:
     return uri
 
 
+def is_of_others(uri: str) -> bool:
+    """Whether the model is there and was not logged by this project. Reads its description only."""
+    from slm.models import wrappers
+
+    try:
+        return not wrappers.is_ours(quiet_mlflow().models.get_model_info(uri))
+    except Exception:  # `resolve` says what is wrong with it
+        return False
+
+
 def _registered_hint(uri: str) -> str:
     """` (did you mean …?)` where a text that is no URI names a registered model; else nothing."""
     name = uri.removeprefix("models:/").partition("@")[0].partition("/")[0]

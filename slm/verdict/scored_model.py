@@ -3,6 +3,7 @@
 import json
 import math
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -62,6 +63,8 @@ class ScoredModel:
     # prompt id -> the tokens of its first answer; only of a model of this project
     generated: dict[str, tuple[int, ...]] = field(default_factory=dict)
     fidelity: Fidelity | None = None  # None: nothing was compared with it token by token
+    # plain figures among the metrics that scorers gave, and figures that are missing: name -> why there is no interval
+    figures: dict[str, str] = field(default_factory=dict)
     unmeasured: str = ""  # why there are no figures of speed, latency and memory; "": there are
 
     @cached_property
@@ -130,6 +133,12 @@ def values_by_scorer(samples: tuple[Sample, ...]) -> dict[str, dict[str, float]]
                         key: statistics.pass_hat_k(*counts, k) for key, counts in enough.items()
                     }
     return means
+
+
+def is_of_a_scorer(name: str, names: Collection[str]) -> bool:
+    """Whether an estimate is that of a scorer, such as `contains` or `arc/acc`, and not of its repeats, such as
+    `contains/pass_at_4`. `names` are those of all estimates."""
+    return name.rpartition("/")[0] not in names
 
 
 def ks(repeats: int) -> list[int]:

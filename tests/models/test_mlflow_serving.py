@@ -1,6 +1,7 @@
 """MLflow's own serving commands over the logged wrappers."""
 
 import json
+import os
 import sys
 import urllib.error
 import urllib.request
