@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: read, answered by logged models, scored by the library, against its own `hf` model."""
+"""Tasks of lm-evaluation-harness: read, answered by logged models, scored; against the library's own `hf` model."""
 
 import contextlib
 import io
@@ -9,9 +9,11 @@ import time
 import numpy as np
 import pytest
 from support import harness
-from support.commands import entry_point, started
+from support.commands import REPOSITORY, entry_point, started
 
 from entrypoints import evaluate
+from slm.base.errors import BadInput
+from slm.engines.tasks import reading
 
 SCIENCE, WORDS = "prompts/tasks/science.yaml", "prompts/tasks/word-problems.yaml"
 CHOICES = 8  # documents of SCIENCE that are compared with the library's own model
@@ -161,3 +163,69 @@ def test_a_killed_run_goes_on_where_it_stopped(wrappers, tmp_path):
     assert done.code == 0, done.err
     assert f": {len(kept)} of 15 requests are reused" in done.out
     assert sum("asked" in line for line in whole) == 15  # 12 choices and 3 texts, and none asked twice
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("--engine=spark", "tasks: are answered in this process, and not with engine=spark; leave engine local"),
+        ("--max_tokens=9", "max_tokens: a task has its own max_gen_toks; leave it out beside tasks"),
+        ("--prompts=x.jsonl", "prompts: a task has documents of its own; leave it out beside tasks"),
+        ("--scorers=contains", "scorers: a task has its own metrics; leave it out beside tasks"),
+        ("--tasks=no.yaml", "tasks: 'no.yaml' does not exist, from the repository's root or from here"),
+    ],
+)
+def test_what_does_not_go_with_tasks_is_one_line(option, line):
+    from slm.base import parameters
+    from slm.engines import engine as engines
+
+    args = parameters.parse("evaluate", "", [f"--tasks={SCIENCE}", option])
+    with pytest.raises(BadInput) as raised:
+        engine = engines.chosen(args)
+        engine.check(args)
+        engine.read_prompts(args)
+    assert str(raised.value) == line
+
+
+def test_a_task_that_asks_for_log_probabilities_refuses_an_endpoint_before_it_is_asked():
+    from slm.base import parameters
+    from slm.engines import engine as engines
+
+    args = parameters.parse("evaluate", "", [f"--tasks={SCIENCE}", "--model_uris=openai:/x"])
+    with pytest.raises(BadInput, match="science asks for log probabilities, which only a model of this project gives"):
+        engines.chosen(args).read_prompts(args)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"unsafe_code": True}, "small runs code that the model writes"),
+        (
+            {"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}},
+            "the data file 'gone.jsonl', which does not exist",
+        ),
+        ({"output_type": "guess"}, "can't be read: ValueError"),
+        ({"task": None}, "names no `task`"),
+    ],
+)
+def test_a_wrong_task_file_is_one_line(tmp_path, changes, said):
+    with pytest.raises(BadInput) as raised:
+        reading.read(task_file(tmp_path, **changes))
+    assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_document_is_a_prompt_and_the_limit_and_the_content_make_the_hash(tmp_path):
+    path = task_file(tmp_path)
+    whole, part = reading.read(path), reading.read(path, limit=2)
+    assert [prompt.id for prompt in whole.prompts] == [f"small/{number}" for number in range(4)]
+    assert whole.prompts[1].expected == ("no",) and whole.scorer_names == {"small/acc"}
+    assert part.count == 2 and part.sha256 != whole.sha256 == reading.read(path).sha256
+
+
+def test_the_ready_made_questions_have_one_right_answer_each():
+    lines = (REPOSITORY / "prompts/tasks/science.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 100 == len({row["question"] for row in rows})
+    assert all(len(set(row["choices"])) == 4 and row["choices"].count(row["answer"]) == 1 for row in rows)
+    places = [row["choices"].index(row["answer"]) for row in rows]
+    assert [places.count(place) for place in range(4)] == [25] * 4
