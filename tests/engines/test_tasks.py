@@ -191,7 +191,7 @@ def test_a_task_that_asks_for_log_probabilities_refuses_an_endpoint_before_it_is
     from slm.base import parameters
     from slm.engines import engine as engines
 
-    args = parameters.parse("evaluate", "", [f"--tasks={SCIENCE}", "--model_uris=openai:/x"])
+    args = parameters.parse("evaluate", "", [f"--tasks={SCIENCE}", "--model_uris=http://127.0.0.1:9/v1#m"])
     with pytest.raises(BadInput, match="science asks for log probabilities, which only a model of this project gives"):
         engines.chosen(args).read_prompts(args)
 
@@ -202,7 +202,7 @@ def test_a_task_that_asks_for_log_probabilities_refuses_an_endpoint_before_it_is
         ({"unsafe_code": True}, "small runs code that the model writes"),
         (
             {"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}},
-            "the data file 'gone.jsonl', which does not exist",
+            "data file 'gone.jsonl', which does not exist",
         ),
         ({"output_type": "guess"}, "can't be read: ValueError"),
         ({"task": None}, "names no `task`"),
