@@ -57,6 +57,16 @@ def measure(scratch: Path, provider: str) -> list[Row]:
             seconds = time.perf_counter() - start - scored.model.load_seconds
         return sum(sample.output_tokens for sample in scored.samples) / seconds
 
+    def compare(fidelity: str) -> float:
+        """Seconds of a whole comparison: both models loaded, asked, and with fidelity=auto compared token by token."""
+        options = [f"--max_tokens={peers.MAX_TOKENS}", "--resume=false", f"--fidelity={fidelity}"]
+        args = parameters.parse("evaluate", "", options)
+        start = time.perf_counter()
+        with lifecycle.run("evaluate", args):
+            results = scoring.score_models(list(uris.items()), whole, args, baseline=1)
+            conclusion.finish("both", results, args, whole, baseline=1)
+        return time.perf_counter() - start
+
     harness = {
         "onnxruntime-genai": lm_eval_model("onnxruntime-genai", pretrained=str(export.folder)),
         "hf": lm_eval_model("hf", pretrained=str(checkpoint.folder), dtype="float32", batch_size=16, device=provider),
@@ -80,7 +90,9 @@ def measure(scratch: Path, provider: str) -> list[Row]:
             "lm-eval hf": lambda: ask_harness("hf"),
         }
     )
+    both = in_turn({name: lambda name=name: compare(name) for name in ("auto", "off")})
     return [
+        Row("evaluate with fidelity: time", "without", 1.5, ratios(both["auto"], both["off"]), at_most=True),
         Row("evaluate, ONNX", "bare onnxruntime-genai loop", 0.9, ratios(full["ours"], full["bare"])),
         Row("evaluate, ONNX", "lm-eval, onnxruntime-genai", 1.5, ratios(some["onnx"], some["lm-eval onnx"])),
         Row("evaluate, pipeline", "lm-eval, hf, batches of 16", 1.5, ratios(some["pipeline"], some["lm-eval hf"])),
