@@ -377,6 +377,11 @@ def _number(value: float, sign: str = "") -> str:
     return f"{value:{sign}{form}}".replace("inf", "\u221e")
 
 
+def _end(value: float) -> str:
+    """An end of a score's interval, with two decimals."""
+    return MISSING if math.isnan(value) else f"{value:.2f}".replace("inf", "\u221e")
+
+
 def _gap(value: float) -> str:
     return _number(value, "+")
 

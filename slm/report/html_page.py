@@ -21,6 +21,7 @@ from slm.report.chart_data import (
     GATE_SHAPES,
     STATES,
     _amount,
+    _end,
     _finite,
     _gap,
     _number,
@@ -92,7 +93,7 @@ def _template() -> tuple[Any, str]:
 
     source = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_finalize)
-    environment.filters |= {"number": _number, "gap": _gap, "p_value": p_value, "safe_json": _safe_json}
+    environment.filters |= {"number": _number, "end": _end, "gap": _gap, "p_value": p_value, "safe_json": _safe_json}
     return environment.from_string(source), _script_hash(source)
 
 
@@ -157,7 +158,7 @@ def _alone(model: ScoredModel) -> str:
     found = model.estimates.get(OVERALL)
     if found is None or math.isnan(found.mean):
         return f"{model.model.label}: no answer was scored"
-    interval = f"95 % interval {_number(found.ci95_low)} to {_number(found.ci95_high)}"
+    interval = f"95 % interval {_end(found.ci95_low)} to {_end(found.ci95_high)}"
     return f"{model.model.label} scores {_number(found.mean)}, {interval}, on {counted(found.n, 'prompt')}"
 
 
