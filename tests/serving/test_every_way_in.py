@@ -40,7 +40,7 @@ FINE = {  # request -> (finish reason, what else holds)
     "empty entries": ({"messages": [PARIS[0] | {"tool_calls": [], "refusal": None}]}, "length"),
     "no tools": ({"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}, "length"),
     "labels": ({"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto"}, "length"),
-    "nulls": ({"seed": None, "stop": None, "logit_bias": None, "tools": None, "response_format": None}, "length"),
+    "nulls": ({"seed": None, "logit_bias": None, "tools": None, "response_format": None}, "length"),
 }
 REFUSED = {  # request -> the line
     "near miss": ({"max_token": 3}, "max_token: there is no such field (did you mean 'max_tokens'?)"),
