@@ -51,6 +51,8 @@ def asked(model: asking.LoadedModel, wanted, generation=GENERATION) -> dict[str,
     """The answers by prompt id, each with its six fields. A model of this project also gives the tokens."""
     answers = {prompt.id: dict(answer) for prompt, answer in answers_of(model, wanted, generation)}
     tokens = {id: answer.pop("token_ids", ()) for id, answer in answers.items()}
+    for answer in answers.values():  # only of a model of this project
+        assert not answer.pop("calls", ()) and not answer.pop("log_probabilities", ())
     if isinstance(model, loading.OwnModel):
         assert all(len(tokens[id]) == (answer["output_tokens"] or 0) for id, answer in answers.items())
     fields = {"text", "finish_reason", "prompt_tokens", "output_tokens", "seconds", "error"}

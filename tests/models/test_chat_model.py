@@ -12,6 +12,7 @@ from support.effort import some
 from support.questions import GENERATION, PARIS, some_questions, text
 
 from slm.models import chat_model
+from slm.models.chat_parts.fields import FIELDS
 from slm.prompts.prompt_sets import read_prompt_set
 from slm.scorers.confined import CHECKS
 
@@ -211,10 +212,12 @@ def test_both_wrappers_have_the_same_chat_signature(models, name):
     from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
 
     signature = models[name].metadata.signature
-    assert signature.inputs.to_dict()[:-1] == CHAT_MODEL_INPUT_SCHEMA.to_dict()
-    assert signature.inputs.input_names()[-1] == "seed"
+    names = signature.inputs.input_names()
+    assert {*CHAT_MODEL_INPUT_SCHEMA.input_names(), "seed", "response_format", "tool_choice"} <= set(names)
+    assert [column.name for column in signature.inputs if column.required] == ["messages"]
     assert signature.outputs == CHAT_MODEL_OUTPUT_SCHEMA
-    assert [param.name for param in signature.params] == ["max_tokens", "temperature", "top_p", "seed", "stop"]
+    assert [param.name for param in signature.params] == [entry.name for entry in FIELDS if entry.parameter]
+    assert {"max_tokens", "temperature", "top_p", "seed", "stop"} <= {param.name for param in signature.params}
     assert models[name].metadata.metadata["task"] == "llm/v1/chat"
 
 

@@ -125,7 +125,7 @@ def test_without_fields_an_unknown_column_is_an_error_as_ever(read):
         (
             "answer:expectd",
             "fields: 'answer:expectd' names no field of a row (did you mean 'expected'?); after the colon, "
-            "there are id, messages, prompt, expected, scorers, cluster, tags",
+            "there are id, messages, prompt, expected, scorers, cluster, tags, response_format",
         ),
         ("a:prompt,b:prompt", "fields: 'a' and 'b' are both for prompt; remove one"),
         ("a:prompt,b:messages", "fields: a row has either prompt or messages; remove one"),
@@ -284,8 +284,8 @@ PROMPTFOO = {"vars": {"place": "Where is Oslo?"}, "assert": [{"type": "icontains
         ),
         (
             {"question": "Where is Oslo?", "answer": "Norway"},
-            "unknown field 'question'; there are id, messages, prompt, expected, scorers, cluster, tags; "
-            "give fields=question:prompt,answer:expected",
+            "unknown field 'question'; there are id, messages, prompt, expected, scorers, cluster, tags, "
+            "response_format; give fields=question:prompt,answer:expected",
             ("Norway",),
         ),
     ],

@@ -100,7 +100,7 @@ REFUSED = {  # request -> the line
     ),
     "lost calls": (
         {"messages": [*PARIS, {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
-        "messages[1].tool_calls: the model's chat template has no tool calls",
+        "tools: the model's chat template ignores tools; ask without tools and calls, or use another model",
     ),
     "a misspelled entry": ({"messages": [PARIS[0] | {"nme": "x"}]}, "messages[0].nme is not supported"),
     "an empty conversation": ({"messages": []}, "messages must hold at least one message, got an empty conversation"),

@@ -67,9 +67,13 @@ class SmallLanguageModel(Generation, PythonModel):
         self._runtime: Runtime = onnx_runtime(folder, config) if onnx else TransformersRuntime(folder, config)
         self.batch_size = int(config.get("batch_size") or self._runtime.batch_size)
         self.constraints = Constraints(self._tokenizer, self._runtime.vocabulary_size, self._runtime.end_tokens)
-        self._others = ("prompt",) if self.schema == "prompt" else ()  # columns beside the fields
         self._lock = threading.RLock()  # two threads must not run a runtime at once
         check_before_mlflow()
+
+    @property
+    def _others(self) -> tuple[str, ...]:
+        """The columns that a row may have beside the fields. A caller may change the schema of a loaded model."""
+        return ("prompt",) if self.schema == "prompt" else ()
 
     def check_input(self, model_input, params=None) -> None:
         """Refuses columns and parameters that the table of fields lacks (`mlflow_input.check_before_mlflow`).
