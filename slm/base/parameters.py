@@ -141,7 +141,7 @@ PARAMETERS = (
         "resume",
         True,
         ("evaluate",),
-        "reuse answers that an interrupted or an unchanged run left, with the speeds measured then",
+        "reuse answers of an interrupted or an equal run, with the speeds of a run that gave exactly these answers",
     ),
     Parameter("traces", True, ("evaluate",), "show the answers in MLflow's evaluation view as well"),
     Parameter(
