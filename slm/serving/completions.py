@@ -15,20 +15,11 @@ from typing import Any
 
 import numpy as np
 from fastapi import Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from slm.serving.exchanges import Exchange, Service, read_body, server_sent_event
-from slm.serving.protocol import (
-    MOST_STOPS,
-    STREAM_HEADERS,
-    ApiError,
-    Limits,
-    check_model,
-    read_request,
-    refused_as_error,
-)
-from slm.serving.tokens import check_new
+from slm.serving.exchanges import Exchange, Service, server_sent_events, stream_of
+from slm.serving.protocol import MOST_STOPS, ApiError, Limits, refused_as_error
 
 MOST_PROMPTS = 64
 MAX_TOKENS = 16  # OpenAI's default
@@ -155,22 +146,15 @@ def endpoint(service: Service):
     async def answer(request: Request):
         exchange = Exchange(service.worker, request)
         with service.counted():
-            asked = read_request(await read_body(request, service.limits), CompletionRequest)
-            if asked.model:
-                check_model(asked.model, service.names)
-            check_new(model)
+            asked = await service.read(request, CompletionRequest)
             asked.check(service.limits)
             prompts = await asyncio.to_thread(refused_as_error, prepared, asked, service)
             service.begin(exchange, [row for prompt in prompts for row in prompt.rows], asked.stream)
         n = asked.n or 1
         if asked.stream:
             with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-            events = server_sent_events(service, exchange, prompts, n, with_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
-        async for _ in exchange.news():
-            pass
-        if reason := exchange.error():
-            raise ApiError(400, reason)
+            return stream_of(server_sent_events(chunks(service, exchange, prompts, n, with_usage)))
+        await exchange.finished()
         if asked.echo and asked.logprobs is not None:
             await read_prompts(service, prompts, asked.logprobs)
         choices = [
@@ -242,9 +226,9 @@ def usage(prompts: list[Prompt], n: int) -> dict[str, int]:
     return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
 
-async def server_sent_events(
+async def chunks(
     service: Service, exchange: Exchange, prompts: list[Prompt], n: int, with_usage: bool
-) -> AsyncIterator[str]:
+) -> AsyncIterator[dict]:
     """The chunks of a stream. One text may serve several choices."""
     start = head(service.model) | ({"usage": None} if with_usage else {})
     served = [  # by row: the indices of its choices
@@ -252,17 +236,10 @@ async def server_sent_events(
         for number, prompt in enumerate(prompts)
         for at in range(len(prompt.rows))
     ]
-    try:
-        async for place, text, finish_reason in exchange.news():
-            for index in served[place]:
-                if text or finish_reason:
-                    told = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason or None}
-                    yield server_sent_event(start | {"choices": [told]})
-        if reason := exchange.error():
-            raise ApiError(400, reason)
-    except ApiError as error:
-        yield server_sent_event(error.content)
-        return
+    async for place, text, finish_reason in exchange.news():
+        for index in served[place]:
+            if text or finish_reason:
+                told = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason or None}
+                yield start | {"choices": [told]}
     if with_usage:
-        yield server_sent_event(start | {"choices": [], "usage": usage(prompts, n)})
-    yield "data: [DONE]\n\n"
+        yield start | {"choices": [], "usage": usage(prompts, n)}

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
+from fastapi.responses import StreamingResponse
 
 from slm.serving.batching import Worker
-from slm.serving.protocol import ApiError, Limits
+from slm.serving.protocol import STREAM_HEADERS, ApiError, Kind, Limits, check_model, read_request
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,19 @@ class Service:
     names: tuple[str, ...]  # under which clients may ask for the model
     defaults: dict[str, Any]  # parameters that a request does not give
     several_keys: bool
+
+    async def read(self, request: Request, kind: type[Kind]) -> Kind:
+        """A request of an endpoint that wrappers of older versions lack.
+
+        Raises:
+            ApiError: the body can't be read, it asks for another model, or the model's wrapper is older.
+        """
+        asked = read_request(await read_body(request, self.limits), kind)
+        if name := getattr(asked, "model", None):
+            check_model(name, self.names)
+        if not hasattr(self.model, "token_ids"):
+            raise ApiError(400, "the model was logged by a version that serves chat alone; log it again")
+        return asked
 
     def client_of(self, request: Request) -> str:
         return request.state.tenant if self.several_keys or not request.client else request.client.host
@@ -57,10 +71,6 @@ class Exchange:
         self.rows: list = []
         self.start = time.perf_counter()
 
-    def error(self) -> str:
-        """The reason why a text can't be finished, such as a grammar that is too complex. Usually ""."""
-        return next((row.error for row in self.rows if getattr(row, "error", "")), "")
-
     def begin(self, streamed: bool | None, client: str) -> None:
         self.ticket = self.worker.submit(self.rows, bool(streamed), client)
         self._watch = asyncio.create_task(self._until_the_client_goes())
@@ -79,7 +89,8 @@ class Exchange:
         """Yields (choice, new text, finish reason or "") until all texts have ended.
 
         Raises:
-            ApiError: the time is up, the client disconnected, the model failed or the server stops.
+            ApiError: the time is up, the client disconnected, the model failed, the server stops, or a text can't be
+                finished, because its grammar is too complex, for example.
         """
         outcome, metrics = "cancelled", self.worker.metrics
         places = {id(row): place for place, row in enumerate(self.rows)}
@@ -98,6 +109,8 @@ class Exchange:
                 going -= bool(finish_reason)
                 yield places[id(row)], text, finish_reason
             outcome = "ok"
+            if reason := next((row.error for row in self.rows if getattr(row, "error", "")), ""):
+                raise ApiError(400, reason)
         finally:
             self._timer.cancel()
             self._watch.cancel()
@@ -106,6 +119,11 @@ class Exchange:
             metrics.seconds.observe(time.perf_counter() - self.start)
             metrics.prompt_tokens.inc(sum({id(row.prompt): len(row.prompt) for row in self.rows}.values()))
             metrics.output_tokens.inc(sum(len(row.output) for row in self.rows))
+
+    async def finished(self) -> None:
+        """Waits until all texts have ended. Raises what `news` raises."""
+        async for _ in self.news():
+            pass
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
@@ -126,6 +144,21 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     except TimeoutError:
         raise ApiError(408, f"the request did not arrive within {limits.body_seconds:g} seconds") from None
     return bytes(body)
+
+
+async def server_sent_events(chunks: AsyncIterator[dict]) -> AsyncIterator[str]:
+    """A stream of chunks as OpenAI sends it: the end is marked, and an error is the last event."""
+    try:
+        async for chunk in chunks:
+            yield server_sent_event(chunk)
+    except ApiError as error:
+        yield server_sent_event(error.content)
+        return
+    yield "data: [DONE]\n\n"
+
+
+def stream_of(events: AsyncIterator[str]) -> StreamingResponse:
+    return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
 
 
 def server_sent_event(content: dict, name: str = "") -> str:

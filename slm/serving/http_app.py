@@ -40,19 +40,19 @@ from typing import Any
 
 import prometheus_client
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from slm.answers import endpoints
 from slm.base.errors import BadInput
 from slm.models import wrappers
+from slm.models.chat_parts.tools import ChoiceStream
 from slm.serving import completions, openapi_page, responses, tokens
 from slm.serving.batching import Worker
-from slm.serving.exchanges import Exchange, Service, read_body, server_sent_event
+from slm.serving.exchanges import Exchange, Service, read_body, server_sent_events, stream_of
 from slm.serving.protocol import (
     METRICS_TYPE,
     OLD_FIELDS,
-    STREAM_HEADERS,
     ApiError,
     ChatRequest,
     Limits,
@@ -176,56 +176,26 @@ def chat_endpoint(service: Service):
             rows = await asyncio.to_thread(refused_as_error, model.prepare, row, service.defaults)
             service.begin(exchange, rows, asked.stream)
         if asked.stream:
-            events = server_sent_events(model, exchange, with_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
-        async for _ in exchange.news():
-            pass
-        if reason := exchange.error():
-            raise ApiError(400, reason)
+            return stream_of(server_sent_events(chunks(model, exchange, with_usage)))
+        await exchange.finished()
         return JSONResponse(model.completion(model.choices(exchange.rows)))
 
     return chat_completions
 
 
-async def server_sent_events(model, exchange: Exchange, with_usage: bool) -> AsyncIterator[str]:
+async def chunks(model, exchange: Exchange, with_usage: bool) -> AsyncIterator[dict]:
     """The chunks of a stream. Each of the n choices gets chunks, even if one text serves several choices."""
     head = model.head("chat.completion.chunk") | ({"usage": None} if with_usage else {})
-    n = exchange.rows[0].sampling.n
-    copies = n // len(exchange.rows)
-
-    def event(choice, delta, finish_reason=None, logprobs=None):
-        told = {"index": choice, "delta": delta, "finish_reason": finish_reason}
-        return server_sent_event(head | {"choices": [told | ({"logprobs": logprobs} if logprobs else {})]})
-
     has_pieces = hasattr(model, "log_probability_pieces")  # not in models of older versions
     pieces = [model.log_probability_pieces(row) for row in exchange.rows] if has_pieces else []
-    has_deltas = hasattr(model, "deltas")
-    told = [model.deltas(exchange.rows[choice % len(exchange.rows)]) for choice in range(n)] if has_deltas else []
-
-    try:
-        for choice in range(n):
-            yield event(choice, {"role": "assistant", "content": ""})
-        async for place, text, finish_reason in exchange.news():
-            logprobs = pieces[place].sent_with(text, finish_reason) if pieces else None
-            for choice in range(place, n, n // copies):
-                found = told[choice].of(text, finish_reason) if told else [{"content": text}] if text else []
-                if not found and logprobs and not finish_reason:
-                    found = [{"content": ""}]
-                for delta in found:
-                    yield event(choice, delta, None, logprobs)
-                if finish_reason:
-                    reason = told[choice].reason(finish_reason) if told else finish_reason
-                    yield event(choice, {}, reason, None if found else logprobs)
-        if reason := exchange.error():
-            raise ApiError(400, reason)
-    except ApiError as error:
-        yield server_sent_event(error.content)
-        return
+    stream = ChoiceStream(exchange.rows, getattr(model, "end_tokens", ()), pieces)
+    for entry in stream.begin():
+        yield head | {"choices": [entry]}
+    async for place, text, finish_reason in exchange.news():
+        for entry in stream.of(place, text, finish_reason):
+            yield head | {"choices": [entry]}
     if with_usage:
-        yield server_sent_event(
-            head | {"choices": [], "usage": model.completion(model.choices(exchange.rows))["usage"]}
-        )
-    yield "data: [DONE]\n\n"
+        yield head | {"choices": [], "usage": model.completion(model.choices(exchange.rows))["usage"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

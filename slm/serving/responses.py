@@ -11,19 +11,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from slm.serving.exchanges import Exchange, Service, read_body, server_sent_event
-from slm.serving.protocol import (
-    STREAM_HEADERS,
-    ApiError,
-    Limits,
-    check_model,
-    read_request,
-    refused_as_error,
-)
-from slm.serving.tokens import check_new
+from slm.serving.exchanges import Exchange, Service, server_sent_event, stream_of
+from slm.serving.protocol import ApiError, Limits, refused_as_error
 
 STATE = "this server keeps no responses; send the whole conversation as input"
 NEUTRAL: dict[str, tuple] = {  # fields that this server lacks, and the values that ask for nothing
@@ -161,20 +153,14 @@ def endpoint(service: Service):
     async def answer(request: Request):
         exchange = Exchange(service.worker, request)
         with service.counted():
-            asked = read_request(await read_body(request, service.limits), ResponsesRequest)
-            if asked.model:
-                check_model(asked.model, service.names)
-            check_new(model)
+            asked = await service.read(request, ResponsesRequest)
             row = asked.row(service.limits)
             rows = await asyncio.to_thread(refused_as_error, model.prepare, row, service.defaults)
             service.begin(exchange, rows, asked.stream)
         response = Response(service, asked, rows[0])
         if asked.stream:
-            return StreamingResponse(response.events(exchange), media_type="text/event-stream", headers=STREAM_HEADERS)
-        async for _ in exchange.news():
-            pass
-        if reason := exchange.error():
-            raise ApiError(400, reason)
+            return stream_of(response.events(exchange))
+        await exchange.finished()
         return JSONResponse(response.content())
 
     return answer
@@ -251,8 +237,6 @@ class Response:
             async for _, text, _ in exchange.news():
                 if text:
                     yield self.event("response.output_text.delta", delta=text, logprobs=[], **inside)
-            if reason := exchange.error():
-                raise ApiError(400, reason)
         except ApiError as error:
             told = {"code": "server_error", "message": str(error)}
             yield self.event("response.failed", response=self.content("failed", told))

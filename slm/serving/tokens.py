@@ -7,8 +7,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from slm.models.chat_parts.templates import messages_of
-from slm.serving.exchanges import Service, read_body
-from slm.serving.protocol import ApiError, check_model, read_request, refused_as_error
+from slm.serving.exchanges import Service
+from slm.serving.protocol import ApiError, refused_as_error
 
 
 class TokenizeRequest(BaseModel):
@@ -29,15 +29,6 @@ class DetokenizeRequest(BaseModel):
     tokens: list[int]
 
 
-def check_new(model) -> None:
-    """
-    Raises:
-        ApiError: the model runs a wrapper of an older version.
-    """
-    if not hasattr(model, "token_ids"):
-        raise ApiError(400, "the model was logged by a version that serves chat alone; log it again")
-
-
 def tokenize_endpoint(service: Service):
     model = service.model
 
@@ -48,10 +39,7 @@ def tokenize_endpoint(service: Service):
 
     async def tokenize(request: Request):
         with service.counted():
-            asked = read_request(await read_body(request, service.limits), TokenizeRequest)
-            if asked.model:
-                check_model(asked.model, service.names)
-            check_new(model)
+            asked = await service.read(request, TokenizeRequest)
             if (asked.prompt is None) == (asked.messages is None):
                 raise ApiError(400, "give either prompt or messages", param="prompt")
             if asked.messages is not None and asked.add_special_tokens:
@@ -74,10 +62,7 @@ def detokenize_endpoint(service: Service):
 
     async def detokenize(request: Request):
         with service.counted():
-            asked = read_request(await read_body(request, service.limits), DetokenizeRequest)
-            if asked.model:
-                check_model(asked.model, service.names)
-            check_new(model)
+            asked = await service.read(request, DetokenizeRequest)
             ids = refused_as_error(model.in_vocabulary, asked.tokens)
         return JSONResponse({"prompt": await asyncio.to_thread(model.text_of, ids)})
 

@@ -416,13 +416,25 @@ def test_no_answer_is_kept_of_a_model_that_was_changed_while_it_answered(logged,
 @pytest.mark.fault("models: weights that are exchanged before a second session opens them")
 def test_no_second_session_is_opened_over_other_weights(logged):
     _, folder = logged
-    runtime = load(logged[0]).wrapper._runtime
+    opened = load(logged[0])  # its files are there as long as it is
+    runtime = opened.wrapper._runtime
     if runtime._threads == 1:
         pytest.skip("one core has one session")
     path = folder / "artifacts" / "onnx" / "model.onnx.data"
     content = path.read_bytes()
-    rewrite(path, content)
+    rewrite(path, bytes([content[0] ^ 1]) + content[1:])
     assert runtime.lanes(1000) == [runtime]
+
+
+@pytest.mark.usefixtures("all_cores")
+def test_another_link_to_the_weights_does_not_keep_a_second_session_from_them(logged, tmp_path):
+    _, folder = logged
+    opened = load(logged[0])  # its files are there as long as it is
+    runtime = opened.wrapper._runtime
+    if runtime._threads == 1:
+        pytest.skip("one core has one session")
+    os.link(folder / "artifacts" / "onnx" / "model.onnx.data", tmp_path / "link")
+    assert len(runtime.lanes(1000)) == runtime._threads
 
 
 @pytest.mark.fault("models: a name that makes two lines of the manifest")

@@ -76,7 +76,7 @@ def test_one_token_is_answered_while_two_long_answers_are_generated(full_batches
 
 @pytest.mark.fault("serving: another client's long prompt")
 def test_a_long_prompt_is_read_in_pieces_between_which_others_have_their_turn(model, monkeypatch):
-    monkeypatch.setattr(model._runtime, "_piece_tokens", lambda: 16)
+    monkeypatch.setattr(model._runtime, "piece_tokens", 16)
     question = {"messages": [{"role": "user", "content": "word " * 100}], "max_tokens": 2}
     [row], [dropped] = model.prepare(question), model.prepare(question)
     turns = [len(step) for step in model.stream([row])]

@@ -1,6 +1,7 @@
 """Runs an ONNX graph with onnxruntime, on the CPU, by continuous batching."""
 
 import copy
+import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .rows import Row
-from .running_batch import PIECE_TOKENS, BatchPlaces, RunningBatch, span_of
+from .running_batch import PIECE_TOKENS, BatchPlaces, RunningBatch
 from .runtime import LOGITS_BYTES, Runtime, exact_integers, physical_cores
 
 SPAN_STEP = 64  # tokens; keys and values are allocated for a multiple of this number
@@ -40,6 +41,7 @@ class ContinuousRuntime:
     library = "onnxruntime"
     refills = True
     passes_end = True
+    piece_tokens = PIECE_TOKENS
 
     def __init__(self, folder: Path, config: dict, facts: dict):
         decoder = facts["decoder"]
@@ -48,7 +50,7 @@ class ContinuousRuntime:
         self._entries = exact_integers(decoder)
         self.batch_size = max(64, LANE_ROWS * self._threads) if self._small() else 48
         self._session = self._open(self._threads)
-        self._opened = self._stamp()
+        self._opened = self._digests() if self._threads > 1 and self._small() else []
         self._lanes: list[Runtime] = []
         inputs = {entry.name: entry for entry in self._session.get_inputs()}
         dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -80,15 +82,20 @@ class ContinuousRuntime:
             options.add_session_config_entry(*entry)
         return onnxruntime.InferenceSession(str(self._file), options, providers=["CPUExecutionProvider"])
 
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self._file.parent.glob(f"{self._file.name}*") if path.exists())
+
     def _small(self) -> bool:
         """Whether the weights may be held a second time. If their files are gone, they can't be read again."""
-        return 0 < sum(size for _, _, size, *_ in self._stamp()) <= LANE_BYTES
+        return 0 < sum(path.stat().st_size for path in self._files()) <= LANE_BYTES
 
-    def _stamp(self) -> list[tuple]:
-        """Facts that change when a file of the graph is written or replaced. Without files, the list is empty."""
-        files = sorted(path for path in self._file.parent.glob(f"{self._file.name}*") if path.exists())
-        found = [(path.name, path.stat()) for path in files]
-        return [(name, told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns) for name, told in found]
+    def _digests(self) -> list[tuple[str, bytes]]:
+        """The content of small weights. A file's times would not do: a hard link to a file changes one of them."""
+        found = []
+        for path in self._files():
+            with path.open("rb") as file:
+                found.append((path.name, hashlib.file_digest(file, hashlib.blake2b).digest()))
+        return found
 
     def lanes(self, rows: int) -> list[Runtime]:
         """The runtimes that generate `rows` rows best, side by side, with one thread for each runtime.
@@ -100,11 +107,11 @@ class ContinuousRuntime:
         if self._threads == 1 or rows < LANE_ROWS * self._threads:
             return [self]
         if not self._lanes:
-            if not self._small():
+            if not self._opened or not self._small():
                 return [self]
             lane = copy.copy(self)
             lane._session = self._open(1)
-            if self._stamp() != self._opened:  # the weights may be different now
+            if self._digests() != self._opened:
                 return [self]
             self._lanes = [lane] * self._threads
         return self._lanes
@@ -118,7 +125,7 @@ class ContinuousRuntime:
         not started, or raises IndexError. Without `take`, all rows are taken in order.
         """
         count = min(places or len(rows), len(rows))
-        held = self._places(count, max(map(span_of, rows)))
+        held = self._places(count, max(row.span for row in rows))
         take = take or deque(range(len(rows))).popleft
         yield from self._steps_of(RunningBatch(self, rows, take, held, count))
 
@@ -180,16 +187,13 @@ class ContinuousRuntime:
         no piece has one token.
         """
         begun = self._copy_beginning(held, place, prompt, begun, tenant, len(prompt) - 2)
-        size = self._piece_tokens()
+        size = self.piece_tokens
         end = min(begun + size - begun % size, len(prompt))
         if end - begun == 1:
             end = min(end + size, len(prompt))
         end += len(prompt) - end == 1
         logits = self._run_piece(held, place, prompt, begun, end, 0, "prompt")
         return end, end - begun, logits[-1] if end == len(prompt) else None
-
-    def _piece_tokens(self) -> int:
-        return PIECE_TOKENS
 
     def _copy_beginning(
         self, held: BatchPlaces, place: int, prompt: np.ndarray, begun: int, tenant: str, most: int
@@ -231,7 +235,7 @@ class ContinuousRuntime:
         """
         take = take or deque(range(len(rows))).popleft
         self._idle.clear()
-        held = self._places(1, max(len(row.prompt) + row.room for row in rows))
+        held = self._places(1, max(row.span for row in rows))
         with suppress(IndexError):
             while True:
                 position = take()

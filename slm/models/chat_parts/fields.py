@@ -5,7 +5,7 @@ that the table lacks is refused by its name.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -250,16 +250,13 @@ def _number(entry: Field, value):
     return kind(value)
 
 
-def _flag(entry: Field, value):
-    if not isinstance(value, bool):
-        raise Refused(f"{entry.name} must be true or false, got {value!r:.60}", entry.name)
-    return value
+def _instance(kind: type, words: str) -> Callable:
+    def checked(entry: Field, value):
+        if not isinstance(value, kind):
+            raise Refused(f"{entry.name} must be {words}, got {value!r:.60}", entry.name)
+        return value
 
-
-def _text(entry: Field, value):
-    if not isinstance(value, str):
-        raise Refused(f"{entry.name} must be text, got {value!r:.60}", entry.name)
-    return value
+    return checked
 
 
 def _texts(entry: Field, value):
@@ -269,26 +266,14 @@ def _texts(entry: Field, value):
     return texts
 
 
-def _list(entry: Field, value):
-    if not isinstance(value, list):
-        raise Refused(f"{entry.name} must be a list, got {value!r:.60}", entry.name)
-    return value
-
-
-def _object(entry: Field, value):
-    if not isinstance(value, dict):
-        raise Refused(f"{entry.name} must be an object, got {value!r:.60}", entry.name)
-    return value
-
-
 KINDS = {
     "number": _number,
     "whole number": _number,
-    "flag": _flag,
-    "text": _text,
+    "flag": _instance(bool, "true or false"),
+    "text": _instance(str, "text"),
     "texts": _texts,
-    "list": _list,
+    "list": _instance(list, "a list"),
     "messages": lambda entry, value: value,  # templates.messages_of checks them
-    "object": _object,
+    "object": _instance(dict, "an object"),
     "any": lambda entry, value: value,
 }

@@ -53,9 +53,7 @@ class Generation:
                 raise Refused(f"row {index}: {told}")
             if (strange := next((id for id in ids + forced if not 0 <= id < tokens), None)) is not None:
                 raise Refused(f"row {index}: token {strange} is not in the vocabulary, which has {tokens} tokens")
-            scores[index] = TokenScores(np.zeros(len(forced), dtype=np.float32), np.zeros(len(forced), dtype=bool))
-            row = Row((index, 0), ids, GREEDY, len(forced), 0, forced=forced)
-            row.see = functools.partial(_see, row, scores[index], see)
+            row, scores[index] = _given(index, ids, forced, see)
             if forced:
                 waiting.append(row)
             else:
@@ -139,9 +137,7 @@ class Generation:
         forced = list(ids[1:])
         if not forced:
             return
-        row = Row((0, 0), list(ids[:1]), GREEDY, len(forced), 0, forced=forced)
-        scores = TokenScores(np.zeros(len(forced), dtype=np.float32), np.zeros(len(forced), dtype=bool))
-        row.see = functools.partial(_see, row, scores, see)
+        row, _ = _given(0, list(ids[:1]), forced, see)
         with self._lock:
             if self._runtime.reads:
                 for _ in self._runtime.read([row]):
@@ -165,15 +161,12 @@ class Generation:
         neighbours, so that a common beginning is computed once.
         """
 
-        def span(row: Row) -> int:
-            return len(row.prompt) + row.room
-
         alike: list[Row] = []
-        ordered = sorted(rows, key=span, reverse=True)
+        ordered = sorted(rows, key=lambda row: row.span, reverse=True)
         for place, row in enumerate(ordered, 1):
             alike.append(row)
-            if place == len(ordered) or 2 * span(ordered[place]) < span(alike[0]):
-                room = min(batch_size, CACHE_BYTES // (span(alike[0]) * self._runtime.bytes_per_token))
+            if place == len(ordered) or 2 * ordered[place].span < alike[0].span:
+                room = min(batch_size, CACHE_BYTES // (alike[0].span * self._runtime.bytes_per_token))
                 lanes = self._runtime.lanes(min(len(alike), room))
                 yield sorted(alike, key=lambda row: row.prompt), max(1, room // len(lanes)), lanes
                 alike = []
@@ -197,7 +190,7 @@ class Generation:
         Without refilling, prompts are padded to one length.
         """
         if self._runtime.refills:
-            return max(len(row.prompt) + row.room for row in batch)
+            return max(row.span for row in batch)
         return max(len(row.prompt) for row in batch) + max(row.room for row in batch)
 
     def _readings(self, rows: list[Row], batch_size: int) -> Iterator[tuple[list[Row], int, list[Runtime]]]:
@@ -339,6 +332,14 @@ class Generation:
     def _hidden(self, row: Row, token: int) -> bool:
         """Whether a special token is left out of a text that shows other special tokens."""
         return bool(row.shown) and token in self._special_ids and token not in row.shown
+
+
+def _given(index: int, context: list[int], tokens: list[int], see: SeeDistributions | None) -> tuple[Row, TokenScores]:
+    """A row with given tokens, and the scores that its reading fills."""
+    scores = TokenScores(np.zeros(len(tokens), dtype=np.float32), np.zeros(len(tokens), dtype=bool))
+    row = Row((index, 0), context, GREEDY, len(tokens), 0, forced=tokens)
+    row.see = functools.partial(_see, row, scores, see)
+    return row, scores
 
 
 def _see_part(see: Callable[[int, np.ndarray], None], begin: int, first: int, logits: np.ndarray) -> None:

@@ -22,7 +22,7 @@ from .sampling import sampling_of
 from .structured import Constraints, checked_grammar, schema_grammar, schema_of
 from .templates import messages_of, read_chat_template, render
 from .tool_templates import fitted, read_tool_template, tool_template
-from .tools import Deltas, Reading, openai_call, said, said_reason, tools_grammar, tools_of
+from .tools import ChoiceStream, Reading, openai_call, said, said_reason, tools_grammar, tools_of
 from .transformers_runtime import TransformersRuntime
 
 
@@ -142,29 +142,14 @@ class SmallLanguageModel(Generation, PythonModel):
 
     def _chunks(self, rows: list[Row], with_usage: bool) -> Iterator[dict]:
         """The chunks of one request. Each of its n choices gets chunks, even if one text serves several choices."""
-        head, n = self.head("chat.completion.chunk"), rows[0].sampling.n
-
-        def chunk(choice: int, delta: dict, finish_reason: str | None = None, logprobs: dict | None = None) -> dict:
-            told = {"index": choice, "delta": delta, "finish_reason": finish_reason}
-            return head | {"choices": [told | ({"logprobs": logprobs} if logprobs else {})]}
-
-        for choice in range(n):
-            yield chunk(choice, {"role": "assistant", "content": ""})
-        pieces = {id(row): self.log_probability_pieces(row) for row in rows}
+        head = self.head("chat.completion.chunk")
+        stream = ChoiceStream(rows, self.end_tokens, [self.log_probability_pieces(row) for row in rows])
         places = {id(row): place for place, row in enumerate(rows)}
-        told = [self.deltas(rows[choice % len(rows)]) for choice in range(n)]
+        yield from (head | {"choices": [entry]} for entry in stream.begin())
         for step in self.stream(rows):
             for row, text in step:
-                logprobs = pieces[id(row)].sent_with(text, row.finish_reason)
-                for choice in range(places[id(row)], n, len(rows)):
-                    found = told[choice].of(text, row.finish_reason)
-                    if not found and logprobs and not row.finish_reason:
-                        found = [{"content": ""}]
-                    for delta in found:
-                        yield chunk(choice, delta, None, logprobs)
-                    if row.finish_reason:
-                        reason = told[choice].reason(row.finish_reason)
-                        yield chunk(choice, {}, reason, None if found else logprobs)
+                for entry in stream.of(places[id(row)], text, row.finish_reason):
+                    yield head | {"choices": [entry]}
         if with_usage:
             output_tokens = sum(answer.output_tokens for answer in self.choices(rows))
             yield head | {"choices": [], "usage": usage(len(rows[0].prompt), output_tokens)}
@@ -319,10 +304,6 @@ class SmallLanguageModel(Generation, PythonModel):
                 )
             )
         return answers * (rows[0].sampling.n // len(answers))
-
-    def deltas(self, row: Row) -> Deltas:
-        """A row's text as the deltas of one choice of a stream."""
-        return Deltas(row, self.end_tokens)
 
     def log_probability_pieces(self, row: Row) -> "LogProbabilityPieces":
         """A row's log probabilities in the pieces in which a stream sends its text."""

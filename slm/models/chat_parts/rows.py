@@ -112,6 +112,11 @@ class Row:
     see: Callable[[int, np.ndarray], None] = lambda first, logits: None
 
     @property
+    def span(self) -> int:
+        """The number of tokens for which the row needs room in its keys and values."""
+        return len(self.prompt) + self.room
+
+    @property
     def takes_likeliest(self) -> bool:
         """Whether the next token is the likeliest one, and nobody needs the logits."""
         sampling = self.sampling

@@ -82,11 +82,6 @@ class Live:
     last: int  # its last token
 
 
-def span_of(row: Row) -> int:
-    """The number of tokens for which a row needs room."""
-    return len(row.prompt) + row.room
-
-
 class RunningBatch:
     """The rows that are generated together, and those whose prompts are read before that.
 
@@ -212,7 +207,7 @@ class RunningBatch:
     def _make_room(self, row: Row, count: int) -> None:
         """Replaces the batch places by larger ones, if a new row needs that. Keys and values are copied."""
         held, generating = self.held, [one for one in self._live if one]
-        span = max(map(span_of, [row, *(one.row for one in generating), *(one.row for one in self._reading)]))
+        span = max(one.span for one in [row, *(one.row for one in generating), *(one.row for one in self._reading)])
         if span <= held.span and count <= len(held.prompts):
             return
         span = -(-span // SPAN_STEP) * SPAN_STEP

@@ -20,6 +20,11 @@ from .fields import did_you_mean
 from .rows import Refused, Row
 
 WHITESPACE = 20
+GUIDANCE: Any = {  # llguidance's options for a schema
+    "whitespace_pattern": rf"[ \n\t]{{0,{WHITESPACE}}}",
+    "coerce_one_of": False,
+    "lenient": False,
+}
 GRAMMAR_SECONDS = 5  # of processor time for the check of one grammar
 GRAMMAR_BYTES = 2**30  # of memory for it
 KEPT = 64  # grammars
@@ -60,9 +65,7 @@ def _only(entries: dict, known: tuple[str, ...], where: str) -> None:
 def _schema_grammar(schema: str) -> str:
     from llguidance import LLMatcher
 
-    white = rf"[ \n\t]{{0,{WHITESPACE}}}"
-    options: Any = {"whitespace_pattern": white, "coerce_one_of": False, "lenient": False}
-    return LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    return LLMatcher.grammar_from_json_schema(schema, overrides=GUIDANCE)
 
 
 def schema_grammar(schema: dict) -> str:

@@ -9,13 +9,13 @@ import functools
 import json
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .fields import Request, did_you_mean
 from .rows import Refused, Row
-from .structured import WHITESPACE, checked_grammar, schema_grammar
+from .structured import GUIDANCE, checked_grammar, schema_grammar
 from .tool_calls import Call, CallReader, Form
 
 MOST_TOOLS = 128
@@ -171,10 +171,9 @@ def _grammar(
     if free:
         rules.append(f"TEXT: {_text_without(form, ids)}")
     rules.append("call: " + " | ".join(f"call{place}" for place in range(len(schemas))))
-    guidance = {"whitespace_pattern": rf"[ \n\t]{{0,{WHITESPACE}}}", "coerce_one_of": False, "lenient": False}
     for place, (name, schema) in enumerate(schemas):
         begin = f'{{"name": {json.dumps(name)}, "{form.arguments}": '
-        arguments = json.dumps({**json.loads(schema), "x-guidance": guidance})
+        arguments = json.dumps({**json.loads(schema), "x-guidance": GUIDANCE})
         rules += [f'call{place}: {_quoted(begin)} arguments{place} "}}"', f"arguments{place}: %json {arguments}"]
     return LLMatcher.grammar_from_lark("\n".join(rules) + "\n")
 
@@ -202,7 +201,8 @@ class Parts:
 
     def __init__(self, row: Row):
         self._row = row
-        self._reader = CallReader(row.tools.form, row.tools.names) if row.tools else None
+        tools = getattr(row, "tools", None)  # rows of older wrappers have none
+        self._reader = CallReader(tools.form, tools.names) if tools else None
         self._called = False
 
     def of(self, text: str, ended: bool, cut: bool = False) -> list[str | Call]:
@@ -241,6 +241,40 @@ class Deltas:
     def reason(self, finish_reason: str) -> str:
         """The finish_reason that the client gets."""
         return said_reason(finish_reason, bool(self._calls))
+
+
+class ChoiceStream:
+    """The entries of `choices` in a stream's chunks, for the rows of one request. A row may serve several choices.
+
+    `pieces` has each row's log probabilities in the pieces of a stream (model.LogProbabilityPieces), or is empty.
+    """
+
+    def __init__(self, rows: Sequence[Row], end_tokens: Iterable[int], pieces: Sequence[Any]):
+        self._n, self._rows, self._pieces = rows[0].sampling.n, len(rows), pieces
+        self._deltas = [Deltas(rows[choice % len(rows)], end_tokens) for choice in range(self._n)]
+
+    def begin(self) -> Iterator[dict]:
+        """The first entry of each choice."""
+        for choice in range(self._n):
+            yield _entry(choice, {"role": "assistant", "content": ""})
+
+    def of(self, place: int, text: str, finish_reason: str) -> Iterator[dict]:
+        """The entries for a further piece of a row's text. `place` is the row's place in the request."""
+        logprobs = self._pieces[place].sent_with(text, finish_reason) if self._pieces else None
+        for choice in range(place, self._n, self._rows):
+            deltas = self._deltas[choice]
+            found = deltas.of(text, finish_reason)
+            if not found and logprobs and not finish_reason:
+                found = [{"content": ""}]
+            for delta in found:
+                yield _entry(choice, delta, None, logprobs)
+            if finish_reason:
+                yield _entry(choice, {}, deltas.reason(finish_reason), None if found else logprobs)
+
+
+def _entry(choice: int, delta: dict, finish_reason: str | None = None, logprobs: dict | None = None) -> dict:
+    entry = {"index": choice, "delta": delta, "finish_reason": finish_reason}
+    return entry | ({"logprobs": logprobs} if logprobs else {})
 
 
 def said(row: Row, end_tokens: Iterable[int]) -> tuple[str, tuple[Call, ...]]:
