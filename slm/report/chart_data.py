@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from slm.report.summary import MISSING, Report, megabytes, p_value, seconds_of
+from slm.report.summary import MISSING, Report, direction, megabytes, p_value, seconds_of
 from slm.verdict import estimation
 from slm.verdict.gate import Check
 from slm.verdict.scored_model import OVERALL, ScoredModel
@@ -220,7 +220,7 @@ def difference_rows(report: Report) -> list[Row]:
     adjusted = [estimation.holm_p_values(compared) for compared in report.differences]
     for name in scorer_names(report.models):
         marks = tuple(
-            Mark(place, gap.mean, gap.ci95_low, gap.ci95_high, gap.n, _told(gap, p), _detail(gap, p))
+            Mark(place, gap.mean, gap.ci95_low, gap.ci95_high, gap.n, direction(gap, p), _detail(gap, p))
             for place, compared in enumerate(report.differences)
             if name in compared
             for gap, p in [(compared[name], adjusted[place].get(name))]
@@ -325,14 +325,6 @@ def shortened(text: str, characters: int) -> str:
 def _limits(report: Report, name: str, keywords: Iterable[str]) -> dict[str, float]:
     rules = [_rule(check) for _, check in checks(report) if check.metric == f"{name}/mean"]
     return {keyword: limit for keyword, limit in rules if keyword in keywords}
-
-
-def _told(gap: Difference, adjusted: float | None) -> str:
-    """Worse or better if interval and p-value agree. Perhaps, if only the interval shows a change."""
-    word = "worse" if gap.ci95_high < 0 else "better" if gap.ci95_low > 0 else ""
-    if not word:
-        return "can't tell"
-    return word if (gap.p_value if adjusted is None else adjusted) < 0.05 else f"perhaps {word}"
 
 
 def _detail(gap: Difference, adjusted: float | None) -> str:

@@ -41,7 +41,7 @@ from slm.report.chart_data import (
     trend_axis,
     trends,
 )
-from slm.report.summary import MISSING, Report, cut_remarks, p_value, percent, visible
+from slm.report.summary import CANT_TELL, MISSING, PERHAPS, Report, cut_remarks, direction, p_value, percent, visible
 from slm.report.token_view import token_rows
 from slm.verdict import estimation
 from slm.verdict.gate import Check
@@ -168,10 +168,13 @@ def _compared(candidate: str, baseline: str, gap: Difference | None) -> str:
     if gap.mean == 0:
         return f"{candidate} scores the same as {baseline} on {counted(gap.n, 'prompt')}"
     seen = f"{candidate} scores {_amount(gap.mean)} {'less' if gap.mean < 0 else 'more'} than {baseline}"
-    if gap.ci95_low <= 0 <= gap.ci95_high:
+    word = direction(gap)
+    if word == CANT_TELL:
         return f"{seen}, which {counted(gap.n, 'prompt')} can't tell from chance"
-    interval = f"{_gap(gap.ci95_low)} to {_gap(gap.ci95_high)}"
-    return f"{seen}, and the 95 % interval, {interval}, leaves out 0 (p {p_value(gap.p_value)})"
+    interval, p = f"{_gap(gap.ci95_low)} to {_gap(gap.ci95_high)}", f"p {p_value(gap.p_value)}"
+    if word.startswith(PERHAPS):
+        return f"{seen}: {word}, as the 95 % interval, {interval}, and the p-value ({p}) disagree"
+    return f"{seen}, and the 95 % interval, {interval}, leaves out 0 ({p})"
 
 
 def _broken(report: Report, place: int, check: Check) -> str:
@@ -209,11 +212,11 @@ def flips(report: Report) -> dict[int, list[dict]]:
         for name, flipped in estimation.flips(model, baseline).items():
             if name not in asked_for:
                 continue  # over all, or over repeats
-            for direction in ("worse", "better"):
-                for key in getattr(flipped, direction):
+            for change in ("worse", "better"):
+                for key in getattr(flipped, change):
                     gap = round(ours[key] - theirs[key], 12)
                     entry = changed.setdefault(key, {"id": key, "gap": gap, "worse": [], "better": []})
-                    entry[direction].append(name)
+                    entry[change].append(name)
         found[place] = sorted(changed.values(), key=lambda entry: entry["gap"])
     return found
 

@@ -23,6 +23,7 @@ from slm.verdict.scored_model import OVERALL, ScoredModel, is_of_a_scorer
 from slm.verdict.statistics import Difference, Estimate
 
 MISSING = "n/a"
+CANT_TELL, PERHAPS = "can't tell", "perhaps "  # words of `direction`
 CUT_ALIKE = 0.05  # two shares of cut answers that differ by no more count as the same
 COUNTS_AS = {"score": "count by their scores", "wrong": "count as wrong", "unscored": "do not count"}  # by `cut`
 FLIPS = 6  # ids shown in a line
@@ -152,8 +153,10 @@ def _remarks(report: Report) -> list[str]:
             if name == OVERALL or adjusted.get(name, 1) < 0.05:
                 p = f"p {p_value(gap.p_value)}" if name == OVERALL else f"p {p_value(adjusted[name])} after Holm"
                 seen = f"{gap.mean:+.2f} [{gap.ci95_low:+.2f}, {gap.ci95_high:+.2f}], {p}, {counted(gap.n, 'pair')}"
+                word = direction(gap, None if name == OVERALL else adjusted[name])
+                doubt = f": {word}, as interval and p-value disagree" if word.startswith(PERHAPS) else ""
                 told.append(
-                    f"{pair}, {name}: {seen}; a difference under {gap.detectable:.2f} would not have been found"
+                    f"{pair}, {name}: {seen}{doubt}; a difference under {gap.detectable:.2f} would not have been found"
                 )
         told += fidelity_remark(report, place)
         flips = estimation.flips(scored, baseline).get(OVERALL)
@@ -320,6 +323,14 @@ def estimate(entry: Estimate | None) -> str:
     if entry is None or math.isnan(entry.mean):
         return MISSING
     return f"{entry.mean:.2f} [{entry.ci95_low:.2f}, {entry.ci95_high:.2f}]"
+
+
+def direction(gap: Difference, adjusted: float | None = None) -> str:
+    """Worse or better if interval and p-value agree. Perhaps, if one of the two alone shows a change."""
+    apart, p = not gap.ci95_low <= 0 <= gap.ci95_high, gap.p_value if adjusted is None else adjusted
+    if not apart and not p < 0.05:
+        return CANT_TELL
+    return f"{'' if apart and p < 0.05 else PERHAPS}{'worse' if gap.mean < 0 else 'better'}"
 
 
 def p_value(p: float) -> str:

@@ -23,7 +23,7 @@ from slm.report import chart_data, html_page, plots, summary
 from slm.report.summary import Report
 from slm.tracking.earlier_runs import Point
 from slm.verdict import estimation, gate, scored_model
-from slm.verdict.statistics import Estimate
+from slm.verdict.statistics import Difference, Estimate
 
 SCRIPT = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=2><!--"
 HOSTILE = f"{SCRIPT} '\" & \x00\x1b[31m \u202egnp.exe \ud800 {{{{ 7 * 7 }}}} {{% raw %}}"
@@ -156,6 +156,17 @@ def words(page: str) -> str:
 def test_the_verdict_is_told_in_words(made, said):
     assert html_page.headline(made) == said
     assert said in words(html_page.render(made))
+
+
+def test_an_interval_and_a_p_value_that_disagree_are_told_with_the_same_word_everywhere():
+    made = report(FEW_WORSE, FEW)
+    gap = Difference(-0.05, 0.02, -0.10, -0.01, 0.061, 150, 0.06)
+    made = replace(made, differences=tuple({name: gap for name in compared} for compared in made.differences))
+    assert html_page.headline(made) == (
+        "No gate. new scores 0.05 less than old: perhaps worse, as the 95 % interval, -0.10 to -0.01, and the p-value"
+        " (p = 0.061) disagree"
+    )
+    assert "-0.05 [-0.10, -0.01] perhaps worse p = 0.061, 150 pairs" in words(html_page.render(made))
 
 
 def test_a_rule_is_shown_with_its_state_its_model_and_its_reason():

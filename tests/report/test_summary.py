@@ -142,6 +142,29 @@ def test_a_corrected_p_of_5_percent_and_an_unknown_one_are_not_beyond_chance():
     assert differences_told(contains=0.049, number=math.nan) == ["contains"]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "p", "word"),
+    [
+        (0.02, 0.18, 0.03, "better"),
+        (0.02, 0.18, 0.05, "perhaps better"),
+        (0.02, 0.18, math.nan, "perhaps better"),
+        (-0.02, 0.22, 0.03, "perhaps better"),
+        (0.0, 0.2, 0.05, "can't tell"),
+        (-0.18, -0.02, 0.03, "worse"),
+        (-0.18, -0.02, 0.06, "perhaps worse"),
+        (-0.22, 0.02, 0.04, "perhaps worse"),
+    ],
+)
+def test_interval_and_p_value_must_agree_for_a_clear_word(low, high, p, word):
+    gap = statistics.Difference((low + high) / 2, 0.04, low, high, p, 20, 0.11)
+    assert summary.direction(gap) == word
+    two = [scored([RIGHT], prompts(1)) for _ in range(2)]
+    made = report(two, prompts(1), gate.Verdict("none", ()), {"score": gap})
+    told = [line for line in made.remarks if " minus " in line]
+    doubt = f": {word}, as interval and p-value disagree; " if "perhaps" in word else "20 pairs; "
+    assert len(told) == 1 and doubt in told[0]
+
+
 def test_a_baseline_that_comes_first_hides_no_difference_of_the_next_model():
     made = pair()
     turned = replace(made, models=made.models[::-1], differences=made.differences[::-1], baseline=0)

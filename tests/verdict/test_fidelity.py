@@ -60,18 +60,22 @@ def test_a_single_cluster_has_no_interval():
     assert found.mean == 0.375 and math.isnan(found.ci95_low) and math.isnan(found.ci95_high)
 
 
-@pytest.mark.parametrize(("prompts", "least"), [(24, 0.88), (150, 0.9), (600, 0.9)])
-def test_the_interval_of_a_long_tailed_divergence_holds_the_truth(prompts, least):
-    """Lognormal over tokens (sigma 1.5) and over prompts (0.5), and 3 tokens of 10 without a divergence."""
-    random, truth, held, samples = np.random.default_rng(prompts), 0.7 * math.exp(1.25), 0, 300
+@pytest.mark.parametrize("sigma", [1.0, 1.5])
+@pytest.mark.parametrize("prompts", [24, 150, 600])
+def test_the_interval_of_a_long_tailed_divergence_holds_the_truth(prompts, sigma):
+    """Lognormal over tokens and over prompts (sigma 0.5), and 3 tokens of 10 without a divergence.
+
+    95 % of 400 samples are 380. With a true coverage of 93 or 97 %, at least 359 or at most 398 are held.
+    """
+    random, truth, held, samples = np.random.default_rng(prompts), 0.7 * math.exp((sigma**2 + 0.25) / 2), 0, 400
     for _ in range(samples):
         sizes = random.integers(20, 61, prompts)
         owner = np.repeat(np.arange(prompts), sizes)
-        kl = np.exp(random.normal(0, 1.5, sizes.sum()) + random.normal(0, 0.5, prompts)[owner])
+        kl = np.exp(random.normal(0, sigma, sizes.sum()) + random.normal(0, 0.5, prompts)[owner])
         kl *= random.random(sizes.sum()) > 0.3
         found = ratio_estimate(np.bincount(owner, weights=kl), sizes, kind="positive")
         held += found.ci95_low <= truth <= found.ci95_high
-    assert least <= held / samples <= 0.985
+    assert 0.93 <= held / samples <= 0.97
 
 
 def test_the_figures_of_a_comparison():
