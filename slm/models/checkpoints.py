@@ -315,7 +315,12 @@ def _converted(source: Source, file: Path) -> Checkpoint:
     sha256 = cache.file_sha256(file)
     if source.sha256 and sha256 != source.sha256:
         raise BadInput(f"model: {file} is damaged (SHA-256 {sha256[:12]}…): reinstall the package it came with")
-    recipe = {"gguf": sha256, "transformers": importlib.metadata.version("transformers"), "dtype": "float32"}
+    recipe = {
+        "gguf": sha256,
+        "transformers": importlib.metadata.version("transformers"),
+        "dtype": "float32",
+        "code": cache.file_sha256(Path(__file__).with_name("gguf.py")),
+    }
 
     def build(target: Path) -> None:
         # in its own process: its memory is freed, and this process never imports torch

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 END_OF_TURN = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>")  # the same list as in llama.cpp
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")  # names of Llama 3's tokenizer in tokenizer.ggml.pre
 
 
 def convert(file: Path, target: Path) -> None:
@@ -53,8 +54,12 @@ def convert(file: Path, target: Path) -> None:
 def save_tokenizer(file: Path, target: Path):
     """Writes a GGUF file's tokenizer and chat template as files of a checkpoint. Returns the tokenizer.
 
-    Phi-3's special tokens absorb the white space after them. GGUF has no entry for this, so this function sets it. It
-    applies to the tokens for which llama.cpp (src/llama-vocab.cpp) sets it and Phi-3's own tokenizer.json has it.
+    GGUF names a tokenizer and leaves a part of its rules to the program that reads it. transformers does not know all
+    of them. So this function sets them as llama.cpp (src/llama-vocab.cpp) and the models' own tokenizer.json do:
+
+    - SmolLM: each digit is a token, and is split off before spaces are.
+    - Llama 3: a word that is in the vocabulary is one token, whatever the merges give.
+    - Phi-3: the special tokens absorb the white space after them.
     """
     from gguf import GGUFReader
     from transformers import AutoTokenizer
@@ -62,15 +67,25 @@ def save_tokenizer(file: Path, target: Path):
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.save_pretrained(target)
     fields = GGUFReader(file).fields
-    kinds = [fields[name].contents() for name in ("general.architecture", "tokenizer.ggml.model")]
-    if kinds == ["phi3", "llama"]:
-        path = target / "tokenizer.json"
-        content = json.loads(path.read_text(encoding="utf-8"))
+    architecture, kind, rules = (
+        fields[name].contents() if name in fields else ""
+        for name in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
+    )
+    path = target / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if rules == "smollm":
+        words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        digits = {"type": "Digits", "individual_digits": True}
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, words]}
+    elif rules in WHOLE_WORDS:
+        content["model"]["ignore_merges"] = True
+    elif (architecture, kind) == ("phi3", "llama"):
         for token in content["added_tokens"]:
             token["rstrip"] = token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
-        path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        tokenizer = AutoTokenizer.from_pretrained(target)
-    return tokenizer
+    else:
+        return tokenizer
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return AutoTokenizer.from_pretrained(target)
 
 
 if __name__ == "__main__":

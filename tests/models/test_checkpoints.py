@@ -35,6 +35,24 @@ def test_the_embedded_model_is_the_real_one_with_a_chat_template(checkpoint):
     assert "<|im_start|>" in read_chat_template(checkpoint.folder)[0]
 
 
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("a    12  345 6", [81, 289, 33, 34, 256, 35, 36, 37, 216, 38]),
+        ("\n\n   1. Definitions.", [1004, 33, 30, 39331, 30]),
+        ("ied 4 ½ months", [885, 216, 36, 216, 16738, 2704]),
+        ("  \t 7\r\n\r\n8", [256, 197, 216, 39, 18682, 40]),
+    ],
+)
+def test_the_embedded_model_gets_the_tokens_that_llama_cpp_gives_it(checkpoint, text, ids):
+    """The ids are those of llama-server's /tokenize with the same GGUF (llama-cpp-python 0.3.36)."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    assert Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json")).encode(text).ids == ids
+    assert AutoTokenizer.from_pretrained(checkpoint.folder)(text)["input_ids"] == ids
+
+
 def test_the_package_that_carries_the_weights_is_never_imported():
     code = (
         "import sys\nfrom slm.models import checkpoints\n"
