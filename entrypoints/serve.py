@@ -3,10 +3,11 @@
     mlflow run . -e serve -P model_uri=models:/phi3@champion
     PHI3_MLFLOW_API_KEY=… python -m entrypoints.serve --model_uri=models:/phi3@champion
 
-Keys are read from the environment alone, since MLflow logs parameters; several keys are separated by commas. Under
-`mlflow run` the run stays open until the server is stopped; by hand there is none. Stops on SIGTERM or SIGINT, within
-seconds. Put a proxy with TLS in front before anything but this machine can reach it, and name the proxy's host in
-allowed_hosts. Without a key, only loopback is listened at, unless open_to_all=true.
+Keys are read from the environment, or from the file that PHI3_MLFLOW_API_KEY_FILE names, since MLflow logs parameters.
+Under `mlflow run` the run stays open until the server is stopped; by hand there is none. SIGTERM ends the server after
+the requests under way (`drain`), with exit code 0. SIGINT does so too, with exit code 130. Put a proxy with TLS in
+front before anything but this machine can reach it, and name the proxy's host in allowed_hosts. Without a key, only
+loopback is listened at, unless open_to_all=true.
 """
 
 import ipaddress
@@ -15,7 +16,7 @@ import socket
 import sys
 from contextlib import nullcontext
 
-from slm.base import parameters
+from slm.base import model_uri, parameters
 from slm.base.errors import BadInput
 from slm.tracking import lifecycle
 
@@ -35,25 +36,25 @@ def serve(args: parameters.Parameters) -> str:
     # What was asked for, checked before a model is loaded
     if not args.model_uri:
         raise BadInput("model_uri: is empty; name a logged chat model, as models:/name@alias")
+    from slm.serving import keys
+
     listener = listen(args.host, args.port)
-    api_key = os.environ.get("PHI3_MLFLOW_API_KEY", "")
-    if not (api_key or is_loopback(listener) or args.open_to_all):
+    api_keys = keys.of_environment()
+    if not (api_keys or is_loopback(listener) or args.open_to_all):
         remedy = "set PHI3_MLFLOW_API_KEY, or write open_to_all=true"
         raise BadInput(f"host: {args.host} is open to others, who would need no key; {remedy}")
 
     import uvicorn
 
-    from slm.base import console
-    from slm.serving import connections, http_app, protocol
-
-    protocol.read_keys(api_key)
+    from slm.base import console, stopping
+    from slm.serving import connections, http_app, versions
 
     with lifecycle.run("serve", args) if "MLFLOW_RUN_ID" in os.environ else nullcontext():
         # The model, and the server until a signal comes
         with console.step(f"Loading {args.model_uri}"):
-            model, defaults, names = http_app.load(args.model_uri, args.trust_code, args.served_model_name)
+            loaded = versions.load(args.model_uri, args.trust_code, args.served_model_name)
         host_names = [args.host, *args.allowed_hosts.split(",")]
-        app = http_app.build(model, defaults, api_key=api_key, host_names=host_names, names=names)
+        app = http_app.build(loaded, keys=api_keys, host_names=host_names, follows=followed(args))
         config = uvicorn.Config(
             app,
             http=connections.Guarded,
@@ -62,13 +63,30 @@ def serve(args: parameters.Parameters) -> str:
             log_level="warning",
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=3,
+            timeout_graceful_shutdown=args.drain,
         )
-        console.out.print(f"Serving {names[0]} at http://{args.host}:{args.port}/v1", markup=False)
-        if names[1:]:
-            console.out.print(f"It answers to {', '.join(names[1:])} too", markup=False)
-        uvicorn.Server(config).run(sockets=[listener])
+        name, *others = loaded.names
+        console.out.print(f"Serving {name} at http://{args.host}:{args.port}/v1", markup=False)
+        if others:
+            console.out.print(f"It answers to {', '.join(others)} too", markup=False)
+        stopping.allow(args.drain)
+        try:
+            uvicorn.Server(config).run(sockets=[listener])
+        except stopping.Stopped as stopped:
+            if str(stopped) != "SIGTERM":
+                raise
+            console.out.print("the server has stopped, after SIGTERM", markup=False)
     return "none"
+
+
+def followed(args: parameters.Parameters):
+    """What the server follows (versions.Alias), or None."""
+    from slm.serving import versions
+
+    if not (args.follow and model_uri.registered_alias(args.model_uri)):
+        return None
+    secret = os.environ.get("PHI3_MLFLOW_WEBHOOK_SECRET", "")
+    return versions.Alias(args.model_uri, args.follow, args.trust_code, args.served_model_name, secret)
 
 
 def listen(host: str, port: int) -> socket.socket:

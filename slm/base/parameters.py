@@ -182,6 +182,22 @@ PARAMETERS = (
         pattern=r"[\w.:@/-]{1,200}",
         remedy="write letters, digits and . : @ / - _",
     ),
+    Parameter(
+        "follow",
+        10.0,
+        ("serve",),
+        "seconds between two looks at the alias of model_uri, whose version is served; 0: never",
+        low=0,
+        high=86400,
+    ),
+    Parameter(
+        "drain",
+        10,
+        ("serve",),
+        "seconds that requests may still take after SIGTERM, while no new ones are accepted",
+        low=0,
+        high=3600,
+    ),
     Parameter("host", "127.0.0.1", ("serve",), "address to listen at"),
     Parameter("port", 5005, ("serve",), "port to listen at", low=1, high=65535),
     Parameter(

@@ -18,8 +18,9 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHELLS = ("bash", "sh", "dash")  # `mlflow run` starts an entry point through a shell
-GRACE = 20.0  # seconds
+GRACE = 20.0  # seconds, and those that `allow` adds
 
+_allowed = [0.0]
 _asked_by: list[str] = []  # why this process sent itself a signal
 
 
@@ -50,6 +51,11 @@ def listening(last_words: Callable[[str], None]) -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(-1)
         os.close(woken)
+
+
+def allow(seconds: float) -> None:
+    """Lets the main thread take so much longer to end the process."""
+    _allowed[0] = seconds
 
 
 @contextmanager
@@ -84,7 +90,7 @@ def _insist(wake: int, last_words: Callable[[str], None]) -> None:
             os.close(wake)
             return
         number = said[0]
-    time.sleep(GRACE)
+    time.sleep(GRACE + _allowed[0])
     with suppress(Exception):
         last_words(_asked_by[0] if _asked_by else signal.Signals(number).name)
     os._exit(128 + number)

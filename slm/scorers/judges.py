@@ -18,7 +18,7 @@ import time
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slm.base import cache
@@ -295,17 +295,19 @@ def _served(uri: str) -> Iterator[tuple[str, str, str]]:
     """
     import uvicorn
 
-    from slm.serving import http_app
+    from slm.serving import http_app, versions
+    from slm.serving.keys import Keys
 
     try:
-        model, defaults, _ = http_app.load(uri)
+        loaded = versions.load(uri)
     except BadInput as error:
         raise BadInput(f"judge: {str(error).removeprefix('model_uri: ')}") from None
+    model = loaded.wrapper
     if hasattr(model, "fields"):  # else the wrapper is too old for a schema, and MLflow asks again without one
         prepare = model.prepare
         setattr(model, "prepare", lambda row, *rest: prepare(row | strict_format(row), *rest))  # noqa: B010
     key = secrets.token_urlsafe()
-    app = http_app.build(model, defaults | LOGGED_PARAMETERS, api_key=key)
+    app = http_app.build(replace(loaded, defaults=loaded.defaults | LOGGED_PARAMETERS), keys=Keys(key))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=3)
         server = uvicorn.Server(config)

@@ -112,7 +112,10 @@ class Job:
 
 
 class Metrics:
-    def __init__(self, worker: "Worker"):
+    """What /metrics shows, of all workers."""
+
+    def __init__(self) -> None:
+        self.workers: list[Worker] = []
         self.registry = registry = prometheus_client.CollectorRegistry()
         buckets = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
         self.requests = prometheus_client.Counter(
@@ -133,25 +136,49 @@ class Metrics:
             "slm_joined_texts", "Texts that joined a running batch", registry=registry
         )
         waiting = prometheus_client.Gauge("slm_waiting", "Texts that wait for a batch", registry=registry)
-        waiting.set_function(lambda: len(worker.waiting))
+        waiting.set_function(lambda: sum(len(worker.waiting) for worker in list(self.workers)))
         generating = prometheus_client.Gauge("slm_generating", "Texts that are being generated", registry=registry)
-        generating.set_function(lambda: sum(batch.live() for batch in list(worker.running)))
+        generating.set_function(
+            lambda: sum(batch.live() for worker in list(self.workers) for batch in list(worker.running))
+        )
+        self._versions = prometheus_client.Gauge(
+            "slm_served_version", "1 for the version that answers", ["version"], registry=registry
+        )
+        looked = prometheus_client.Gauge(
+            "slm_alias_looked_seconds", "When the registry last said which version has the alias", registry=registry
+        )
+        self.looked = looked.set  # seconds since 1970
+        self.failed_looks = prometheus_client.Counter(
+            "slm_alias_failed", "Looks at the alias, or moves to its version, that failed for now", registry=registry
+        )
+        self.refused_versions = prometheus_client.Counter(
+            "slm_refused_versions", "Versions that could not be loaded, or gave no proper answer", registry=registry
+        )
+
+    def serve(self, version: str) -> None:
+        self._versions.clear()
+        self._versions.labels(version).set(1)
 
 
 class Worker:
     """The thread that owns the model. The event loop calls `submit` and `drop`."""
 
-    def __init__(self, model: wrappers.Wrapper, limits: Limits):
+    def __init__(self, model: wrappers.Wrapper, limits: Limits, metrics: Metrics | None = None):
         self.model, self.limits = model, limits
         self.joins = bool(getattr(model, "joins", False))  # older models lack it
         self.waiting: deque[Place] = deque()
         self.running: list[Batch] = []
         self.jobs: deque[Job] = deque()
-        self.metrics = Metrics(self)
+        self.metrics = metrics or Metrics()
+        self.metrics.workers.append(self)
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
         self.start, self.is_alive = self._thread.start, self._thread.is_alive
+
+    def is_idle(self) -> bool:
+        with self._wake:
+            return not (self.waiting or self.running or self.jobs)
 
     def stop(self, seconds: float) -> None:
         with self._wake:

@@ -18,7 +18,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from slm.serving.exchanges import Exchange, Service, server_sent_events, stream_of
+from slm.serving.exchanges import Exchange, Present, Service, server_sent_events, stream_of
 from slm.serving.protocol import MOST_STOPS, ApiError, Limits, refused_as_error
 
 MOST_PROMPTS = 64
@@ -139,11 +139,11 @@ def prepared(asked: CompletionRequest, service: Service) -> list[Prompt]:
     return prompts
 
 
-def endpoint(service: Service):
+def endpoint(present: Present):
     """What answers /v1/completions."""
-    model = service.model
 
     async def answer(request: Request):
+        service = await present()
         exchange = Exchange(service.worker, request)
         with service.counted():
             asked = await service.read(request, CompletionRequest)
@@ -153,17 +153,18 @@ def endpoint(service: Service):
         n = asked.n or 1
         if asked.stream:
             with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-            return stream_of(server_sent_events(chunks(service, exchange, prompts, n, with_usage)))
+            return stream_of(service, server_sent_events(chunks(service, exchange, prompts, n, with_usage)))
         await exchange.finished()
         if asked.echo and asked.logprobs is not None:
             await read_prompts(service, prompts, asked.logprobs)
         choices = [
-            choice(model, asked, prompt, prompt.rows[at % len(prompt.rows)] if prompt.rows else None)
+            choice(service.model, asked, prompt, prompt.rows[at % len(prompt.rows)] if prompt.rows else None)
             for prompt in prompts
             for at in range(n)
         ]
         told = [entry | {"index": index} for index, entry in enumerate(choices)]
-        return JSONResponse(head(model) | {"choices": told, "usage": usage(prompts, n)})
+        content = head(service) | {"choices": told, "usage": usage(prompts, n)}
+        return JSONResponse(content, headers=service.headers)
 
     return answer
 
@@ -215,9 +216,9 @@ def written(model, found: list[tuple]) -> dict:
     return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets[:-1]}
 
 
-def head(model) -> dict:
+def head(service: Service) -> dict:
     made = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
-    return made | {"model": model.name}
+    return made | {"model": service.names[0]} | service.fingerprint
 
 
 def usage(prompts: list[Prompt], n: int) -> dict[str, int]:
@@ -230,7 +231,7 @@ async def chunks(
     service: Service, exchange: Exchange, prompts: list[Prompt], n: int, with_usage: bool
 ) -> AsyncIterator[dict]:
     """The chunks of a stream. One text may serve several choices."""
-    start = head(service.model) | ({"usage": None} if with_usage else {})
+    start = head(service) | ({"usage": None} if with_usage else {})
     served = [  # by row: the indices of its choices
         range(number * n + at, number * n + n, len(prompt.rows))
         for number, prompt in enumerate(prompts)

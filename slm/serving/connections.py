@@ -20,7 +20,7 @@ HEADER_SECONDS = 10.0
 READER_SECONDS = 30.0
 MOST_CONNECTIONS = 512
 ROOM = 16  # connections beyond the limit, so that a probe gets an answer
-PROBE = "/health"
+PROBES = ("/health", "/ready")
 
 
 def most_connections() -> int:
@@ -111,10 +111,10 @@ class Guarded(H11Protocol):
 
 
 def _probe_only(app):
-    """The application for a connection beyond the limit: it answers PROBE, and 503 for any other path."""
+    """The application for a connection beyond the limit: it answers PROBES, and 503 for any other path."""
 
     async def answer(scope, receive, send):
-        if scope["path"] == PROBE:
+        if scope["path"] in PROBES:
             return await app(scope, receive, send)
         full = ApiError(503, "too many connections are open; try again later", "server_error", code="overloaded")
         response = full.response()

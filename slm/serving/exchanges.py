@@ -3,10 +3,11 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -14,10 +15,12 @@ from fastapi.responses import StreamingResponse
 from slm.serving.batching import Worker
 from slm.serving.protocol import STREAM_HEADERS, ApiError, Kind, Limits, check_model, read_request
 
+VERSION_HEADER = "x-model-version"
+
 
 @dataclass(frozen=True)
 class Service:
-    """What the endpoints share."""
+    """One version of a model as it answers. A request keeps the version that it began with."""
 
     model: Any  # wrappers.Wrapper
     worker: Worker
@@ -25,6 +28,17 @@ class Service:
     names: tuple[str, ...]  # under which clients may ask for the model
     defaults: dict[str, Any]  # parameters that a request does not give
     several_keys: bool
+    version: str = ""  # name/version of a registered model
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """The field of an answer that names the version."""
+        return {"system_fingerprint": self.version} if self.version else {}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The header of an answer that names the version."""
+        return {VERSION_HEADER: quote(self.version)} if self.version else {}
 
     async def read(self, request: Request, kind: type[Kind]) -> Kind:
         """A request of an endpoint that wrappers of older versions lack.
@@ -61,6 +75,9 @@ class Service:
             row.tenant = exchange.request.state.tenant
         exchange.rows = rows
         exchange.begin(streamed, self.client_of(exchange.request))
+
+
+Present = Callable[[], Awaitable[Service]]  # gives the version that answers now
 
 
 class Exchange:
@@ -157,8 +174,8 @@ async def server_sent_events(chunks: AsyncIterator[dict]) -> AsyncIterator[str]:
     yield "data: [DONE]\n\n"
 
 
-def stream_of(events: AsyncIterator[str]) -> StreamingResponse:
-    return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+def stream_of(service: Service, events: AsyncIterator[str]) -> StreamingResponse:
+    return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS | service.headers)
 
 
 def server_sent_event(content: dict, name: str = "") -> str:

@@ -2,7 +2,7 @@
 
     POST /v1/chat/completions  /v1/completions  /v1/responses   whole, or as server-sent events
     POST /tokenize  /detokenize
-    GET  /v1/models  /openapi.json  /health  /metrics (Prometheus)
+    GET  /v1/models  /openapi.json  /health  /ready  /metrics (Prometheus)
 
 One thread owns the model, and generates waiting requests together. New text goes into the queue of its request. If a
 client disconnects or its time is up, its request leaves the batch after the next token.
@@ -26,30 +26,27 @@ beginnings.
 A page in a browser can give its own name the address of this machine (DNS rebinding). So the server answers only
 requests that name one of the server's host names.
 
+slm/serving/versions.py says how one version of the model replaces another.
+
 Not covered: TLS, users and quotas (use a proxy), images, more than one model or process.
 With a runtime that does not refill, a prompt is one step of its batch.
 slm/serving/connections.py guards the sockets.
 """
 
 import asyncio
-import hmac
-import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import prometheus_client
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from slm.answers import endpoints
 from slm.base.errors import BadInput
-from slm.models import wrappers
 from slm.models.chat_parts.tools import ChoiceStream
 from slm.serving import completions, openapi_page, responses, tokens
-from slm.serving.batching import Worker
-from slm.serving.exchanges import Exchange, Service, read_body, server_sent_events, stream_of
+from slm.serving.exchanges import Exchange, Present, Service, read_body, server_sent_events, stream_of
+from slm.serving.keys import Keys
 from slm.serving.protocol import (
     METRICS_TYPE,
     OLD_FIELDS,
@@ -58,51 +55,48 @@ from slm.serving.protocol import (
     Limits,
     ServedNames,
     check_model,
-    model_names,
-    read_keys,
     read_request,
     refused_as_error,
 )
-from slm.tracking import mlflow_client, registry
+from slm.serving.versions import Alias, Follower, Loaded, Served
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The application
 
 
 def build(
-    model,
-    defaults: dict,
+    loaded: Loaded,
     limits: Limits | None = None,
-    api_key: str = "",
+    keys: Keys | None = None,
     host_names: Iterable[str] = (),
-    names: Sequence[str] = (),
+    follows: Alias | None = None,
 ) -> FastAPI:
-    """The application for a loaded chat model. `defaults` are the parameters that a request does not give.
+    """The application for a loaded chat model, or for the version that has the alias.
 
-    `names` are the names that clients may ask for (`protocol.model_names`); with none, it is the checkpoint's.
-    `api_key` may hold several keys, separated by commas. The server answers to loopback's names and to `host_names`.
+    Without keys, the server is open. The server answers to loopback's names and to `host_names`.
 
     Raises:
-        BadInput: the model can't keep several keys' prompts apart, or `api_key` holds no key.
+        BadInput: the model can't keep several keys' prompts apart.
     """
-    keys = read_keys(api_key)
-    if len(keys) > 1 and not getattr(model, "separates_tenants", False):
+    keys = keys or Keys()
+    if keys.several and not getattr(loaded.wrapper, "separates_tenants", False):
         raise BadInput("model_uri: the model was logged by a version that serves one key alone; log the model again")
-    limits = limits or Limits()
-    worker = Worker(model, limits)
-    started = int(time.time())
-    description = openapi_page.page(limits, bool(keys))
-    names = names or (model.name,)
-    model.name = names[0]  # in every answer
+    served = Served(loaded, limits or Limits(), keys.several)
+    follower = Follower(served, follows) if follows else None
+    description = openapi_page.page(served.limits, bool(keys))
 
     @asynccontextmanager
     async def lifespan(app):
-        worker.start()
+        served.start()
+        if follower:
+            follower.start()
         yield
-        await asyncio.to_thread(worker.stop, 3.0)
+        if follower:
+            follower.stop()
+        await asyncio.to_thread(served.stop, 3.0)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.worker = worker
+    app.state.served, app.state.follower = served, follower
     app.add_middleware(ServedNames, names=host_names)
 
     @app.exception_handler(ApiError)
@@ -118,43 +112,64 @@ def build(
         return ApiError(500, "the server failed; its log says more", "server_error").response()
 
     async def authorized(request: Request):
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        right = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
-        if keys and not (scheme.lower() == "bearer" and any(right)):
-            worker.metrics.requests.labels("unauthorized").inc()
+        tenant = keys.tenant(request.headers.get("authorization", ""))
+        if tenant is None:
+            served.metrics.requests.labels("unauthorized").inc()
             raise ApiError(401, "the API key is missing or wrong", "authentication_error", code="invalid_api_key")
-        request.state.tenant = f"key {right.index(True) + 1}" if keys else ""
+        request.state.tenant = tenant
 
     protected = [Depends(authorized)]
 
     @app.get("/health")
     async def health():
-        if not worker.is_alive():
+        if not served.is_alive():
             raise ApiError(503, "the generating thread has ended", "server_error")
-        return {"status": "ok", "model": model.name}
+        return {"status": "ok"} | card()
+
+    @app.get("/ready")
+    async def ready():
+        if not (served.is_ready() and served.is_alive()):
+            raise ApiError(503, "the next version of the model is being loaded", "server_error")
+        return {"status": "ok"} | card()
 
     @app.get("/metrics", dependencies=protected)
     async def metrics():
-        return Response(prometheus_client.generate_latest(worker.metrics.registry), media_type=METRICS_TYPE)
+        return Response(prometheus_client.generate_latest(served.metrics.registry), media_type=METRICS_TYPE)
 
     def card():
-        return {"id": model.name, "object": "model", "created": started, "owned_by": "phi3-mlflow"}
+        told = {"version": served.version} if served.version else {}
+        return {"model": served.names[0]} | told
+
+    def model_card():
+        made = {"object": "model", "created": served.started, "owned_by": "phi3-mlflow"}
+        told = card()
+        return {"id": told.pop("model")} | made | told
 
     @app.get("/v1/models", dependencies=protected)
     async def models():
-        return {"object": "list", "data": [card()]}
+        return {"object": "list", "data": [model_card()]}
 
     @app.get("/v1/models/{name:path}", dependencies=protected)
     async def one_model(name: str):
-        check_model(name, names)
-        return card()
+        check_model(name, served.names)
+        return model_card()
 
-    service = Service(model, worker, limits, tuple(names), defaults, len(keys) > 1)
-    app.add_api_route("/v1/chat/completions", chat_endpoint(service), methods=["POST"], dependencies=protected)
-    app.add_api_route("/v1/completions", completions.endpoint(service), methods=["POST"], dependencies=protected)
-    app.add_api_route("/v1/responses", responses.endpoint(service), methods=["POST"], dependencies=protected)
-    app.add_api_route("/tokenize", tokens.tokenize_endpoint(service), methods=["POST"], dependencies=protected)
-    app.add_api_route("/detokenize", tokens.detokenize_endpoint(service), methods=["POST"], dependencies=protected)
+    if follower and follower.alias.secret:
+
+        @app.post("/webhooks/mlflow")
+        async def webhook(request: Request):
+            body = await read_body(request, served.limits)
+            if not follower.is_signed(body, request.headers):
+                raise ApiError(401, "the webhook's signature is missing, wrong or too old", "authentication_error")
+            follower.wake()
+            return {"status": "ok"}
+
+    present = served.present
+    app.add_api_route("/v1/chat/completions", chat_endpoint(present), methods=["POST"], dependencies=protected)
+    app.add_api_route("/v1/completions", completions.endpoint(present), methods=["POST"], dependencies=protected)
+    app.add_api_route("/v1/responses", responses.endpoint(present), methods=["POST"], dependencies=protected)
+    app.add_api_route("/tokenize", tokens.tokenize_endpoint(present), methods=["POST"], dependencies=protected)
+    app.add_api_route("/detokenize", tokens.detokenize_endpoint(present), methods=["POST"], dependencies=protected)
 
     @app.get("/openapi.json")
     async def openapi():
@@ -163,11 +178,12 @@ def build(
     return app
 
 
-def chat_endpoint(service: Service):
+def chat_endpoint(present: Present):
     """What answers /v1/chat/completions."""
-    model, limits = service.model, service.limits
 
     async def chat_completions(request: Request):
+        service = await present()
+        model, limits = service.model, service.limits
         exchange = Exchange(service.worker, request)
         with service.counted():
             asked = read_request(await read_body(request, limits), ChatRequest)
@@ -176,16 +192,18 @@ def chat_endpoint(service: Service):
             rows = await asyncio.to_thread(refused_as_error, model.prepare, row, service.defaults)
             service.begin(exchange, rows, asked.stream)
         if asked.stream:
-            return stream_of(server_sent_events(chunks(model, exchange, with_usage)))
+            return stream_of(service, server_sent_events(chunks(service, exchange, with_usage)))
         await exchange.finished()
-        return JSONResponse(model.completion(model.choices(exchange.rows)))
+        content = model.completion(model.choices(exchange.rows)) | service.fingerprint
+        return JSONResponse(content, headers=service.headers)
 
     return chat_completions
 
 
-async def chunks(model, exchange: Exchange, with_usage: bool) -> AsyncIterator[dict]:
+async def chunks(service: Service, exchange: Exchange, with_usage: bool) -> AsyncIterator[dict]:
     """The chunks of a stream. Each of the n choices gets chunks, even if one text serves several choices."""
-    head = model.head("chat.completion.chunk") | ({"usage": None} if with_usage else {})
+    model = service.model
+    head = model.head("chat.completion.chunk") | service.fingerprint | ({"usage": None} if with_usage else {})
     has_pieces = hasattr(model, "log_probability_pieces")  # not in models of older versions
     pieces = [model.log_probability_pieces(row) for row in exchange.rows] if has_pieces else []
     stream = ChoiceStream(exchange.rows, getattr(model, "end_tokens", ()), pieces)
@@ -196,36 +214,3 @@ async def chunks(model, exchange: Exchange, with_usage: bool) -> AsyncIterator[d
             yield head | {"choices": [entry]}
     if with_usage:
         yield head | {"choices": [], "usage": model.completion(model.choices(exchange.rows))["usage"]}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-
-
-def load(
-    uri: str, trust_code: bool = False, served_model_name: str = ""
-) -> tuple[wrappers.Wrapper, dict[str, Any], tuple[str, ...]]:
-    """The wrapper of the model that `uri` names, the parameters that were logged with it, and its `model_names`.
-
-    Raises:
-        BadInput: this project did not log it as a chat model, its files were changed, or its code isn't trusted.
-    """
-    mlflow = mlflow_client.quiet_mlflow()
-    if endpoints.is_endpoint(uri):
-        raise BadInput(f"model_uri: {uri} is an endpoint, which serves already; name a logged model")
-    given, uri = uri, registry.resolve(uri, trust_code)
-    with registry.local_copy(uri) as folder:
-        try:
-            description = mlflow.models.Model.load(str(folder))
-            if not wrappers.is_ours(description) or "schema" not in description.metadata:
-                raise BadInput(f"model_uri: {uri} was not logged by this project")
-            if description.metadata["schema"] != "chat":
-                schema = description.metadata["schema"]
-                raise BadInput(f"model_uri: {uri} has the {schema} schema; log it with schema=chat to serve it")
-            opened = wrappers.opened(uri, folder, registry.recorded_manifests(uri), trust_code, {})
-        except (mlflow.exceptions.MlflowException, ValueError) as error:
-            raise BadInput(f"model_uri: {uri}: {' '.join(str(error).split())}") from None
-    if not hasattr(opened.wrapper, "stream"):
-        raise BadInput(f"model_uri: {uri} was logged by an older version of this project; log it again")
-    names = model_names(given, uri, opened.wrapper.name, served_model_name)
-    return opened.wrapper, {param.name: param.default for param in opened.description.signature.params}, names

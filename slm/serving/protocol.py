@@ -11,7 +11,6 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slm.base import model_uri, strict_json
-from slm.base.errors import BadInput
 from slm.models.chat_parts.fields import BY_NAME, FIELDS, checked, did_you_mean, includes_usage
 from slm.models.chat_parts.templates import messages_of
 
@@ -178,18 +177,6 @@ def read_request(body: bytes, kind: type[Kind]) -> Kind:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Who may send requests
-
-
-def read_keys(api_key: str) -> list[str]:
-    """The API keys in one text, separated by commas. An empty text holds no key.
-
-    Raises:
-        BadInput: the text has only commas and blanks, which would open the server to everybody.
-    """
-    keys = list(dict.fromkeys(filter(None, map(str.strip, api_key.split(",")))))
-    if api_key and not keys:
-        raise BadInput("PHI3_MLFLOW_API_KEY: holds no key; write one, or several with commas, or unset the variable")
-    return keys
 
 
 def is_served(host: str, names: Iterable[str]) -> bool:

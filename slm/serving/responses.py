@@ -14,7 +14,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from slm.serving.exchanges import Exchange, Service, server_sent_event, stream_of
+from slm.serving.exchanges import Exchange, Present, Service, server_sent_event, stream_of
 from slm.serving.protocol import ApiError, Limits, refused_as_error
 
 STATE = "this server keeps no responses; send the whole conversation as input"
@@ -146,22 +146,22 @@ def response_format(given: dict | None) -> dict | None:
     return {"type": "json_schema", "json_schema": {name: value for name, value in given.items() if name != "type"}}
 
 
-def endpoint(service: Service):
+def endpoint(present: Present):
     """What answers /v1/responses."""
-    model = service.model
 
     async def answer(request: Request):
+        service = await present()
         exchange = Exchange(service.worker, request)
         with service.counted():
             asked = await service.read(request, ResponsesRequest)
             row = asked.row(service.limits)
-            rows = await asyncio.to_thread(refused_as_error, model.prepare, row, service.defaults)
+            rows = await asyncio.to_thread(refused_as_error, service.model.prepare, row, service.defaults)
             service.begin(exchange, rows, asked.stream)
         response = Response(service, asked, rows[0])
         if asked.stream:
-            return stream_of(response.events(exchange))
+            return stream_of(service, response.events(exchange))
         await exchange.finished()
-        return JSONResponse(response.content())
+        return JSONResponse(response.content(), headers=service.headers)
 
     return answer
 

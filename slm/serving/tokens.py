@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from slm.models.chat_parts.templates import messages_of
-from slm.serving.exchanges import Service
+from slm.serving.exchanges import Present
 from slm.serving.protocol import ApiError, refused_as_error
 
 
@@ -29,15 +29,15 @@ class DetokenizeRequest(BaseModel):
     tokens: list[int]
 
 
-def tokenize_endpoint(service: Service):
-    model = service.model
-
-    def ids_of(asked: TokenizeRequest) -> list[int]:
+def tokenize_endpoint(present: Present):
+    def ids_of(model, asked: TokenizeRequest) -> list[int]:
         if asked.prompt is not None:
             return model.token_ids(asked.prompt, asked.add_special_tokens is not False)
         return model.token_ids(model.render(messages_of(asked.messages, model.template)), False)
 
     async def tokenize(request: Request):
+        service = await present()
+        model = service.model
         with service.counted():
             asked = await service.read(request, TokenizeRequest)
             if (asked.prompt is None) == (asked.messages is None):
@@ -48,22 +48,21 @@ def tokenize_endpoint(service: Service):
             if asked.add_generation_prompt is False:
                 text = "add_generation_prompt: false is not supported by this model"
                 raise ApiError(400, text, param="add_generation_prompt")
-            ids = await asyncio.to_thread(refused_as_error, ids_of, asked)
+            ids = await asyncio.to_thread(refused_as_error, ids_of, model, asked)
         strings = [model.text_of([token]) for token in ids] if asked.return_token_strs else None
-        return JSONResponse(
-            {"count": len(ids), "max_model_len": model.context_length, "tokens": ids, "token_strs": strings}
-        )
+        content = {"count": len(ids), "max_model_len": model.context_length, "tokens": ids, "token_strs": strings}
+        return JSONResponse(content, headers=service.headers)
 
     return tokenize
 
 
-def detokenize_endpoint(service: Service):
-    model = service.model
-
+def detokenize_endpoint(present: Present):
     async def detokenize(request: Request):
+        service = await present()
+        model = service.model
         with service.counted():
             asked = await service.read(request, DetokenizeRequest)
             ids = refused_as_error(model.in_vocabulary, asked.tokens)
-        return JSONResponse({"prompt": await asyncio.to_thread(model.text_of, ids)})
+        return JSONResponse({"prompt": await asyncio.to_thread(model.text_of, ids)}, headers=service.headers)
 
     return detokenize

@@ -19,6 +19,7 @@ OUTPUTS_SHA256 = "outputs.sha256"
 # of a registered version
 EVALUATION_RUN = "evaluation.run"
 BEFORE = "before"  # `<alias>.before`: the version that had the alias when this version got it
+SERVE_REFUSED = "serve.refused"  # why a server did not move to this version
 GIT_COMMIT = "git_commit"
 SOURCE = "source"
 REVISION = "revision"

@@ -539,13 +539,13 @@ def test_a_wrapper_of_no_released_version_is_refused(logged, tmp_path, monkeypat
 
 @pytest.mark.fault("serving: a model whose files were changed")
 def test_the_server_takes_no_model_that_was_changed(logged):
-    from slm.serving import http_app
+    from slm.serving import versions
 
     uri, folder = logged
-    assert http_app.load(uri)[0].name == "smollm2-135m-instruct"
+    assert versions.load(uri).wrapper.name == "smollm2-135m-instruct"
     rewrite(folder / "chat_model.py", "raise SystemExit('it ran')\n")
     with pytest.raises(BadInput, match=f"chat_model.py {CHANGED}"):
-        http_app.load(uri)
+        versions.load(uri)
 
 
 def test_the_wrappers_version_is_the_projects_and_changes_once_it_was_released():

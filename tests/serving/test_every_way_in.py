@@ -117,12 +117,13 @@ def asked(request, models):
     from fastapi.testclient import TestClient
     from mlflow.exceptions import MlflowException
 
-    from slm.serving import http_app
+    from slm.serving import http_app, versions
 
     model = models[request.param]
     wrapper = model.unwrap_python_model()
     name = wrapper.name
-    served = TestClient(http_app.build(wrapper, {}), base_url="http://127.0.0.1", raise_server_exceptions=False)
+    app = http_app.build(versions.Loaded(wrapper, {}, (wrapper.name,), ""))
+    served = TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SERVING, "true")  # so that what MLflow sets is undone here
         scoring = TestClient(scoring_server.init(model), raise_server_exceptions=False)

@@ -21,8 +21,9 @@ from support.questions import PARIS
 from slm.base import credentials
 from slm.base.errors import BadInput
 from slm.models.chat_model import Row
-from slm.serving import batching, http_app, protocol
+from slm.serving import batching, http_app, protocol, versions
 from slm.serving.batching import Batch, Place, Ticket, Worker, fair_order
+from slm.serving.keys import Keys
 from slm.serving.protocol import Limits, host_name, is_served
 
 pytestmark = pytest.mark.slow
@@ -377,9 +378,10 @@ def test_beginnings_are_shared_by_all_where_there_is_no_key(model, computed):
 
 def test_several_keys_need_a_model_that_keeps_them_apart(model, monkeypatch):
     monkeypatch.setattr(type(model), "separates_tenants", False)
-    http_app.build(model, {}, api_key="one")
+    loaded = versions.Loaded(model, {}, (model.name,), "")
+    http_app.build(loaded, keys=Keys("one"))
     with pytest.raises(BadInput, match=r"^model_uri: .* log the model again$"):
-        http_app.build(model, {}, api_key="one,two")
+        http_app.build(loaded, keys=Keys("one,two"))
 
 
 @pytest.mark.fault("serving: one of several keys in a text")

@@ -25,7 +25,7 @@ def serving(store, *options, **environment):
 
 
 @contextmanager
-def here(model, api_key="", host_names=(), http="auto", defaults=(), **limits):
+def here(model, api_key="", host_names=(), http="auto", defaults=(), key_file="", **limits):
     """A server in this process, with limits of its own; gives its address and a client with the first key.
 
     `defaults` are pairs of a parameter and its value, for requests that do not give the parameter.
@@ -34,9 +34,11 @@ def here(model, api_key="", host_names=(), http="auto", defaults=(), **limits):
 
     import uvicorn
 
-    from slm.serving import http_app, protocol
+    from slm.serving import http_app, protocol, versions
+    from slm.serving.keys import Keys
 
-    app = http_app.build(model, dict(defaults), protocol.Limits(**limits), api_key, host_names)
+    loaded = versions.Loaded(model, dict(defaults), (model.name,), "")
+    app = http_app.build(loaded, protocol.Limits(**limits), Keys(api_key, key_file), host_names)
     port = free_port()
     config = uvicorn.Config(app, port=port, http=http, log_level="error", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)

@@ -1,0 +1,349 @@
+"""`serve` moves with its alias: under load, to a good version, not to a broken one, and back."""
+
+import math
+import re
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.request
+import weakref
+from pathlib import Path
+
+import mlflow
+import openai
+import pytest
+from fastapi.testclient import TestClient
+from support.commands import free_port, running_warm, serving
+from support.databases import database, sqlite_store
+from support.effort import LONG
+from support.faulty_proxy import in_front_of
+from support.questions import GENERATION
+
+from slm.base.errors import BadInput
+from slm.serving import http_app, protocol, versions
+from slm.tracking import registry, tags
+
+ALIAS = "models:/bot@champion"
+LOADING_SECONDS = 12  # on busy cores, with a look each second
+
+
+def log(export, experiment: str) -> str:
+    """Logs the int4 model under the registered name `bot`, and gives its version."""
+    from slm.models import model_logging
+
+    found = mlflow.get_experiment_by_name(experiment)
+    with mlflow.start_run(experiment_id=found.experiment_id if found else mlflow.create_experiment(experiment)):
+        info = model_logging.log_onnx(export, "chat", GENERATION, "int4", registered_model_name="bot")
+    return str(info.registered_model_version)
+
+
+def champion(version: str) -> None:
+    registry.set_alias("bot", "champion", version)
+
+
+def damage(folder: Path) -> None:
+    """Exchanges a byte of a logged model's weights. Other links to the file stay as they are."""
+    [weights] = folder.rglob("model.onnx.data")
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 255
+    weights.unlink()
+    weights.write_bytes(content)
+
+
+def source_of(version: str) -> str:
+    """The id of a version's LoggedModel."""
+    return registry.version_source(f"models:/bot/{version}").removeprefix("models:/")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Under load, on PostgreSQL
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory):
+    """An MLflow server on PostgreSQL: its URI, and the folder of its artifacts."""
+    folder = tmp_path_factory.mktemp("following")
+    with database() as (uri, running), running():
+        options = f"--backend-store-uri={uri}", f"--artifacts-destination={folder / 'store'}"
+        with serving(folder, *options) as address:
+            yield address, folder / "store"
+
+
+class Clients:
+    """So many clients of the openai library in a closed loop. Each answer is kept with its begin and its version."""
+
+    def __init__(self, address: str, number: int):
+        self.answers: list[tuple[float, str, str]] = []  # (begin, fingerprint, header)
+        self.failed: list[str] = []
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(address, at)) for at in range(number)]
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(120)
+
+    def _ask(self, address: str, at: int) -> None:
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120) as client:
+            turn = 0
+            while not self._ended.is_set():
+                turn += 1
+                question = [{"role": "user", "content": f"Count from {at} to {turn}."}]
+                begin = time.time()
+                try:
+                    told = client.chat.completions.with_raw_response.create(
+                        model="bot", messages=question, max_tokens=12
+                    )
+                    self.answers.append((begin, told.parse().system_fingerprint, told.headers["x-model-version"]))
+                except openai.OpenAIError as error:
+                    self.failed.append(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("all_cores")
+@pytest.mark.fault("serving: a broken version gets the alias under load")
+def test_the_alias_moves_under_load_and_no_request_fails(tracked, int4_export, tmp_path):
+    uri, store = tracked
+    mlflow.set_tracking_uri(uri)
+    first, second, broken = (log(int4_export, "load") for _ in range(3))
+    damage(next(folder for folder in store.rglob(source_of(broken)) if folder.is_dir()))
+    champion(first)
+    address = f"http://127.0.0.1:{free_port()}"
+    command = ["entrypoints.serve", f"--model_uri={ALIAS}", f"--port={address.rpartition(':')[2]}", "--follow=1"]
+    part, moves = (75 if LONG else 15), []
+    with (
+        (tmp_path / "log").open("w") as output,
+        running_warm(command, f"{address}/health", output=output, MLFLOW_TRACKING_URI=uri),
+        Clients(address, 8) as clients,
+    ):
+        for version in (first, second, broken, first):
+            champion(version)
+            moves.append((time.time(), version))
+            time.sleep(part)
+        metrics = urllib.request.urlopen(f"{address}/metrics").read().decode()
+    said = (tmp_path / "log").read_text()
+    mlflow.set_tracking_uri(None)
+    assert clients.failed == [] and len(clients.answers) > 100, said
+    good = [(moved, f"bot/{version}") for moved, version in moves if version != broken]
+    for begin, named, header in clients.answers:
+        past = [(moved, version) for moved, version in good if moved <= begin]
+        allowed = {past[-1][1]} | {version for _, version in past[-2:-1] if begin - past[-1][0] < LOADING_SECONDS}
+        assert named == header and named in allowed, (named, allowed, said)
+    assert {named for _, named, _ in clients.answers} == {f"bot/{first}", f"bot/{second}"}
+    assert re.search(rf"warning: version {broken} is refused: models:/bot/{broken}: .*model.onnx.data", said), said
+    assert "slm_refused_versions_total 1.0" in metrics
+    assert f'slm_served_version{{version="bot/{first}"}} 1.0' in metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may happen on the way
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, int4_export):
+    """An MLflow server with three versions of the same model, behind a proxy."""
+    folder = tmp_path_factory.mktemp("registry")
+    options = f"--backend-store-uri={sqlite_store(folder)}", f"--artifacts-destination={folder / 'store'}"
+    with serving(folder, *options) as uri, in_front_of(uri) as faults:
+        mlflow.set_tracking_uri(uri)
+        for _ in range(3):
+            log(int4_export, "one by one")
+        mlflow.set_tracking_uri(None)
+        yield uri, faults
+
+
+@pytest.fixture
+def follower(server, monkeypatch):
+    """What follows bot@champion, which is version 1 and is served. No thread looks by itself."""
+    uri, faults = server
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(versions, "RETIRED_SECONDS", 0.3)
+    faults.faults.clear()
+    mlflow.set_tracking_uri(faults.uri)
+    champion("1")
+    served = versions.Served(versions.load(ALIAS), protocol.Limits(), several_keys=False)
+    served.start()
+    yield versions.Follower(served, versions.Alias(ALIAS, 3600, secret="a secret"))
+    served.stop(10)
+    mlflow.set_tracking_uri(uri)
+    champion("1")
+    mlflow.set_tracking_uri(None)
+
+
+def figure(served: versions.Served, name: str) -> float:
+    return served.metrics.registry.get_sample_value(name)
+
+
+def test_a_moved_alias_is_followed_and_the_old_version_is_freed(follower, capsys):
+    served, old = follower.served, weakref.ref(follower.served._now.model)
+    follower.look()
+    assert served.version == "bot/1" and capsys.readouterr() == ("", "")
+    champion("2")
+    follower.look()
+    assert served.version == "bot/2" and served.names[:4] == ("bot", "bot/2", "bot@champion", ALIAS)
+    out, err = capsys.readouterr()
+    assert out.startswith("models:/bot@champion is version 2 now; loading it\nServing version 2, ") and err == ""
+    for _ in range(100):
+        if old() is None:
+            break
+        time.sleep(0.1)
+    assert old() is None and len(served.metrics.workers) == 1
+
+
+@pytest.mark.fault("serving: the registry is down")
+def test_a_registry_that_is_down_leaves_the_version_that_answers(server, follower, capsys):
+    champion("2")
+    server[1].add("cut")
+    for _ in range(2):
+        follower.look()
+    assert follower.served.version == "bot/1" and figure(follower.served, "slm_alias_failed_total") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("warning: the registry can't be read: ") and err.endswith("; bot/1 goes on\n")
+    assert err.count("\n") == 1
+    server[1].faults.clear()
+    follower.look()
+    assert follower.served.version == "bot/2"
+
+
+@pytest.mark.fault("serving: the alias is removed")
+def test_a_removed_alias_leaves_the_version_that_answers(follower, capsys):
+    mlflow.MlflowClient().delete_registered_model_alias("bot", "champion")
+    for _ in range(2):
+        follower.look()
+    assert follower.served.version == "bot/1"
+    assert capsys.readouterr().err == "warning: models:/bot@champion is not set any more; bot/1 goes on\n"
+
+
+@pytest.mark.fault("serving: the served version is deleted")
+def test_a_deleted_version_goes_on_answering(server, follower, int4_export):
+    mlflow.set_tracking_uri(server[0])
+    version = log(int4_export, "one by one")
+    champion(version)
+    follower.look()
+    assert follower.served.version == f"bot/{version}"
+    mlflow.MlflowClient().delete_model_version("bot", version)
+    follower.look()
+    assert follower.served.version == f"bot/{version}"
+    versions.check_answer(follower.served._now.model)
+
+
+@pytest.mark.fault("serving: a version's download is cut")
+def test_a_download_that_is_cut_is_tried_again(server, follower, capsys):
+    champion("2")
+    server[1].add("cut", "GET", "model.onnx.data", range(1))
+    follower.look()
+    assert follower.served.version == "bot/1" and not follower._refused
+    assert "models:/bot/2 can't be loaded yet: " in capsys.readouterr().err
+    follower.look()
+    assert follower.served.version == "bot/2"
+
+
+@pytest.mark.fault("serving: the disk is full while a version is fetched")
+def test_a_full_disk_leaves_the_version_that_answers(follower, monkeypatch, capsys, small_disk):
+    champion("2")
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(small_disk))
+        follower.look()
+    assert follower.served.version == "bot/1" and not follower._refused
+    assert "models:/bot/2 can't be loaded yet: " in (err := capsys.readouterr().err) and "disk is full" in err
+    assert not [*small_disk.rglob("*.onnx*")]
+    follower.look()
+    assert follower.served.version == "bot/2"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 8 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)], capture_output=True).returncode:
+        pytest.skip("a file system can't be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_version_that_gives_no_proper_answer_is_refused_once_and_tagged(follower, monkeypatch, capsys):
+    champion("3")
+    looks, load = [], versions.load
+
+    def loaded(*words):
+        looks.append(1)
+        made = load(*words)
+        run = type(made.wrapper._runtime)._run
+        monkeypatch.setattr(made.wrapper._runtime, "_run", lambda *words: run(made.wrapper._runtime, *words) * math.nan)
+        return made
+
+    monkeypatch.setattr(versions, "load", loaded)
+    for _ in range(2):
+        follower.look()
+    assert follower.served.version == "bot/1" and looks == [1]
+    assert figure(follower.served, "slm_refused_versions_total") == 1
+    err = capsys.readouterr().err
+    assert "warning: version 3 is refused: " in err and err.endswith("; bot/1 goes on\n")
+    assert registry.version_tags("bot", "3")[tags.SERVE_REFUSED] in err
+
+
+def test_without_memory_for_two_the_old_version_ends_first(follower, monkeypatch, capsys):
+    champion("2")
+    monkeypatch.setattr(versions, "_free_memory", lambda: 10 * 2**20)
+    follower.look()
+    assert follower.served.version == "bot/2"
+    out = capsys.readouterr().out
+    assert "models:/bot/2 needs about " in out and "10 MB are free: bot/1 ends first, and requests wait\n" in out
+    assert re.search(r"Serving version 2, [\d.]+ s later; requests waited for [\d.]+ s\n$", out)
+
+
+def test_a_version_that_fails_in_the_gap_gives_way_to_the_old_one(follower, monkeypatch, capsys):
+    champion("3")
+    monkeypatch.setattr(versions, "_free_memory", lambda: 10 * 2**20)
+    with monkeypatch.context() as patch:
+        patch.setattr(versions, "check_answer", lambda model: (_ for _ in ()).throw(BadInput("it says nothing")))
+        follower.look()
+    assert follower.served.version == "bot/1"
+    assert "warning: version 3 is refused: it says nothing; bot/1 goes on\n" in capsys.readouterr().err
+
+
+def test_mlflows_webhook_wakes_the_follower_and_nobody_elses(follower):
+    from mlflow.webhooks.delivery import _generate_hmac_signature
+
+    alias = versions.Alias(ALIAS, 3600, secret="a secret")
+    app = http_app.build(versions.load(ALIAS), follows=alias)
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        woken = app.state.follower._wake = threading.Event()
+
+        def status(secret: str, body: str = '{"data": {}}', age: int = 0) -> int:
+            stamp = str(int(time.time()) - age)
+            signature = _generate_hmac_signature(secret, "7", stamp, body)
+            headers = {"X-MLflow-Delivery-Id": "7", "X-MLflow-Timestamp": stamp, "X-MLflow-Signature": signature}
+            headers["Content-Type"] = "application/json"
+            return client.post("/webhooks/mlflow", content=body, headers=headers).status_code
+
+        assert [status("another"), status("a secret", age=600)] == [401, 401] and not woken.is_set()
+        assert status("a secret") == 200 and woken.is_set()
+
+
+def test_answers_name_their_version_in_each_form(follower):
+    app = http_app.build(versions.load(ALIAS))
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        assert client.get("/v1/models").json()["data"][0]["version"] == "bot/1"
+        assert client.get("/health").json() == {"status": "ok", "model": "bot", "version": "bot/1"}
+        asked = {
+            "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
+            "/v1/completions": {"prompt": "Hi", "max_tokens": 2},
+            "/v1/responses": {"input": "Hi", "max_output_tokens": 2},
+            "/tokenize": {"prompt": "Hi"},
+        }
+        for path, body in asked.items():
+            told = client.post(path, json=body)
+            assert told.headers["x-model-version"] == "bot/1"
+            if "completions" in path:
+                assert told.json()["system_fingerprint"] == "bot/1"
+                streamed = client.post(path, json=body | {"stream": True})
+                assert streamed.headers["x-model-version"] == "bot/1"
+                assert '"system_fingerprint": "bot/1"' in streamed.text.splitlines()[0]
