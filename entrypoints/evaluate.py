@@ -80,6 +80,7 @@ def evaluate(args: parameters.Parameters) -> str:
             return settled
 
         # Each scored as logged, compared, gated
+        forecast.tell(args, prompt_set, len(named), baseline is not None)
         before = promotion.alias_version(named[0][1], args.alias)
         results = scoring.score_models(named, prompt_set, args, thresholds, baseline)
         verdict = conclusion.finish(subject, results, args, prompt_set, thresholds, baseline, is_first)

@@ -1,7 +1,8 @@
-"""Says what an evaluation would do, find and take, with `check=true`. It generates nothing and opens no run.
+"""Says what an evaluation can find and how long it takes, before it generates; with `check=true` also what it would do.
 
 By then all parameters, prompts, scorers, rules and models have been checked. What an earlier run on this tracking
-server measured is the base of the two forecasts: the difference that can be found, and the time.
+server measured is the base of the two forecasts: the difference that can be found, and the time. With `check=true`,
+nothing is generated and no run is opened.
 """
 
 import math
@@ -28,10 +29,10 @@ def show(
     baseline: int | None,
 ) -> None:
     """Prints one line per question. `named` has (label, resolved URI); `baseline` is the place of the baseline."""
-    rows = prompt_set.count
-    clusters = len({prompt.cluster or f"row {prompt.id}" for prompt in prompt_set.prompts})
+    clusters = _clusters(prompt_set)
     scorers = Counter(call.name for prompt in prompt_set.prompts for call in prompt.scorers)
-    told = [counted(rows, "row")] + ([counted(clusters, "cluster")] if clusters < len(prompt_set.prompts) else [])
+    told = [counted(prompt_set.count, "row")]
+    told += [counted(clusters, "cluster")] if clusters < len(prompt_set.prompts) else []
     told += [f"{name} {number}" for name, number in sorted(scorers.items())]
     _line("prompts", f"{prompt_set.name}: {', '.join(told)}")
     for place, (label, uri) in enumerate(named):
@@ -42,31 +43,62 @@ def show(
     if args.alias:
         now = promotion.alias_version(named[0][1], args.alias)
         _line("alias", f"{args.alias} is {f'version {now}' if now else 'not set'}")
-    earlier = earlier_runs.newest(prompt_set.sha256)
-    if baseline is not None:
-        _line("can find", _detectable(clusters, earlier.get("difference/score/detectable")))
-    if args.tasks:
-        _line("takes", "unknown: a task has its own lengths of answers")
-    else:
-        tokens = rows * args.repeats * args.max_tokens * len(named)
-        _line("takes", _takes(tokens, earlier.get("output_tokens_per_second")))
+    finds, takes = _forecasts(args, prompt_set, len(named), baseline is not None)
+    _line("can find", finds)
+    _line("takes", takes)
     console.out.print("check: nothing was generated", markup=False)
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
         run_records.name_run(run_id, f"checked: {', '.join(label for label, _ in named)} on {prompt_set.name}")
 
 
+def tell(args: Parameters, prompt_set: PromptSet, models: int, is_compared: bool) -> None:
+    """Prints two lines before a run generates: what these prompts can find, and how long generating takes."""
+    finds, takes = _forecasts(args, prompt_set, models, is_compared)
+    clusters, held = _clusters(prompt_set), len(prompt_set.prompts)
+    among = f" in {counted(clusters, 'cluster')}" if clusters < held == prompt_set.count else ""
+    console.out.print(f"{counted(prompt_set.count, 'prompt')}{among} can find {finds}", markup=False)
+    console.out.print(f"The time to generate is {takes}", markup=False)
+
+
+def _forecasts(args: Parameters, prompt_set: PromptSet, models: int, is_compared: bool) -> tuple[str, str]:
+    """What the prompts can find, and the time to generate, each as the end of a sentence."""
+    earlier = earlier_runs.newest(prompt_set.sha256)
+    before = earlier.get("difference/score/detectable") if is_compared else None
+    if before is None and len(prompt_set.prompts) < prompt_set.count:
+        finds = "a difference of unknown size: the clusters are not counted before Spark's workers score"
+    elif is_compared:
+        finds = _detectable(_clusters(prompt_set), before)
+    else:
+        finds = f"no difference without a baseline, and the score to about ±{_half_width(_clusters(prompt_set)):.2f}"
+    if args.tasks:
+        return finds, "unknown: a task has its own lengths of answers"
+    tokens = prompt_set.count * args.repeats * args.max_tokens * models
+    return finds, _takes(tokens, earlier.get(earlier_runs.SPEED))
+
+
+def _clusters(prompt_set: PromptSet) -> int:
+    return len({prompt.cluster or f"row {prompt.id}" for prompt in prompt_set.prompts})
+
+
 def _detectable(clusters: int, before: float | None) -> str:
     """The difference of the overall score that is found with 80 % power at a two-sided 5 % level."""
-    if before is not None:
-        return f"a difference of {before:.2f} or more in the score, as in the last run on these prompts"
-    found = min((Z_95 + Z_80) * math.sqrt(DIFFERING / clusters), 1.0)
-    return f"a difference of {found:.2f} or more in the score, if one answer in five differs"
+    base = "as in the last run on these prompts"
+    found = before
+    if found is None:
+        found = min((Z_95 + Z_80) * math.sqrt(DIFFERING / clusters), 1.0)
+        base = "if one answer in five differs"
+    return f"a difference of {found:.2f} ({100 * found:.0f} points) or more in the score at 80 % power, {base}"
+
+
+def _half_width(clusters: int) -> float:
+    """Half of the widest 95 % interval that a mean of scores from 0 to 1 has: where half of them are 1."""
+    return min(Z_95 * math.sqrt(0.25 / clusters), 0.5)
 
 
 def _takes(tokens: int, speed: float | None) -> str:
     if not speed:
         return "unknown: no run on these prompts has measured the speed here"
-    return f"at most about {console.duration(tokens / speed)}, at {speed:.0f} tokens/s as in the last run"
+    return f"at most about {console.duration(tokens / speed)}, at {speed:.0f} tokens/s as in an earlier run"
 
 
 def _line(name: str, text: str) -> None:

@@ -6,6 +6,7 @@ from slm.tracking import tags
 from slm.tracking.mlflow_client import quiet_mlflow
 
 HISTORY = 50  # the most earlier runs that a report shows
+SPEED = "output_tokens_per_second"
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,21 @@ def history(prompts_sha256: str, model_name: str, names) -> dict[str, tuple]:
 
 
 def newest(prompts_sha256: str) -> dict[str, float]:
-    """The metrics of the newest finished runs on these prompts in the experiment of the environment.
+    """The metrics of the newest finished runs on these prompts, in the experiment of the active run or of the
+    environment.
 
-    Of two runs with the same metric, the newer one counts. No run need be active.
+    Of two runs with the same metric, the newer one counts. Of SPEED, the slowest counts: the models of a run differ.
     """
     import os
 
     mlflow = quiet_mlflow()
     client, name = mlflow.MlflowClient(), os.environ.get("MLFLOW_EXPERIMENT_NAME", "")
-    found = client.get_experiment_by_name(name) if name else None
-    experiment = os.environ.get("MLFLOW_EXPERIMENT_ID") or (found.experiment_id if found else "" if name else "0")
+    active = mlflow.active_run()
+    found = client.get_experiment_by_name(name) if name and not active else None
+    if active:
+        experiment = active.info.experiment_id
+    else:
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_ID") or (found.experiment_id if found else "" if name else "0")
     if not experiment:
         return {}
     runs = client.search_runs(
@@ -70,4 +76,6 @@ def newest(prompts_sha256: str) -> dict[str, float]:
         max_results=10,
         order_by=["attributes.start_time DESC"],
     )
-    return {key: value for run in reversed(runs) for key, value in run.data.metrics.items()}
+    metrics = {key: value for run in reversed(runs) for key, value in run.data.metrics.items()}
+    speeds = [run.data.metrics[SPEED] for run in runs if SPEED in run.data.metrics]
+    return metrics | ({SPEED: min(speeds)} if speeds else {})

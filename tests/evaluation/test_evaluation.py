@@ -335,13 +335,38 @@ def test_check_says_what_would_run_find_and_take_and_generates_nothing(run, tmp_
         "baseline  models:/copier@champion, which is models:/copier/1",
         "gate      score/mean max_drop 0.05; rows_failed max 0",
         "alias     champion is version 1",
-        "can find  a difference of 0.07 or more in the score, if one answer in five differs",
+        "can find  a difference of 0.07 (7 points) or more in the score at 80 % power, if one answer in five differs",
         "takes     unknown: no run on these prompts has measured the speed here",
         "check: nothing was generated",
     ]
     run("3", baseline="models:/copier/1")
     _, out, _ = run("2", check="true", thresholds=rules, **AGAINST_CHAMPION)
-    assert re.search(r"can find  a difference of 0\.\d\d or more in the score, as in the last run", out), out
+    found = r"can find  a difference of (0\.\d\d) \(\d+ points\) or more in the score at 80 % power, as in the last run"
+    assert re.search(found, out), out
+
+
+def test_a_run_says_what_it_can_find_and_take_before_it_generates(run):
+    unknown = "The time to generate is unknown: no run on these prompts has measured the speed here"
+    _, out, _ = run("3")
+    assert "300 prompts can find no difference without a baseline, and the score to about ±0.06" in out.splitlines()
+    _, out, _ = run("3", baseline="models:/copier/1")
+    found = "300 prompts can find a difference of 0.07 (7 points) or more in the score at 80 % power, "
+    assert f"{found}if one answer in five differs" in out.splitlines() and unknown in out.splitlines(), out
+    assert out.index(unknown) < out.index("Loading models:/copier/1")
+    _, out, _ = run("2", baseline="models:/copier/1")
+    assert re.search(r"^300 prompts can find .* as in the last run on these prompts$", out, re.MULTILINE), out
+
+
+def test_the_time_to_generate_is_that_of_the_slowest_model_of_earlier_runs(run, tmp_path):
+    import mlflow
+
+    run("3")
+    client = mlflow.MlflowClient()
+    for child in client.search_runs([client.get_experiment_by_name(tmp_path.name).experiment_id]):
+        client.log_metric(child.info.run_id, "output_tokens_per_second", 32 if "gate" in child.data.tags else 64)
+    _, out, _ = run("2", baseline="models:/copier/1", resume="false")
+    line = next(line for line in out.splitlines() if line.startswith("The time to generate"))
+    assert line == "The time to generate is at most about 20 min, at 32 tokens/s as in an earlier run"
 
 
 @pytest.mark.parametrize(
