@@ -34,7 +34,7 @@ def evaluate(args: parameters.Parameters) -> str:
     # What was asked for, checked before anything is opened or fetched
     engine = engines.chosen(args)
     engine.check(args)
-    prompt_set = engine.read_prompts(args)
+    prompt_set = requests.with_texts(args, engine.read_prompts(args))
     thresholds = requests.read_gate(args)
     requests.generation(args)
     uris = [uri.strip() for uri in args.model_uris.split(",") if uri.strip()]

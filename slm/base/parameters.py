@@ -123,6 +123,12 @@ PARAMETERS = (
         "compare the next-token distributions with the baseline's: auto (where both can be read) or off",
         ("auto", "off"),
     ),
+    Parameter(
+        "texts",
+        "",
+        ("evaluate",),
+        "texts whose perplexity is measured: plain text or JSONL with `text`, by path, web address or URI",
+    ),
     Parameter("timeout", 0, ALL, "seconds after which the run is ended, its answers kept; 0: none", low=0, high=10**7),
     Parameter(
         "row_timeout", 0, ALL, "seconds after which a row without an answer has failed; 0: none", low=0, high=10**6
@@ -248,6 +254,7 @@ class Parameters(argparse.Namespace):
     scorers: str
     judge: str
     fidelity: str
+    texts: str
     timeout: int
     row_timeout: int
     repeats: int

@@ -36,7 +36,8 @@ class Text:
 class Reference:
     """The baseline's distributions over its own answers, for the models that are compared with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_texts: "Reference | None" = None) -> None:
+        self.on_texts = on_texts  # the same over the windows of `texts`
         self.reason = "the baseline has not been read"
         self._texts: tuple[Text, ...] = ()
         self._vocabulary = ""
@@ -89,6 +90,9 @@ class Reference:
                 return Fidelity(reason="it has another vocabulary than the baseline")
         except NoTokenScores as missing:
             return Fidelity(reason=f"it {missing}")
+        longest = max(len(text.context) + len(text.continuation) for text in self._texts)
+        if model.context_length() < longest:
+            return Fidelity(reason=f"its context has {model.context_length():,} tokens, and a text has {longest:,}")
         found = {
             text.id: TokenFidelity(
                 text.id, *(np.zeros(len(text.continuation), dtype=kind) for kind in (float, bool, float))
@@ -112,6 +116,8 @@ class Reference:
     def close(self) -> None:
         """Frees the space."""
         self._held = None
+        if self.on_texts:
+            self.on_texts.close()
 
     def _of(self, text: Text, places: slice) -> np.ndarray:
         assert self._held is not None

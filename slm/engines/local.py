@@ -8,15 +8,15 @@ from slm.answers import asking, endpoints, loading
 from slm.base import console, environment
 from slm.base.errors import BadInput
 from slm.base.parameters import Parameters
-from slm.engines import answering, distributions
+from slm.engines import answering, distributions, texts
 from slm.engines.engine import Request
 from slm.models import checkpoints
 from slm.prompts import row_mapping, variants
 from slm.prompts.prompt_sets import PromptSet, read_prompt_set
 from slm.scorers import scorer_calls
 from slm.tracking import downloads, registry
-from slm.verdict import estimation
-from slm.verdict.scored_model import ScoredModel
+from slm.verdict import estimation, perplexity
+from slm.verdict.scored_model import ScoredModel, estimate_metrics
 from slm.verdict.statistics import Difference
 
 
@@ -81,6 +81,7 @@ def score(request: Request, prompt_set: PromptSet) -> ScoredModel:
             )
         if request.reference:
             scored = beside(request.reference, model, scored, prompt_set, request)
+        scored = with_texts(model, scored, prompt_set, request)
         del model
     gc.collect()  # the next model needs the memory
     return scored
@@ -113,11 +114,24 @@ def beside(
     with console.step(f"Reading {request.label} token by token"):
         if request.generation["temperature"]:
             generated = _greedy(model, prompt_set, request.generation)
-        texts = [
+        answers = [
             distributions.Text(id, ids, list(generated.get(id, ()))) for id, (_, ids) in scored.sent.items() if ids
         ]
-        reference.hold(model, texts)
+        reference.hold(model, answers)
     return scored
+
+
+def with_texts(model: asking.LoadedModel, scored: ScoredModel, prompt_set: PromptSet, request: Request) -> ScoredModel:
+    """Adds the perplexity of the texts, if there are any."""
+    if prompt_set.texts is None:
+        return scored
+    reference = request.reference.on_texts if request.reference else None
+    with console.step(f"Reading texts with {request.label}"):
+        found = texts.measured(
+            model, prompt_set.texts, request.generation, request.reuse, reference, request.is_baseline
+        )
+    metrics = estimate_metrics(perplexity.estimates(found)) | perplexity.plain_figures(found)
+    return replace(scored, texts=found, metrics=scored.metrics | metrics)
 
 
 def _greedy(model: asking.LoadedModel, prompt_set: PromptSet, generation: dict) -> dict[str, tuple[int, ...]]:

@@ -14,13 +14,15 @@ from slm.models import manifest
 from slm.prompts import prompt_sets
 from slm.report import summary
 from slm.tracking import earlier_runs, mlflow_client, registry, run_records, tags
-from slm.verdict import estimation, fidelity, gate, reproduction, scored_model, statistics
+from slm.verdict import estimation, fidelity, gate, perplexity, reproduction, scored_model, statistics
 from slm.verdict.scored_model import OVERALL
 
 HEADLINE = (  # the metrics that the parent run has too, of the candidate
     *(f"{OVERALL}/{figure}" for figure in ("mean", "ci95_low", "ci95_high")),
     *(f"difference/{OVERALL}/{figure}" for figure in ("mean", "ci95_low", "ci95_high")),
     *(f"fidelity/{name}/{figure}" for name in ("kl", "top1") for figure in ("mean", "ci95_low", "ci95_high")),
+    *(f"{perplexity.NLL}/{figure}" for figure in ("mean", "ci95_low", "ci95_high")),
+    "perplexity",
     "rows",
     "rows_failed",
     "rows_unscored",
@@ -85,8 +87,13 @@ def compared(
             changes[-1] |= fidelity.estimates(scored.fidelity, clusters)
             figures |= fidelity.plain_figures(scored.fidelity)
             not_compared = scored.fidelity.reason
+        no_texts = ""
+        if scored.texts:
+            changes[-1] |= perplexity.pair_estimates(scored.texts)
+            figures |= perplexity.estimates(scored.texts) | perplexity.plain_pair_figures(scored.texts)
+            no_texts = perplexity.unread(scored.texts)
         figures |= changes[-1]
-        verdicts.append(gate.decide(gated, figures, differences[-1], theirs, is_first, not_compared))
+        verdicts.append(gate.decide(gated, figures, differences[-1], theirs, is_first, not_compared, no_texts))
     machine = environment.describe()
     facts = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -128,7 +135,9 @@ def pair_metrics(report: summary.Report, place: int) -> dict[str, float]:
     """The metrics of a model beside the baseline: differences, flips and fidelity."""
     found = estimation.difference_metrics(report.differences[place]) | fidelity.as_metrics(report.changes[place])
     compared = report.models[place].fidelity
-    return found | (fidelity.plain_figures(compared) if compared else {})
+    found |= fidelity.plain_figures(compared) if compared else {}
+    texts = report.models[place].texts
+    return found | (perplexity.plain_pair_figures(texts) if texts else {})
 
 
 def tag_version(

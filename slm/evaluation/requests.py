@@ -1,13 +1,16 @@
 """The parameters of a request that need more than a type check: the gate and the generation. No model is opened."""
 
+from dataclasses import replace
+
 from slm.base import model_uri, parameters
 from slm.base.errors import BadInput
 from slm.base.parameters import Parameters
 from slm.base.wording import quoted
+from slm.engines import texts
 from slm.models import checkpoints
 from slm.prompts.prompt_sets import PromptSet
 from slm.scorers import scorer_calls
-from slm.verdict import gate
+from slm.verdict import gate, perplexity
 
 
 def read_gate(args: Parameters) -> tuple[gate.Threshold, ...]:
@@ -31,6 +34,16 @@ def read_gate(args: Parameters) -> tuple[gate.Threshold, ...]:
     return gate.read_thresholds(text, path.name)
 
 
+def with_texts(args: Parameters, prompt_set: PromptSet) -> PromptSet:
+    """The prompt set with the texts that `texts` names.
+
+    Raises:
+        BadInput: see `slm.engines.texts.read`.
+        Unavailable: see `slm.engines.texts.read`.
+    """
+    return replace(prompt_set, texts=texts.read(args.texts)) if args.texts else prompt_set
+
+
 def check_gate(args: Parameters, thresholds: tuple[gate.Threshold, ...], prompt_set: PromptSet) -> None:
     """Checks that the evaluation can give what the gate asks for.
 
@@ -41,9 +54,12 @@ def check_gate(args: Parameters, thresholds: tuple[gate.Threshold, ...], prompt_
     if args.fidelity == "off" and (rule := next((one for one in thresholds if "fidelity/" in one.metric), None)):
         raise BadInput(f"thresholds: {rule.metric} needs fidelity=auto")
     names = prompt_set.scorer_names
+    for rule in () if args.texts else thresholds:
+        if perplexity.is_of_texts(rule.metric) and rule.metric.partition("/")[0] not in (names or ()):
+            raise BadInput(f"thresholds: {rule.metric} needs texts, a file of texts whose perplexity is measured")
     if names is not None:
         open_names = {*scorer_calls.read(args.scorers, args.judge).user_scorers, *prompt_set.open_names}
-        gate.check_names(thresholds, names, open_names, args.repeats)
+        gate.check_names(thresholds, names, open_names, args.repeats, bool(args.texts))
 
 
 def check_alias(args: Parameters, uris: list[str], thresholds: tuple[gate.Threshold, ...]) -> None:

@@ -31,7 +31,7 @@ from slm.tracking import lifecycle, mlflow_client, registry, run_records, tags
 
 PER_START = ("slot", "check", "force", "resume", "traces", "timeout")  # parameters that do not change the verdict
 # parameters whose content is hashed instead
-BY_CONTENT = ("model_uris", "baseline", "prompts", "fields", "expected_pattern", "thresholds")
+BY_CONTENT = ("model_uris", "baseline", "prompts", "texts", "fields", "expected_pattern", "thresholds")
 
 
 def check(args: Parameters) -> None:
@@ -68,7 +68,8 @@ def unchanged(args: Parameters, uris: Sequence[str], prompt_set, thresholds) -> 
     models = [identity(uri) for uri in uris]
     if not all(models) or (asked.judge and not asked.judge.is_logged):
         return ""
-    inputs = inputs_sha256(args, models, prompt_set.sha256, thresholds, asked.sha256, environment.describe())
+    prompts = prompt_set.sha256 + (prompt_set.texts.sha256 if prompt_set.texts else "")
+    inputs = inputs_sha256(args, models, prompts, thresholds, asked.sha256, environment.describe())
     earlier = [] if args.force else run_records.runs_with({tags.INPUTS: inputs})
     run_records.tag_active_run({tags.INPUTS: inputs})
     return _taken_over(earlier, f"unchanged: slot {args.slot} has the inputs of")

@@ -16,8 +16,9 @@ from slm.base.errors import BadInput
 from slm.base.wording import quoted
 from slm.prompts import row_mapping
 from slm.prompts.prompt_rows import KnownScorers, Prompt, ScorerCall, _canonical_json, canonical_rows, read_row
-from slm.prompts.readers import READERS, Reader, _text_of, reader
+from slm.prompts.readers import READERS, Reader, reader, text_of
 from slm.prompts.row_mapping import RowMapping
+from slm.prompts.texts import TextSet
 
 ROWS = 100_000
 
@@ -35,6 +36,7 @@ class PromptSet:
     sha256: str
     left_out: tuple[str, ...] = field(default=(), kw_only=True)  # columns of the file that `fields` does not map
     unnamed: int = field(default=0, kw_only=True)  # rows that expect a text and name no scorer: they got `contains`
+    texts: TextSet | None = field(default=None, kw_only=True)  # whose perplexity is measured beside the prompts
     # scorers that may give further scores and figures, as `<scorer>/<name>`, and that are named by no row
     open_names: frozenset[str] = field(default=frozenset(), kw_only=True)
 
@@ -67,7 +69,7 @@ def read_prompt_set(
     rows = reader(path.suffix.lower(), mapping.theirs)
     if rows is None:
         raise BadInput(f"{path.name}: a prompt set is a {', '.join(READERS)} file; rename or convert it")
-    text, mapper = _text_of(path), row_mapping.RowMapper(mapping)
+    text, mapper = text_of(path), row_mapping.RowMapper(mapping)
     left_out = _left_out(rows, text, path.name, mapping)
     for place, row in rows(text, path.name):
         row = mapper(row, f"{path.name} {place}")

@@ -22,7 +22,12 @@ Reader = Callable[[str, str], Iterator[tuple[str, object]]]
 LINE_BYTES = 8 * ROW_BYTES  # JSON may write one character as six, such as \u0041
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        BadInput: the file can't be read, is too large or compressed, or is not UTF-8.
+    """
     try:
         if path.is_dir():
             raise BadInput(f"{path}: is a folder; name a prompt set in it")
@@ -34,7 +39,7 @@ def _text_of(path: Path) -> str:
         raise BadInput(f"{path}: there is no such prompt set; check the path") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    limit = YAML_BYTES if READERS[path.suffix.lower()] is _yaml_rows else FILE_BYTES
+    limit = YAML_BYTES if READERS.get(path.suffix.lower()) is _yaml_rows else FILE_BYTES
     if len(data) > limit:
         remedy = "write it as JSONL" if limit == YAML_BYTES else "split it"
         raise BadInput(f"{path.name}: is larger than {limit // 2**20} MiB; {remedy}")

@@ -41,7 +41,19 @@ from slm.report.chart_data import (
     trend_axis,
     trends,
 )
-from slm.report.summary import CANT_TELL, MISSING, PERHAPS, Report, cut_remarks, direction, p_value, percent, visible
+from slm.report.summary import (
+    CANT_TELL,
+    MISSING,
+    PERHAPS,
+    Report,
+    cut_remarks,
+    direction,
+    p_value,
+    percent,
+    perplexity_of,
+    text_remarks,
+    visible,
+)
 from slm.report.token_view import token_rows
 from slm.verdict import estimation
 from slm.verdict.gate import Check
@@ -63,6 +75,8 @@ def render(report: Report) -> str:
         headline=headline(report),
         remarks=findings(report)[1 if report.verdict.state == "none" else 0 :],
         cut_remarks=cut_remarks(report),
+        text_remarks=text_remarks(report),
+        perplexities=[perplexity_of(model) for model in report.models],
         checks=sorted(checks(report), key=lambda entry: list(STATES).index(entry[1].state)),
         styles=[model_style(place) for place in range(len(report.models))],
         labels=[short_label(model.model.label) for model in report.models],

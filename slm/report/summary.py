@@ -17,7 +17,7 @@ from rich.text import Text
 from slm.base.wording import counted
 from slm.prompts.prompt_sets import PromptSet
 from slm.tracking.earlier_runs import Point
-from slm.verdict import estimation, reproduction
+from slm.verdict import estimation, perplexity, reproduction
 from slm.verdict.gate import Verdict
 from slm.verdict.scored_model import OVERALL, ScoredModel, is_of_a_scorer
 from slm.verdict.statistics import Difference, Estimate
@@ -102,6 +102,8 @@ def lines(models: Sequence[ScoredModel]) -> list[Line]:
         cells = (model.metrics.get(metric) for model in models)
         return Line(label, tuple(MISSING if value is None else form(value) for value in cells), section)
 
+    if any(model.texts for model in models):
+        rows.append(Line("perplexity of the texts", tuple(map(perplexity_of, models))))
     figures = sorted({name for model in models for name in model.figures})
     return [
         *rows,
@@ -140,6 +142,7 @@ def _remarks(report: Report) -> list[str]:
                 f"{model.model.label}: {shown:,} of {rows:,} answers are listed, flips and tags are of these alone; "
                 "all other figures are of all answers"
             )
+    told += text_remarks(report)
     if report.baseline is None:
         return told
     baseline = report.models[report.baseline]
@@ -193,6 +196,49 @@ def fidelity_remark(report: Report, place: int) -> list[str]:
         f"{label} beside {baseline}, token by token: KL {nats(kl)} nats, {percent(top1)} of the likeliest tokens kept, "
         f"{scored.fidelity.tokens:,} tokens of {counted(kl.n, 'answer')}{of}"
     ]
+
+
+def text_remarks(report: Report) -> list[str]:
+    """For each model that was to read texts: what it thinks of the texts, or why that is unknown."""
+    told = []
+    for place, model in enumerate(report.models):
+        texts, label = model.texts, model.model.label
+        if texts is None:
+            continue
+        nll = perplexity.estimates(texts).get(perplexity.NLL)
+        if nll is None:
+            told.append(f"{label}: perplexity is not measured, because {texts.reason}")
+            continue
+        alone = "; texts of one cluster have no interval" if math.isnan(nll.ci95_low) else ""
+        seen = f"{sum(texts.tokens):,} tokens of {counted(len(texts.tokens), 'text')} in {texts.name}"
+        told.append(f"{label}: -log p {_with_interval(nll)} nats per token, {seen}{alone}")
+        found = report.changes[place] if report.changes else {}
+        kl, top1, gap = (found.get(name) for name in perplexity.PAIRS)
+        if kl and top1 and gap and texts.compared:
+            left = texts.compared.left_out
+            of = f" ({counted(left, 'window')} left out: the scratch space is bounded)" if left else ""
+            told.append(
+                f"{label}, on the texts: KL {nats(kl)} nats, {percent(top1)} of the likeliest tokens kept, "
+                f"{texts.compared.tokens:,} tokens{of}"
+            )
+        elif texts.compared:
+            told.append(f"{label}: fidelity on the texts is not measured, because {texts.compared.reason}")
+    return told
+
+
+def perplexity_of(model: ScoredModel) -> str:
+    """`24.8 [21.1, 29.2]`: the interval's ends are those of the mean -log p."""
+    nll = perplexity.estimates(model.texts).get(perplexity.NLL) if model.texts else None
+    if nll is None:
+        return MISSING
+    mean, low, high = (math.exp(min(figure, 700.0)) for figure in (nll.mean, nll.ci95_low, nll.ci95_high))
+    return f"{mean:.4g}" if math.isnan(nll.ci95_low) else f"{mean:.4g} [{low:.4g}, {high:.4g}]"
+
+
+def _with_interval(entry: Estimate) -> str:
+    if math.isnan(entry.ci95_low):
+        return f"{entry.mean:.3f}"
+    return f"{entry.mean:.3f} [{entry.ci95_low:.3f}, {entry.ci95_high:.3f}]"
 
 
 def nats(entry: Estimate) -> str:

@@ -63,29 +63,32 @@ class Fidelity:
         return sum(prompt.kl.size for prompt in self.prompts)
 
 
-def estimates(fidelity: Fidelity, clusters: Mapping[str, str | None]) -> dict[str, Estimate]:
-    """The mean over all tokens of each of NAMES, with its interval. Empty if nothing was compared."""
+def estimates(fidelity: Fidelity, clusters: Mapping[str, str | None], first: str = "fidelity") -> dict[str, Estimate]:
+    """The mean over all tokens of each of MEASURES, with its interval. Empty if nothing was compared.
+
+    `first` is the first part of the names.
+    """
     prompts = [prompt for prompt in fidelity.prompts if prompt.kl.size]
     if not prompts:
         return {}
     sizes = [prompt.kl.size for prompt in prompts]
     codes = [clusters.get(prompt.id) for prompt in prompts]
     return {
-        f"fidelity/{name}": statistics.ratio_estimate(
+        f"{first}/{name}": statistics.ratio_estimate(
             [float(np.sum(getattr(prompt, name), dtype=np.float64)) for prompt in prompts], sizes, codes, kind
         )
         for name, kind in MEASURES.items()
     }
 
 
-def plain_figures(fidelity: Fidelity) -> dict[str, float]:
-    """The metrics in PLAIN. Empty if nothing was compared."""
+def plain_figures(fidelity: Fidelity, first: str = "fidelity") -> dict[str, float]:
+    """The metrics in PLAIN, with the first part of their names. Empty if nothing was compared."""
     if not fidelity.tokens:
         return {}
     everything = np.concatenate([prompt.kl for prompt in fidelity.prompts])
     return {
-        "fidelity/kl/p99": statistics.percentile(everything.tolist(), 99),
-        "fidelity/tokens": float(everything.size),
+        f"{first}/kl/p99": statistics.percentile(everything.tolist(), 99),
+        f"{first}/tokens": float(everything.size),
     }
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 from slm.base.errors import BadInput
 from slm.base.strict_yaml import parse_yaml
 from slm.base.wording import counted, did_you_mean, quoted
-from slm.verdict import fidelity, scored_model
+from slm.verdict import fidelity, perplexity, scored_model
 from slm.verdict.scored_model import OVERALL
 from slm.verdict.statistics import Difference, Estimate, prompts_needed, prompts_to_settle
 
@@ -88,12 +88,16 @@ def read_thresholds(text: str, name: str) -> tuple[Threshold, ...]:
 
 
 def check_names(
-    thresholds: tuple[Threshold, ...], scorers: Iterable[str], open_names: Iterable[str], repeats: int
+    thresholds: tuple[Threshold, ...],
+    scorers: Iterable[str],
+    open_names: Iterable[str],
+    repeats: int,
+    has_texts: bool = False,
 ) -> None:
     """Checks that an evaluation can give every metric that the gate names, in the form that its rules need.
 
     `scorers` are the names of all scores but the overall one. A scorer in `open_names` may give further scores, as
-    `<scorer>/<name>`.
+    `<scorer>/<name>`. With `has_texts`, there are the metrics of slm/verdict/perplexity.py too.
 
     Raises:
         BadInput: no scorer gives the metric, a limit is beyond 0 to 1 for a score, or a rule doesn't fit the metric.
@@ -104,11 +108,15 @@ def check_names(
     figures = {f"{name.removesuffix('mean')}{figure}" for name in means for figure in scored_model.FIGURES}
     pairs = {f"{name}/mean" for name in (*fidelity.NAMES, *fidelity.FLIPS)}
     plain = {*scored_model.PLAIN, *fidelity.PLAIN}
+    of_texts = {f"{perplexity.NLL}/mean"} if has_texts else set()
+    if has_texts:
+        pairs |= {f"{name}/mean" for name in perplexity.PAIRS}
+        plain |= {*perplexity.PLAIN, *perplexity.PLAIN_PAIRS}
     for threshold in thresholds:
         metric = threshold.metric
         is_open = any(metric.startswith(f"{name}/") for name in open_names)
-        if metric not in {*figures, *pairs, *plain} and not is_open:
-            known = sorted(means) + sorted(pairs) + sorted(plain)
+        if metric not in {*figures, *pairs, *plain, *of_texts} and not is_open:
+            known = sorted(means) + sorted(pairs) + sorted(of_texts | plain)
             hint = did_you_mean(metric, known)
             there = "" if hint else f"; there are {', '.join(known)}"
             raise BadInput(f"thresholds: {quoted(metric)} is no metric of these prompts and scorers{hint}{there}")
@@ -119,6 +127,10 @@ def check_names(
                 raise BadInput(f"thresholds: {metric} goes from 0 to 1, and `{keyword}` is {limit:g}{remedy}")
             if metric in pairs and keyword not in ("min", "max"):
                 raise BadInput(f"thresholds: {metric} compares with the baseline already; write `min` or `max`")
+            if metric in of_texts and keyword not in ("min", "max"):
+                raise BadInput(
+                    f"thresholds: {metric} takes `min` or `max`; compare with perplexity: {{max_ratio: 1.05}}"
+                )
             if is_mean and keyword.endswith("_ratio"):
                 raise BadInput(f"thresholds: {metric} is a score, and `{keyword}` is for single figures; use max_drop")
             if keyword == "max_drop" and not is_mean:
@@ -149,6 +161,7 @@ def decide(
     baseline: Mapping[str, float] | None = None,
     is_first: bool = False,
     not_compared: str = "",
+    no_texts: str = "",
 ) -> Verdict:
     """Checks every rule of every threshold.
 
@@ -156,18 +169,20 @@ def decide(
     as `<scorer>/mean`. `differences` (candidate minus baseline) has the scorers' names too. Without a baseline,
     `differences` is empty. `baseline` has the baseline's plain figures. `is_first` means that there is nothing to
     compare with yet, so that the rules in RELATIVE and the metrics of a pair (fidelity.OF_A_PAIR) don't apply.
-    `not_compared` says why there is no fidelity.
+    `not_compared` says why there is no fidelity, and `no_texts` why a figure of the texts is missing.
     """
     named = {f"{name}/mean" if isinstance(value, Estimate) else name: value for name, value in metrics.items()}
     compared = {f"{name}/mean": difference for name, difference in differences.items()}
     checks = []
     for threshold in thresholds:
+        missing = not_compared if threshold.metric.startswith("fidelity/") else ""
+        missing = no_texts if perplexity.is_of_texts(threshold.metric) else missing
         for keyword, limit in threshold.rules.items():
             rule = f"{keyword} {limit:g}"
             if is_first and (keyword in RELATIVE or _is_of_a_pair(threshold.metric)):
                 checks.append(Check(threshold.metric, rule, "none", "there is no champion yet"))
             else:
-                outcome = _outcome(threshold.metric, keyword, limit, named, compared, baseline, not_compared)
+                outcome = _outcome(threshold.metric, keyword, limit, named, compared, baseline, missing)
                 checks.append(Check(threshold.metric, rule, *outcome))
     return _verdict(tuple(checks))
 
@@ -218,13 +233,13 @@ def _outcome(
     named: Mapping[str, float | Estimate],
     compared: Mapping[str, Difference],
     baseline: Mapping[str, float] | None,
-    not_compared: str,
+    missing: str,
 ) -> tuple[State, str] | tuple[State, str, int | None]:
     """The state, the reason and, if known, the number of prompts that give a clear result."""
     if named.get("rows") == 0:
         return "inconclusive", "the prompt set is empty"
-    if metric not in named and metric.startswith("fidelity/") and not_compared:
-        return "inconclusive", f"not measured: {not_compared}"
+    if metric not in named and missing:
+        return "inconclusive", f"not measured: {missing}"
     if metric not in named and metric not in compared:
         names = ", ".join(sorted(named.keys() | compared.keys())) or "none"
         return "inconclusive", f"no such metric{did_you_mean(metric, named)}; there are {names}"

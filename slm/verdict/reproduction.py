@@ -57,7 +57,8 @@ def asked(described: Record, prompt_set: PromptSet, generation: Record, repeats:
             "constraints.sha256": described["constraints.sha256"],
             "packages": described["needed"],
         },
-        "prompts": {"rows": len(rows), "sha256": digest(texts)},
+        "prompts": {"rows": len(rows), "sha256": digest(texts)}
+        | ({"texts.sha256": prompt_set.texts.sha256} if prompt_set.texts else {}),
         "parameters": generation | {"repeats": repeats},
         "scorers": {"sha256": digest([measures, scorers_sha256])},
     }

@@ -27,6 +27,8 @@ DOWNLOAD_BYTES = 16 * readers.FILE_BYTES  # of a prompt set that the driver down
 
 
 def check(args: Parameters) -> None:
+    if args.texts:
+        raise BadInput("texts: are not read by Spark's workers; leave texts empty, or engine local")
     if args.judge:
         raise BadInput("judge: is not asked from Spark's workers; leave it empty, or engine local")
     uris = [uri.strip() for uri in (*args.model_uris.split(","), args.baseline)]

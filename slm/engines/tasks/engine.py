@@ -113,6 +113,7 @@ def score(request: Request, prompt_set: PromptSet) -> ScoredModel:
         )
         if request.reference:
             scored = local.beside(request.reference, model, scored, prompt_set, request)
+        scored = local.with_texts(model, scored, prompt_set, request)
         del model, asks
     gc.collect()  # the next model needs the memory
     return scored
