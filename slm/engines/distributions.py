@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class Reference:
 
     def __init__(self, on_texts: "Reference | None" = None) -> None:
         self.on_texts = on_texts  # the same over the windows of `texts`
+        self.elsewhere: Any = None  # what an engine keeps of the baseline that reads in another process
         self.reason = "the baseline has not been read"
         self._texts: tuple[Text, ...] = ()
         self._vocabulary = ""

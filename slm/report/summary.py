@@ -139,8 +139,8 @@ def _remarks(report: Report) -> list[str]:
         rows, shown = int(model.metrics.get("rows", 0)), len(model.samples)
         if shown < rows:
             told.append(
-                f"{model.model.label}: {shown:,} of {rows:,} answers are listed, flips and tags are of these alone; "
-                "all other figures are of all answers"
+                f"{model.model.label}: {shown:,} of {rows:,} answers are listed, flips, tags and fidelity are "
+                "of these alone; all other figures are of all answers"
             )
     told += text_remarks(report)
     if report.baseline is None:

@@ -380,6 +380,34 @@ def test_spark_gives_the_samples_and_metrics_of_a_local_run(run, int4_export, tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_spark_gives_the_fidelity_of_a_local_run(run, int4_export, int8_export, tmp_path, temperature):
+    import mlflow
+
+    from slm.models import model_logging
+
+    options = {"max_tokens": 8, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": [], "batch_size": 0}
+    with mlflow.start_run():
+        exports = ((int4_export, "int4"), (int8_export, "int8"))
+        uris = [model_logging.log_onnx(export, "chat", options, name).model_uri for export, name in exports]
+    prompts = tmp_path / "general.jsonl"
+    lines = (REPOSITORY / "prompts" / "general.jsonl").read_text("utf-8").splitlines(keepends=True)
+    prompts.write_text("".join(lines[:20]), "utf-8")  # two buckets
+    asked = {"model_uris": uris[0], "baseline": uris[1], "prompts": prompts, "max_tokens": 8}
+    asked |= {"temperature": temperature}
+    _, _, local = run(**asked)
+    for repeated in range(1 if temperature else 2):  # the second time, the answers are those of the first
+        code, out, spark = run(engine="spark", **asked)
+        assert code == 0, out
+        assert ("answers are reused" in out) == bool(repeated), out
+        ours, theirs = (
+            {name: value for name, value in found[uris[0]].data.metrics.items() if name.startswith("fidelity/")}
+            for found in (spark, local)
+        )
+        assert len(ours) == 11 and ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.slow
 def test_a_table_of_other_columns_is_evaluated_as_its_rows_in_our_own_form_are(run, tmp_path):
     import mlflow
     import pandas

@@ -194,7 +194,8 @@ def test_the_remarks_tell_what_a_model_ignored_what_was_reused_and_what_is_not_l
         "m was not given max_tokens, temperature, top_p, stop, seed: not declared by it",
         "m, done again: statistically comparable: x",
         "m: no speed, latency or memory, because 2 of 4 answers are reused; resume=false measures them",
-        "m: 4 of 4,000 answers are listed, flips and tags are of these alone; all other figures are of all answers",
+        "m: 4 of 4,000 answers are listed, flips, tags and fidelity are of these alone; "
+        "all other figures are of all answers",
     ]
 
 

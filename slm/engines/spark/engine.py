@@ -15,12 +15,11 @@ from slm.base import console
 from slm.base.errors import BadInput
 from slm.base.parameters import Parameters
 from slm.engines.engine import Request
-from slm.engines.spark import job, prompt_frame, scoring, sums, worker
+from slm.engines.spark import comparison, job, prompt_frame, scoring, sums, worker
 from slm.models import checkpoints
 from slm.prompts import readers, row_mapping
 from slm.tracking import downloads, run_records, tags
 from slm.verdict import reproduction
-from slm.verdict.fidelity import Fidelity
 from slm.verdict.statistics import Difference
 
 DOWNLOAD_BYTES = 16 * readers.FILE_BYTES  # of a prompt set that the driver downloads; Spark reads others by itself
@@ -71,8 +70,11 @@ def score(request: Request, prompt_set: prompt_frame.SparkPromptSet) -> sums.Spa
     if len(scored.samples) < rows:
         shown = f"of {rows:,} answers, samples.jsonl and the report show {len(scored.samples):,}"
         console.out.print(f"{label}: {shown}; all are in {worker.FOLDER}, and in every figure")
-    if request.reference and not request.is_baseline:
-        scored = replace(scored, fidelity=Fidelity(reason="engine=spark does not compare tokens; engine=local does"))
+    if request.reference and request.is_baseline:
+        request.reference.elsewhere = comparison.baseline(task, scored, prompt_set)
+    elif request.reference:
+        with console.step(f"Comparing {label} token by token on a worker"):
+            scored = replace(scored, fidelity=comparison.compared(request.reference.elsewhere, task, prompt_set))
     return scored
 
 

@@ -89,10 +89,18 @@ def score(
     if spent and len(spent) == sum(marker["rows"] > marker["rows_failed"] for marker in markers):
         metrics["output_tokens_per_second"] = sum(tokens for tokens, _ in spent) / sum(seconds for _, seconds in spent)
     reused = sum(marker["reused"] for marker in markers)
-    sent = {id: (text, ids) for id, text, ids in (json.loads(row.content) for row in found if row.kind == "sent")}
-    sent = {prompt.id: sent[prompt.id] for prompt in prompt_set.prompts}
+    lines = {line[0]: line[1:] for line in (json.loads(row.content) for row in found if row.kind == "sent")}
     return SparkScoredModel(
-        model, samples, estimates, metrics, reused, run_id=run_id, buckets=buckets, prompt_set=prompt_set, sent=sent
+        model,
+        samples,
+        estimates,
+        metrics,
+        reused,
+        run_id=run_id,
+        buckets=buckets,
+        prompt_set=prompt_set,
+        sent={prompt.id: tuple(lines[prompt.id][:2]) for prompt in prompt_set.prompts},
+        generated={prompt.id: tuple(lines[prompt.id][2]) for prompt in prompt_set.prompts},
     )
 
 

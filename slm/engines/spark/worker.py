@@ -1,6 +1,7 @@
 """The code of a Spark worker: it answers, scores and writes one bucket of prompts."""
 
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -90,7 +91,7 @@ def _answered(batches: Iterable, job: Job) -> Iterator:
     ]
     ids = {prompt.id for prompt in shown}
     lines = zip(scored.samples, scored.sample_lines(), strict=True)
-    sent = ([prompt.id, *scored.sent[prompt.id]] for prompt in shown)
+    sent = ([prompt.id, *scored.sent[prompt.id], scored.generated[prompt.id]] for prompt in shown)
     found = [{"kind": "bucket", "content": json.dumps(marker)}]
     found += [{"kind": "sample", "content": line} for sample, line in lines if sample.id in ids]
     found += [{"kind": "sent", "content": json.dumps(content)} for content in sent]
@@ -144,6 +145,12 @@ def _loaded(
 ) -> tuple[asking.LoadedModel, bool]:
     folder, fetched = _fetched(uri, model_key)
     return loading.load(label, uri, folder, dict(settings), recorded, trust_code), fetched
+
+
+def forget_model() -> None:
+    """Frees the model that this process has loaded."""
+    _loaded.cache_clear()
+    gc.collect()
 
 
 def _fetched(uri: str, model_key: str) -> tuple[Path, bool]:

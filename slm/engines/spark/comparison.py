@@ -1,0 +1,80 @@
+"""Compares a model with the baseline token by token on one Spark worker, with the code of engine=local.
+
+One task loads the baseline, holds its distributions in the worker's scratch space, frees the baseline and loads the
+model. So the task needs the memory of one model, as answering does, and the driver loads no model. The prompts are
+those whose answers the driver has: all, or the sample that the report shows.
+
+Not covered: `texts`, and several tasks for one comparison.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slm.answers import asking
+from slm.engines.distributions import Reference, Text
+from slm.engines.spark import worker
+from slm.engines.spark.job import Job
+from slm.engines.spark.prompt_frame import SparkPromptSet
+from slm.engines.spark.spark_session import _spark_errors
+from slm.engines.spark.sums import SparkScoredModel
+from slm.prompts.prompt_rows import Prompt
+from slm.verdict.fidelity import Fidelity
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The baseline's job, and its answers as it gave them: (prompt, token ids of the prompt, of the answer)."""
+
+    job: Job
+    answers: tuple[tuple[Prompt, list[int], tuple[int, ...]], ...]
+
+
+def baseline(job: Job, scored: SparkScoredModel, prompt_set: SparkPromptSet) -> Baseline:
+    """Keeps what a comparison needs of the baseline. Failed answers are left out."""
+    failed = {sample.id for sample in scored.samples if sample.error and sample.repeat == 0}
+    answers = (
+        (prompt, ids, scored.generated.get(prompt.id, ()))
+        for prompt in prompt_set.prompts
+        for _, ids in [scored.sent[prompt.id]]
+        if ids and prompt.id not in failed
+    )
+    return Baseline(job, tuple(answers))
+
+
+def compared(against: Baseline, job: Job, prompt_set: SparkPromptSet) -> Fidelity:
+    """The model of `job` beside the baseline.
+
+    Raises:
+        Unavailable: Spark gave up on the task.
+    """
+    with _spark_errors():
+        task = prompt_set.frame.sparkSession.sparkContext.parallelize([0], 1)
+        [found] = task.map(lambda _: _compared(against, job)).collect()
+    return found
+
+
+def _compared(against: Baseline, job: Job) -> Fidelity:
+    """On a worker."""
+    worker.forget_model()  # two models would be in memory while one loads
+    model = worker._model(against.job)[0]
+    reference = Reference()
+    try:
+        reference.hold(model, _texts(model, against))
+        del model
+        worker.forget_model()
+        return reference.compared(worker._model(job)[0])
+    finally:
+        reference.close()
+
+
+def _texts(model: asking.LoadedModel, against: Baseline) -> list[Text]:
+    """The baseline's greedy answers. Drawn answers, and answers that an earlier run kept as text, are made again."""
+    generation = against.job.generation | {"temperature": 0.0}
+    is_drawn = bool(against.job.generation["temperature"])
+    missing = [prompt for prompt, _, generated in against.answers if is_drawn or not generated]
+    again: dict[str, Sequence[int]] = {}
+    if missing and model.facts.is_ours:
+        asked = asking.questions(model, missing, generation, 1)
+        answered = asking.answers(model, asked, generation.get("batch_size") or 0)
+        again = {question.prompt.id: answer.get("token_ids") or () for question, answer in answered}
+    return [Text(prompt.id, ids, list(again.get(prompt.id, generated))) for prompt, ids, generated in against.answers]
