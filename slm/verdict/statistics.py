@@ -29,7 +29,8 @@ Z_80 = float(special.ndtri(0.80))  # 80 % power
 FEW_PAIRS = 10  # with fewer differing pairs, the central limit theorem does not hold well enough
 EXACT_PAIRS = 16  # up to this number, all sign patterns (at most 2**16) are counted
 RESAMPLES = 1999  # of the bootstrap
-MOST_RESAMPLED = 1000  # clusters; with more, the bootstrap changes nothing
+MOST_REACH = math.log(100)  # of a bootstrap interval above the logarithm of the mean
+RESAMPLED = range(10, 1001)  # clusters: few have too few resamples, and with many the bootstrap changes nothing
 FEW_VALUES = 1000  # up to this number, counted values are written out one by one
 
 Clusters = Sequence[Hashable | None]
@@ -216,7 +217,7 @@ def ratio_estimate(
     - "signed": Student's t with G-1 degrees of freedom.
     - "positive": the same on the logarithm of the mean, so no end is below 0. Values with a long tail have samples
       that miss the tail, and then both mean and stderr are small. So the upper end is at least that of the studentized
-      bootstrap over clusters [Hall], at the level that [Hesterberg] gives for few clusters. The draws are fixed.
+      bootstrap over 10 to 1000 clusters [Hall], at the level that [Hesterberg] gives for few. The draws are fixed.
     - "share", of values that are 0 or 1: Student's t, cut to [0, 1]. If all values are equal, the far end is
       0.025^(1/G): the share at which G clusters would all look alike in 2.5 % of samples.
 
@@ -237,7 +238,7 @@ def ratio_estimate(
         return Estimate(mean, 0.0, mean, mean, totals.size)
     if kind == "positive":
         low, high = (math.exp(end) for end in _student(math.log(mean), stderr / mean, groups - 1))
-        if groups <= MOST_RESAMPLED:
+        if groups in RESAMPLED:
             high = max(high, _resampled_high(np.bincount(codes, weights=totals), np.bincount(codes, weights=counts)))
     else:
         low, high = _student(mean, stderr, groups - 1)
@@ -247,7 +248,10 @@ def ratio_estimate(
 
 
 def _resampled_high(sums: np.ndarray, sizes: np.ndarray) -> float:
-    """The upper end of a ratio's 95 % interval by the studentized bootstrap of its logarithm. One entry per cluster."""
+    """The upper end of a ratio's 95 % interval by the studentized bootstrap of its logarithm. One entry per cluster.
+
+    0 if there is none: where one cluster has nearly all, resamples without this cluster have no spread to speak of.
+    """
     groups = sums.size
     terms = np.column_stack([sums, sizes, sums**2, sums * sizes, sizes**2])
     drawn = np.random.default_rng(0).integers(0, groups, (RESAMPLES, groups)) + groups * np.arange(RESAMPLES)[:, None]
@@ -256,7 +260,8 @@ def _resampled_high(sums: np.ndarray, sizes: np.ndarray) -> float:
     level = special.ndtr(math.sqrt(groups / (groups - 1)) * special.stdtrit(groups - 1, 0.025))
     kept = spreads[1:] > 0  # clusters that are all alike have no spread
     low = np.quantile(np.log(means[1:][kept] / means[0]) / spreads[1:][kept], level)
-    return float(means[0] * math.exp(-low * spreads[0]))
+    reach = float(-low * spreads[0])
+    return float(means[0] * math.exp(reach)) if reach < MOST_REACH else 0.0
 
 
 def _ratios(terms: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:

@@ -55,6 +55,12 @@ def test_equal_values_are_exact_but_a_share_of_all_keeps_its_doubt():
     assert stats.binom.pmf(0, 3, none.ci95_high) == pytest.approx(0.025)
 
 
+@pytest.mark.parametrize("groups", [2, 3, 9, 10, 30])
+def test_one_large_value_among_small_ones_leaves_a_finite_interval(groups):
+    found = ratio_estimate([1e-6] * (groups - 1) + [1e6], [10] * groups, kind="positive")
+    assert 0 < found.ci95_low < found.mean < found.ci95_high < math.inf
+
+
 def test_a_single_cluster_has_no_interval():
     found = ratio_estimate([1.0, 2.0], [4, 4], ["a", "a"])
     assert found.mean == 0.375 and math.isnan(found.ci95_low) and math.isnan(found.ci95_high)
