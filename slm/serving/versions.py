@@ -30,7 +30,7 @@ from slm.base.wording import one_line
 from slm.models import wrappers
 from slm.serving.batching import Metrics, Worker
 from slm.serving.exchanges import Service
-from slm.serving.protocol import ApiError, Limits, model_names
+from slm.serving.protocol import OLD_FIELDS, ApiError, Limits, model_names
 from slm.tracking import mlflow_client, registry, tags
 
 ROOM = 1.5  # times the size of a model's files: the memory that is needed to load it
@@ -100,15 +100,16 @@ def check_answer(model: wrappers.Wrapper) -> None:
     Raises:
         BadInput: the model gives no token, or a token without a finite probability.
     """
+    fields = getattr(model, "fields", OLD_FIELDS)
     try:
-        [row, *_] = model.prepare(QUESTION)
+        [row, *_] = model.prepare({name: value for name, value in QUESTION.items() if name in fields})
         for _ in model.stream([row]):
             pass
     except Exception as error:
         if exhausted(error):
             raise
         raise BadInput(f"it can't answer: {type(error).__name__}: {one_line(error)}") from None
-    values = [one.value for one in row.log_probabilities]
+    values = [one.value for one in getattr(row, "log_probabilities", ())]  # rows of older wrappers have none
     if not row.output or not all(value <= 0 for value in values):  # NaN is not
         raise BadInput("its test answer has no token, or a token without a probability")
 
@@ -260,6 +261,8 @@ class Follower:
             self._look_failed(f"the registry can't be read: {one_line(error)}")
             return
         self.served.metrics.looked(time.time())
+        if not self.served.is_ready():
+            self._restore()
         if not version:
             self._say(f"{self.alias.uri} is not set any more")
         elif f"{self.name}/{version}" == self.served.version:
@@ -290,12 +293,19 @@ class Follower:
             else:
                 self._refuse(version, source, one_line(error))
             if gap[0]:
-                self.served.replace(self._load(before.rpartition("/")[2]))
+                self._restore()
             return
         self.served.replace(loaded)
         waited = f"; requests waited for {time.monotonic() - gap[0]:.1f} s" if gap[0] else ""
         console.out.print(f"Serving version {version}, {time.monotonic() - start:.1f} s later{waited}", markup=False)
         self._said = ""
+
+    def _restore(self) -> None:
+        """Loads the version again that ended before the next one could be loaded."""
+        try:
+            self.served.replace(self._load(self.served.version.rpartition("/")[2]))
+        except Exception as error:
+            self._look_failed(f"{self.served.version} can't be loaded again yet: {one_line(error)}")
 
     def _load(self, version: str, before_loading: Callable[[int], None] = lambda size: None) -> Loaded:
         alias = self.alias

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -565,12 +566,13 @@ def test_no_schedule_trusts_code():
 
 
 @pytest.mark.fault("models: bytecode that was added to a trusted model")
-def test_bytecode_in_a_models_folder_is_never_run(store, tmp_path):
+def test_bytecode_in_a_models_folder_is_never_run(store, tmp_path, monkeypatch):
     import importlib.util
     import py_compile
 
     import mlflow
 
+    monkeypatch.setattr(sys, "pycache_prefix", None)  # an earlier load may have set it
     uri, marker = log_code(tmp_path)
     folder = stored(registry.version_source(uri).rpartition("/")[2])
     [code] = folder.glob("*.py")
