@@ -8,14 +8,16 @@ tokens, a fixed sample of the prompts is compared. Every model of this project c
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from slm.answers import asking
 from slm.answers.asking import LoadedModel, NoTokenScores
 from slm.base import cache
+from slm.prompts.prompt_rows import Prompt
 from slm.verdict import fidelity
 from slm.verdict.fidelity import Fidelity, LikelyTokens, TokenFidelity
 
@@ -146,6 +148,13 @@ class Reference:
         for _ in model.token_scores([(text.context, text.continuation[:SHOWN_TOKENS]) for text in texts], see):
             pass
         return {id: tuple(tokens[place] for place in sorted(tokens)) for id, tokens in shown.items()}
+
+
+def greedy(model: LoadedModel, prompts: Sequence[Prompt], generation: dict) -> dict[str, tuple[int, ...]]:
+    """The tokens of the model's greedy answers, by prompt id."""
+    asked = asking.questions(model, prompts, generation | {"temperature": 0.0}, 1)
+    answered = asking.answers(model, asked, generation.get("batch_size") or 0)
+    return {question.prompt.id: tuple(answer.get("token_ids") or ()) for question, answer in answered}
 
 
 def _likeliest(model: LoadedModel, log_probabilities: np.ndarray) -> tuple[tuple[str, float], ...]:

@@ -10,13 +10,12 @@ from slm.base.errors import BadInput
 from slm.base.parameters import Parameters
 from slm.engines import answering, distributions, texts
 from slm.engines.engine import Request
-from slm.models import checkpoints
 from slm.prompts import row_mapping, variants
 from slm.prompts.prompt_sets import PromptSet, read_prompt_set
 from slm.scorers import scorer_calls
 from slm.tracking import downloads, registry
-from slm.verdict import estimation, perplexity
-from slm.verdict.scored_model import ScoredModel, estimate_metrics
+from slm.verdict import estimation, fidelity, perplexity
+from slm.verdict.scored_model import FIGURES, ScoredModel
 from slm.verdict.statistics import Difference
 
 
@@ -48,14 +47,7 @@ def check_devices(args: Parameters) -> None:
 
 def read_prompts(args: Parameters) -> PromptSet:
     given, mapping = args.prompts, row_mapping.read(args.fields, args.expected_pattern)
-    with ExitStack() as stack:
-        if downloads.is_address(given):
-            path = stack.enter_context(downloads.file(given))
-        else:
-            located = checkpoints.located(given)
-            if located is None:
-                raise BadInput(f"prompts: {given!r} does not exist, from the repository's root or from here")
-            path = located
+    with downloads.named_file("prompts", given) as path:
         asked = scorer_calls.read(args.scorers, args.judge)
         found = scorer_calls.add(asked, read_prompt_set(path, given, scorer_calls.IN_ROWS, mapping))
     asking.check_response_formats(found.prompts)
@@ -113,7 +105,7 @@ def beside(
     generated = scored.generated
     with console.step(f"Reading {request.label} token by token"):
         if request.generation["temperature"]:
-            generated = _greedy(model, prompt_set, request.generation)
+            generated = distributions.greedy(model, prompt_set.prompts, request.generation)
         answers = [
             distributions.Text(id, ids, list(generated.get(id, ()))) for id, (_, ids) in scored.sent.items() if ids
         ]
@@ -130,15 +122,8 @@ def with_texts(model: asking.LoadedModel, scored: ScoredModel, prompt_set: Promp
         found = texts.measured(
             model, prompt_set.texts, request.generation, request.reuse, reference, request.is_baseline
         )
-    metrics = estimate_metrics(perplexity.estimates(found)) | perplexity.plain_figures(found)
+    metrics = fidelity.as_metrics(perplexity.estimates(found), FIGURES) | perplexity.plain_figures(found)
     return replace(scored, texts=found, metrics=scored.metrics | metrics)
-
-
-def _greedy(model: asking.LoadedModel, prompt_set: PromptSet, generation: dict) -> dict[str, tuple[int, ...]]:
-    """The tokens of the model's greedy answers, by prompt id, where the asked answers are drawn."""
-    asked = asking.questions(model, prompt_set.prompts, generation | {"temperature": 0.0}, 1)
-    answered = asking.answers(model, asked, generation.get("batch_size") or 0)
-    return {question.prompt.id: tuple(answer.get("token_ids") or ()) for question, answer in answered}
 
 
 def differences(candidate: ScoredModel, baseline: ScoredModel, prompt_set: PromptSet) -> dict[str, Difference]:

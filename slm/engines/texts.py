@@ -9,17 +9,14 @@ Not covered: engine=spark, endpoints and models of others.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 
 from slm.answers import kept_answers
 from slm.answers.asking import LoadedModel, NoTokenScores
-from slm.base.errors import BadInput
 from slm.base.hashing import digest
 from slm.engines import answering
 from slm.engines.distributions import Reference, Text
-from slm.models import checkpoints
 from slm.prompts.texts import Document, TextSet, read_texts
 from slm.tracking import downloads
 from slm.verdict.perplexity import TextScores
@@ -35,14 +32,7 @@ def read(given: str) -> TextSet:
         BadInput: there is no such file, or it holds no texts.
         Unavailable: the server that has the file fails.
     """
-    with ExitStack() as stack:
-        if downloads.is_address(given):
-            path = stack.enter_context(downloads.file(given))
-        else:
-            located = checkpoints.located(given)
-            if located is None:
-                raise BadInput(f"texts: {given!r} does not exist, from the repository's root or from here")
-            path = located
+    with downloads.named_file("texts", given) as path:
         return read_texts(path)
 
 

@@ -224,6 +224,18 @@ def located(path: str) -> Path | None:
         return None
 
 
+def existing(parameter: str, path: str) -> Path:
+    """`located`, for the value of a parameter.
+
+    Raises:
+        BadInput: nothing is there.
+    """
+    found = located(path)
+    if found is None:
+        raise BadInput(f"{parameter}: {path!r} does not exist, from the repository's root or from here")
+    return found
+
+
 def check(folder: Path) -> None:
     """Refuses a folder that is not a complete model, or that could run code from the folder.
 

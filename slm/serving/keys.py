@@ -57,10 +57,10 @@ class Keys:
             self._said = told
             if told:
                 console.err.print(f"warning: {FILE_VARIABLE}: {told}; the keys of before stay", markup=False)
-        scheme, _, given = authorization.partition(" ")
-        found = [hmac.compare_digest(given.encode(), key.encode()) for key in self._keys]
         if not self._keys:
             return ""
+        scheme, _, given = authorization.partition(" ")
+        found = [hmac.compare_digest(given.encode(), key.encode()) for key in self._keys]
         return self._names[found.index(True)] if scheme.lower() == "bearer" and any(found) else None
 
     def _set(self, keys: list[str]) -> None:

@@ -27,6 +27,7 @@ from urllib.parse import unquote, urlsplit
 from slm.base import environment
 from slm.base.errors import BadInput, Unavailable, exhausted
 from slm.base.wording import one_line
+from slm.models import checkpoints
 from slm.prompts.readers import FILE_BYTES
 from slm.tracking import mlflow_client
 
@@ -42,6 +43,21 @@ ROOM = 4 * 2**30  # bytes of memory, MLflow's libraries among them
 def is_address(given: str) -> bool:
     """Whether a prompt set is named by a URI, and not by a path."""
     return "://" in given or given.startswith(URI_SCHEMES)
+
+
+@contextmanager
+def named_file(parameter: str, given: str) -> Iterator[Path]:
+    """The file that the value of a parameter names: a path in the repository, any path, or an address.
+
+    Raises:
+        BadInput: there is no such file.
+        Unavailable: the server that has the file fails.
+    """
+    if is_address(given):
+        with file(given) as path:
+            yield path
+    else:
+        yield checkpoints.existing(parameter, given)
 
 
 @contextmanager

@@ -98,9 +98,10 @@ def prompt_means(prompts: Sequence[TokenFidelity]) -> dict[str, float]:
     return dict(sorted(means.items(), key=lambda pair: -pair[1]))
 
 
-def as_metrics(found: Mapping[str, Estimate]) -> dict[str, float]:
+def as_metrics(
+    found: Mapping[str, Estimate], figures: Sequence[str] = ("mean", "ci95_low", "ci95_high")
+) -> dict[str, float]:
     """Estimates as metrics `<name>/<figure>`. Figures that are not finite are left out."""
-    figures = ("mean", "ci95_low", "ci95_high")
     named = {f"{name}/{figure}": getattr(entry, figure) for name, entry in found.items() for figure in figures}
     return {name: value for name, value in named.items() if math.isfinite(value)}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from slm.answers.asking import ModelFacts
 from slm.verdict import statistics
-from slm.verdict.fidelity import Fidelity
+from slm.verdict.fidelity import Fidelity, as_metrics
 from slm.verdict.perplexity import TextScores
 
 OVERALL = "score"  # the overall score: the mean of a row's scores, and then the mean over rows
@@ -87,7 +87,7 @@ def metrics_of(
     """Counts, estimates and latencies, by the name of the metric. Values that are not finite are left out."""
     answered = [sample for sample in samples if sample.error is None]
     seconds = [sample.latency_seconds for sample in answered]
-    figures = estimate_metrics(estimates)
+    figures = as_metrics(estimates, FIGURES)
     # MLflow's pages have the columns in this order: the overall score first
     overall = {name: value for name, value in figures.items() if name.startswith(f"{OVERALL}/")}
     metrics = overall | {
@@ -104,12 +104,6 @@ def metrics_of(
     if latencies and seconds:
         metrics |= {f"latency_seconds/p{q}": statistics.percentile(seconds, q) for q in (50, 95)}
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-
-
-def estimate_metrics(estimates: dict[str, statistics.Estimate]) -> dict[str, float]:
-    """Each figure of each estimate, as `<name>/<figure>`. Values that are not finite are left out."""
-    figures = {f"{name}/{part}": getattr(entry, part) for name, entry in estimates.items() for part in FIGURES}
-    return {name: float(value) for name, value in figures.items() if math.isfinite(value)}
 
 
 def values_by_scorer(samples: tuple[Sample, ...]) -> dict[str, dict[str, float]]:

@@ -179,8 +179,6 @@ def test_a_probability_of_0_gives_no_nan():
 
 
 def test_drawn_answers_are_compared_over_the_greedy_ones(own):
-    from slm.engines import local
-
     prompt_set = prompts(2)
     generation = {"max_tokens": 6, "temperature": 1.5, "top_p": 1.0, "seed": 1, "stop": [], "batch_size": 0}
 
@@ -189,8 +187,8 @@ def test_drawn_answers_are_compared_over_the_greedy_ones(own):
 
     facts = asking.ModelFacts("m", "m", "m", _form(), 0.0, "", code_sha256="x")
     model = Asked(facts, own["onnx int4"].wrapper, 0.0, lambda: None)
-    greedy = local._greedy(model, prompt_set, generation)
-    again = local._greedy(model, prompt_set, generation | {"seed": 9})
+    greedy = distributions.greedy(model, prompt_set.prompts, generation)
+    again = distributions.greedy(model, prompt_set.prompts, generation | {"seed": 9})
     assert greedy == again and all(greedy[prompt.id] for prompt in prompt_set.prompts)
 
 

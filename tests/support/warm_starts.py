@@ -33,6 +33,7 @@ EXPORTS = (
     *("torch", "transformers", "transformers.models.gemma3.modeling_gemma3", "transformers.models.auto.modeling_auto"),
     *("transformers.models.auto.tokenization_auto", "transformers.generation", "onnx", "onnx_ir", "sympy"),
 )
+SCRATCH = tempfile.gettempdir()  # a test may set another one for a while
 _servers: dict[tuple[int, tuple[str, ...]], str] = {}  # by the process that started one, and what it has imported
 
 
@@ -96,7 +97,7 @@ def _server(imported: tuple[str, ...]) -> str:
     """The socket of this process's server. It is started at the first call, and ends with this process."""
     key = os.getpid(), imported
     if key not in _servers:
-        path = Path(tempfile.mkdtemp(prefix="starts-"), "socket")
+        path = Path(tempfile.mkdtemp(prefix="starts-", dir=SCRATCH), "socket")
         process = subprocess.Popen(
             [sys.executable, __file__, str(path), *imported], stdin=subprocess.PIPE, start_new_session=True
         )

@@ -7,11 +7,10 @@ those whose answers the driver has: all, or the sample that the report shows.
 Not covered: `texts`, and several tasks for one comparison.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slm.answers import asking
-from slm.engines.distributions import Reference, Text
+from slm.engines.distributions import Reference, Text, greedy
 from slm.engines.spark import worker
 from slm.engines.spark.job import Job
 from slm.engines.spark.prompt_frame import SparkPromptSet
@@ -69,12 +68,7 @@ def _compared(against: Baseline, job: Job) -> Fidelity:
 
 def _texts(model: asking.LoadedModel, against: Baseline) -> list[Text]:
     """The baseline's greedy answers. Drawn answers, and answers that an earlier run kept as text, are made again."""
-    generation = against.job.generation | {"temperature": 0.0}
     is_drawn = bool(against.job.generation["temperature"])
     missing = [prompt for prompt, _, generated in against.answers if is_drawn or not generated]
-    again: dict[str, Sequence[int]] = {}
-    if missing and model.facts.is_ours:
-        asked = asking.questions(model, missing, generation, 1)
-        answered = asking.answers(model, asked, generation.get("batch_size") or 0)
-        again = {question.prompt.id: answer.get("token_ids") or () for question, answer in answered}
+    again = greedy(model, missing, against.job.generation) if missing and model.facts.is_ours else {}
     return [Text(prompt.id, ids, list(again.get(prompt.id, generated))) for prompt, ids, generated in against.answers]

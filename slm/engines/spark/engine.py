@@ -43,10 +43,7 @@ def read_prompts(args: Parameters) -> prompt_frame.SparkPromptSet:
         atexit.register(copies.close)
         location = f"file://{copies.enter_context(downloads.file(given, DOWNLOAD_BYTES))}"
     elif "://" not in given:
-        path = checkpoints.located(given)
-        if path is None:
-            raise BadInput(f"prompts: {given!r} does not exist, from the repository's root or from here")
-        location = f"file://{path.resolve()}"
+        location = f"file://{checkpoints.existing('prompts', given).resolve()}"
     found = prompt_frame.read_prompts(location, given, args.spark_master, args.scorers, args.repeats, mapping)
     if found.left_out:
         console.out.print(f"{found.name}: {row_mapping.left_out_note(found.left_out)}", markup=False)
