@@ -47,7 +47,7 @@ def evaluate(args: parameters.Parameters) -> str:
         endpoints.check(uri)
     source = None
     if not uris:
-        onnx_export.check(args.precision, args.execution_provider)
+        onnx_export.check(args.precision, args.execution_provider, args.runtime)
         source = checkpoints.find(args.model, args.revision, args.subfolder)
 
     if args.check:
@@ -117,8 +117,8 @@ def log_both(source: checkpoints.Source, args: parameters.Parameters) -> list[tu
         checkpoint.require_chat()
     if checkpoint.is_onnx:
         raise BadInput(f"model: {args.model} is an ONNX GenAI folder; run -e onnx, or give evaluate its model_uris")
-    with console.step(f"Exporting to ONNX, {args.precision}"):
-        export = onnx_export.export(checkpoint, args.precision, args.execution_provider)
+    with console.step(f"Exporting to ONNX, {args.precision}") as tell:
+        export = onnx_export.export(checkpoint, args.precision, args.execution_provider, tell=tell)
     # MLflow's page of evaluations leaves out a run that has logged models, and the runs below it
     with console.step("Logging both wrappers"), lifecycle.child_run("wrappers"):
         name = args.registered_model_name

@@ -36,7 +36,7 @@ def log_and_score(args: parameters.Parameters) -> str:
     source = checkpoints.find(args.model, args.revision, args.subfolder)
     if not source.is_onnx:
         engine.check(args)
-        onnx_export.check(args.precision, args.execution_provider)
+        onnx_export.check(args.precision, args.execution_provider, args.runtime)
 
     with lifecycle.run("onnx", args):
         # The ONNX GenAI folder, and the model logged from it
@@ -45,8 +45,8 @@ def log_and_score(args: parameters.Parameters) -> str:
         precision = "as given"
         if not checkpoint.is_onnx:
             precision = args.precision
-            with console.step(f"Exporting to ONNX, {precision}"):
-                checkpoint = onnx_export.export(checkpoint, precision, args.execution_provider)
+            with console.step(f"Exporting to ONNX, {precision}") as tell:
+                checkpoint = onnx_export.export(checkpoint, precision, args.execution_provider, tell=tell)
         if args.schema == "chat":
             checkpoint.require_chat()
         from slm.models import model_logging

@@ -138,13 +138,16 @@ def _a_collection_passes_over_what_is_there():
 
 @pytest.fixture(scope="session", autouse=True)
 def _exports_start_warm():
-    """An export is two programs that import torch: here, forks that find it imported."""
-    from slm.models import onnx_export
+    """An export is a program that imports torch: here, a fork that finds it imported."""
+    from slm.models import graph_building, onnx_export
 
-    def python(module: list[str]) -> subprocess.CompletedProcess:
+    def python(module: list[str], tell) -> subprocess.CompletedProcess:
         settings = os.environ | onnx_export.SETTINGS
         process = warm_starts.Process(module, REPOSITORY, settings, imported=warm_starts.EXPORTS)
         out, err = process.communicate()
+        for line in out.splitlines():
+            if line.startswith(graph_building.SHARE):
+                tell(float(line.removeprefix(graph_building.SHARE)))
         return subprocess.CompletedProcess(module, process.wait(), out, err)
 
     with mock.patch.object(onnx_export, "_python", python):

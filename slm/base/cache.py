@@ -1,6 +1,7 @@
 """Keeps folders that are expensive to make (converted weights, exports) outside the repository. Each is made once.
 
-A folder is built under a temporary name and then renamed. A manifest beside it lists its files with their SHA-256. If a
+A folder is built under a temporary name and then renamed. If its process is killed, the next build of any folder
+removes what is left. A manifest beside it lists its files with their SHA-256. If a
 file is missing or was changed, the folder is built again with new files. No file is written in place, so a store's
 hard links keep their content. Two processes that want the same folder build it once. This module never
 removes an intact folder: docs/reproducing-a-run.md says how to empty the cache.
@@ -19,11 +20,11 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from slm.base.errors import BadInput
 
@@ -89,9 +90,9 @@ def opener(path: str, flags: int) -> int:
     return file
 
 
-def lock(path: Path) -> FileLock:
-    """A lock file in the cache, not taken yet."""
-    return FileLock(path, mode=0o600)
+def lock(path: Path, timeout: float = -1) -> FileLock:
+    """A lock file in the cache, not taken yet. After `timeout` seconds, taking it raises filelock.Timeout."""
+    return FileLock(path, timeout, mode=0o600)
 
 
 def file_sha256(path: Path) -> str:
@@ -123,8 +124,8 @@ def folder(name: str, recipe: dict[str, str], build: Callable[[Path], None]) -> 
         manifest = _intact(target, record)
         if manifest is None:
             building = target.with_name(f"{target.name}.building")
-            for leftover in (building, target):
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(target, ignore_errors=True)
+            _remove_leftovers(building)
             building.mkdir()
             build(building)
             for path in building.rglob("*"):
@@ -135,6 +136,13 @@ def folder(name: str, recipe: dict[str, str], build: Callable[[Path], None]) -> 
                 json.dump(content, file, indent=1)
             building.rename(target)
     return target, manifest
+
+
+def _remove_leftovers(own: Path) -> None:
+    """Removes the folders of builds whose process was killed, and `own`. A build that goes on holds its lock."""
+    for leftover in own.parent.glob("*.building"):
+        with suppress(Timeout), lock(leftover.with_suffix(".lock"), 0) if leftover != own else nullcontext():
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def place(source: Path, target: Path) -> None:

@@ -18,11 +18,28 @@ LINE_SECONDS = 15.0  # between two lines in a log
 
 
 @contextmanager
-def step(what: str) -> Iterator[None]:
-    """Shows the step's name, and after the step its duration in seconds."""
-    start = time.monotonic()
-    with out.status(what), _told_in_logs(lambda: f"{what}: {time.monotonic() - start:.0f} s so far"):
-        yield
+def step(what: str) -> Iterator[Callable[[float], None]]:
+    """Shows the step's name, and after the step its duration in seconds.
+
+    Yields a function that may be called with the share of the step that is done, from 0 to 1. The time that is left
+    is then shown.
+    """
+    start, done = time.monotonic(), 0.0
+
+    def line() -> str:
+        seconds = time.monotonic() - start
+        if not done:
+            return f"{what}: {seconds:.0f} s so far"
+        return f"{what}: {done:.0%}, about {duration(seconds / done * (1 - done))} left"
+
+    with out.status(what) as status, _told_in_logs(line):
+
+        def tell(share: float) -> None:
+            nonlocal done
+            done = share
+            status.update(line())
+
+        yield tell
     out.print(f"{what} [dim]({time.monotonic() - start:.1f} s)[/dim]")
 
 

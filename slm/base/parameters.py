@@ -19,6 +19,7 @@ from slm.base.wording import quoted
 CHARACTERS = 4000  # of one value. MLflow keeps at most 6,000 characters of a parameter
 ALL = ("pipeline", "onnx", "evaluate")  # the entry points that log or score models
 ENTRY_POINTS = (*ALL, "serve", "rollback")
+HARDWARE = ("dtype", "device", "runtime")  # a value other than auto replaces what a model was logged with
 ENGINES = {"local": "slm.engines.local", "spark": "slm.engines.spark.engine"}  # each engine's module, see slm/engines
 
 
@@ -77,6 +78,13 @@ PARAMETERS = (
     ),
     Parameter("precision", "int4", ("onnx", "evaluate"), "of the export", ("int4", "int8", "fp16", "bf16", "fp32")),
     Parameter("execution_provider", "cpu", ("onnx", "evaluate"), "of onnxruntime-genai", ("cpu", "cuda")),
+    Parameter(
+        "runtime",
+        "auto",
+        ("onnx", "evaluate"),
+        "what answers for an ONNX model; auto: the logged choice, else onnxruntime where it can run the graph",
+        ("auto", "onnxruntime-genai", "onnxruntime"),
+    ),
     Parameter(
         "schema",
         "prompt",
@@ -244,6 +252,7 @@ class Parameters(argparse.Namespace):
     device: str
     precision: str
     execution_provider: str
+    runtime: str
     schema: str
     registered_model_name: str
     save_weights: bool

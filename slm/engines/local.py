@@ -7,7 +7,7 @@ from dataclasses import replace
 from slm.answers import asking, endpoints, loading
 from slm.base import console, environment
 from slm.base.errors import BadInput
-from slm.base.parameters import Parameters
+from slm.base.parameters import HARDWARE, Parameters
 from slm.engines import answering, distributions, texts
 from slm.engines.engine import Request
 from slm.prompts import row_mapping, variants
@@ -86,7 +86,7 @@ def load(request: Request, stack: ExitStack) -> asking.LoadedModel:
         if not endpoints.is_endpoint(request.uri):
             folder = stack.enter_context(registry.local_copy(request.uri))
         options = request.generation
-        settings = {name: options.get(name) for name in ("dtype", "device")} | {"row_timeout": request.row_timeout}
+        settings = {name: options.get(name) for name in HARDWARE} | {"row_timeout": request.row_timeout}
         recorded = registry.recorded_manifests(request.uri)
         return loading.load(request.label, request.uri, folder, settings, recorded, request.trust_code)
 

@@ -15,6 +15,7 @@ from itertools import islice
 from slm.answers import kept_answers
 from slm.answers.asking import LoadedModel, NoTokenScores
 from slm.base.hashing import digest
+from slm.base.parameters import HARDWARE
 from slm.engines import answering
 from slm.engines.distributions import Reference, Text
 from slm.prompts.texts import Document, TextSet, read_texts
@@ -65,7 +66,7 @@ def measured(
         if reference and is_baseline:
             reference.reason = f"the baseline, {model.facts.label}, {missing}"
         return TextScores(texts.name, reason=reason)
-    hardware = {name: generation.get(name) for name in ("dtype", "device")}
+    hardware = {name: generation.get(name) for name in HARDWARE}
     with kept_answers.opened(["texts", answering.identity(model.facts, hardware)], reuse) as kept:
         sums = _sums(model, texts.documents, kept)
     clusters = tuple(document.cluster for document in texts.documents)

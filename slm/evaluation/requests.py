@@ -83,7 +83,7 @@ def check_alias(args: Parameters, uris: list[str], thresholds: tuple[gate.Thresh
 
 def generation(args: Parameters) -> dict:
     """The parameters of generation and hardware. The logged model takes them as its defaults, but for max_tokens."""
-    names = ("max_tokens", "temperature", "top_p", "seed", "batch_size", "dtype", "device")
+    names = ("max_tokens", "temperature", "top_p", "seed", "batch_size", *parameters.HARDWARE)
     chosen = {name: getattr(args, name) for name in names if name in vars(args)}
     return chosen | {"stop": parameters.stop_strings(args.stop)}
 
@@ -92,5 +92,5 @@ def asked(args: Parameters) -> dict:
     """The parameters on which answers and scores depend, for the record. A task has its own generation parameters."""
     if not args.tasks:
         return generation(args) | {"cut": args.cut}
-    names = ("seed", "batch_size", "dtype", "device", "tasks", "limit", "num_fewshot", "apply_chat_template", "cut")
+    names = ("seed", "batch_size", *parameters.HARDWARE, "tasks", "limit", "num_fewshot", "apply_chat_template", "cut")
     return {name: getattr(args, name) for name in names}

@@ -32,7 +32,7 @@ if not __package__:
 from .chat_parts.confined import CallFailed, Confined
 from .chat_parts.continuous_runtime import KEEP, LANE_BYTES, ContinuousRuntime
 from .chat_parts.fields import DEFAULTS, FIELDS, Field, Request, checked
-from .chat_parts.genai_runtime import OnnxRuntime, onnx_runtime
+from .chat_parts.genai_runtime import ONNX_RUNTIMES, OnnxRuntime, onnx_runtime
 from .chat_parts.generation import Generation
 from .chat_parts.model import SmallLanguageModel, usage
 from .chat_parts.rows import GREEDY, Answer, Refused, Row, Sampling, SeeDistributions, TokenLogProbability, TokenScores
@@ -51,6 +51,7 @@ __all__ = [
     "GREEDY",
     "KEEP",
     "LANE_BYTES",
+    "ONNX_RUNTIMES",
     "VERSION",
     "Answer",
     "CallFailed",

@@ -49,7 +49,7 @@ PACKAGES = {
 }
 SETTINGS = {  # 0 and "": the wrapper chooses
     "pipeline": {"batch_size": 0, "threads": 0, "dtype": "auto", "device": "auto"},
-    "onnx": {"batch_size": 0, "threads": 0, "execution_provider": ""},
+    "onnx": {"batch_size": 0, "threads": 0, "execution_provider": "", "runtime": "auto"},
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
@@ -66,7 +66,7 @@ def log_pipeline(checkpoint: Checkpoint, generation: dict, save_weights: bool = 
 def log_onnx(export: Checkpoint, schema: str, generation: dict, precision: str, **log) -> ModelInfo:
     """Logs an ONNX GenAI folder as a pyfunc model named "onnx", with the `prompt` or the `chat` schema.
 
-    `generation` is as in `log_pipeline`, with execution_provider in the place of dtype and device.
+    `generation` is as in `log_pipeline`, with execution_provider and runtime in the place of dtype and device.
     """
     return _log("onnx", export, schema, generation, metadata={"precision": precision}, **log)
 

@@ -1,20 +1,23 @@
 """Exports a checkpoint as an ONNX GenAI folder, with onnxruntime-genai's own model builder. The cache keeps the export.
 
-For the CPU, the builder writes the graph in fp32, tensor by tensor. slm/models/quantization.py makes int4 and int8 from
-that graph. The recipe of each precision was chosen by measurement: benchmarks/precision.py prints the table.
+For the CPU, slm/models/graph_building.py makes int4 and int8 from the builder's fp32 graph, tensor by tensor. The
+recipe of each precision was chosen by measurement: benchmarks/precision.py prints the table.
 """
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from slm.base import cache
 from slm.base import environment as machine
-from slm.base.errors import BadInput
+from slm.base.errors import BadInput, Unavailable
 from slm.models.checkpoints import REPOSITORY, Checkpoint, failed, rebuilt
 
 # prune_lm_head: an answer needs only the last position's logits, so the head is not computed over whole prompts
@@ -24,31 +27,44 @@ K_QUANT = {"algo_config": "k_quant_mixed"}
 ALWAYS = {"windowed_kv_cache": "false"}
 # no fp32 for cuda: the builder (0.18) writes attention without caches, and no runtime loads that graph
 PRECISIONS = {"cpu": ("int4", "int8", "fp32"), "cuda": ("int4", "int8", "fp16", "bf16")}
-QUANTIZED = {"cpu": ("int4", "int8")}  # by slm/models/quantization.py
+QUANTIZED = {"cpu": ("int4", "int8")}  # by slm/models/graph_building.py
 # mixtures of experts and quantized checkpoints get the builder's own precision
 BUILDERS_OWN = {"num_local_experts", "num_experts", "quantization_config"}
+BYTES_PER_WEIGHT = {"int4": 0.85, "int8": 1.1, "fp16": 2.1, "bf16": 2.1, "fp32": 4.1}  # an export's; never less
+SPARE_BYTES = 2**26  # for the tokenizer and the graph
 SETTINGS = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}  # of an export's processes, in the environment
 
 
-def check(precision: str, execution_provider: str) -> None:
-    """Raises BadInput if this project exports no such precision for the execution provider."""
+def check(precision: str, execution_provider: str, runtime: str = "auto") -> None:
+    """Raises BadInput if this project exports no such precision for the execution provider, or can't run the export."""
     if execution_provider not in PRECISIONS:
         raise BadInput(f"execution_provider: {execution_provider!r} is none of {', '.join(PRECISIONS)}")
     if precision not in PRECISIONS[execution_provider]:
         allowed = ", ".join(PRECISIONS[execution_provider])
         raise BadInput(f"precision: {precision!r} can't be exported for {execution_provider}; one of {allowed}")
+    if runtime == "onnxruntime" and execution_provider != "cpu":
+        raise BadInput(f"runtime: onnxruntime runs on the CPU here, not on {execution_provider}; leave runtime=auto")
 
 
-def export(checkpoint: Checkpoint, precision: str, execution_provider: str, options: dict | None = None) -> Checkpoint:
+def export(
+    checkpoint: Checkpoint,
+    precision: str,
+    execution_provider: str,
+    options: dict | None = None,
+    tell: Callable[[float], None] = lambda share: None,
+) -> Checkpoint:
     """The checkpoint as an export, made only once: genai_config.json, model.onnx and the tokenizer.
 
-    With `options` for the builder, the builder makes the precision itself. For mixtures of experts and quantized
-    checkpoints, the builder always makes it.
+    `tell` is called with the share of the weights that are written, where this project quantizes. With `options` for
+    the builder, the builder makes the precision itself. For mixtures of experts and quantized checkpoints, the builder
+    always makes it.
 
     Raises:
         BadInput: the precision or execution provider is unknown, or the builder refuses the architecture.
         Unavailable: the disk or memory is used up.
     """
+    from slm.models import graph_building, quantization
+
     check(precision, execution_provider)
     config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     quantized = (
@@ -72,25 +88,21 @@ def export(checkpoint: Checkpoint, precision: str, execution_provider: str, opti
     if widened:
         recipe["head"] = f"{KEEP} 1"
     if quantized:
-        from slm.models import quantization
-
         recipe |= {"quantization": quantization.RECIPE, "onnxruntime": machine.version("onnxruntime")}
 
     def build(target: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        _check_room(checkpoint, precision, target)
+        with tempfile.TemporaryDirectory(dir=target) as scratch:
             source = Path(scratch) / "checkpoint"  # links to the files, with a config.json that the builder understands
             source.mkdir()
             for path in checkpoint.folder.iterdir():
                 (source / path.name).symlink_to(path.resolve())
             (source / "config.json").unlink()
             (source / "config.json").write_text(json.dumps(config | added), encoding="utf-8")
-            built = Path(scratch) / "fp32" if quantized else target
-            command = ["onnxruntime_genai.models.builder", "-i", str(source), "-o", str(built), "-c", scratch]
-            command += ["-p", "fp32" if quantized else precision, "-e", execution_provider]
-            command += ["--extra_options", *(f"{name}={value}" for name, value in options.items())]
-            done = _python(command)
-            if quantized and not done.returncode:
-                done = _python(["slm.models.quantization", str(built), str(target), precision])
+            command = ["slm.models.graph_building", precision if quantized else graph_building.AS_BUILT, str(target)]
+            command += ["-i", str(source), "-c", scratch, "-p", "fp32" if quantized else precision]
+            command += ["-e", execution_provider, "--extra_options"]
+            done = _python(command + [f"{name}={value}" for name, value in options.items()], tell)
         if widened and not done.returncode:
             _widen_head(target)
         if done.returncode:
@@ -100,12 +112,48 @@ def export(checkpoint: Checkpoint, precision: str, execution_provider: str, opti
     return rebuilt(Checkpoint(checkpoint.name, folder, checkpoint.source, checkpoint.revision, manifest))
 
 
-def _python(module: list[str]) -> subprocess.CompletedProcess:
-    """Runs a module of Python with its arguments, in its own process."""
-    command = [sys.executable, "-m", *module]
-    return subprocess.run(
-        command, cwd=REPOSITORY, env=os.environ | SETTINGS, capture_output=True, text=True, check=False
-    )
+def _check_room(checkpoint: Checkpoint, precision: str, target: Path) -> None:
+    """Refuses an export that the disk can't hold.
+
+    Raises:
+        Unavailable: the disk is too full.
+    """
+    import safetensors
+
+    weights = 0
+    for path in checkpoint.folder.glob("*.safetensors"):
+        with safetensors.safe_open(path, "numpy") as file:
+            names = file.keys()
+            weights += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    needed, free = BYTES_PER_WEIGHT[precision] * weights + SPARE_BYTES, shutil.disk_usage(target).free
+    if free < needed:
+        found = f"the export needs {needed / 1e9:.1f} GB, and {target.parent} has {free / 1e9:.1f} GB"
+        remedy = "set PHI3_MLFLOW_CACHE to a folder on another disk"
+        raise Unavailable(f"model: {checkpoint.name} can't be exported in {precision}: {found}; {remedy}")
+
+
+def _python(module: list[str], tell: Callable[[float], None]) -> subprocess.CompletedProcess:
+    """Runs a module of Python with its arguments, in its own process. `tell` gets the shares that it prints."""
+    from slm.models.graph_building import SHARE
+
+    command, environment = [sys.executable, "-m", *module], os.environ | SETTINGS
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
+        subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if line.startswith(SHARE):
+                    tell(float(line.removeprefix(SHARE)))
+        except BaseException:
+            process.kill()
+            raise
+        process.wait()
+        errors.seek(0)
+        return subprocess.CompletedProcess(command, process.returncode, "", errors.read())
 
 
 def _widen_head(folder: Path) -> None:

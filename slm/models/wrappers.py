@@ -159,7 +159,7 @@ def opened(
     """A model of this project from its folder, checked and loaded.
 
     `recorded` has the hashes of the manifest that the tracking server keeps. `override` replaces settings that the
-    model has; an empty value replaces nothing. `before_loading` is called between the checks and the load.
+    model has; an empty value and auto replace nothing. `before_loading` is called between the checks and the load.
 
     Raises:
         BadInput: a file was changed, a setting is out of range, or the code is not allowed to run.
@@ -189,7 +189,10 @@ def _opened(
     metadata, known = description.metadata or {}, (description.flavors.get("python_function") or {}).get("config")
     if not isinstance(known, dict) or metadata.get("schema") not in ("chat", "prompt") or not description.signature:
         raise BadInput(f"{uri}: its MLmodel lacks entries that this project writes; log the model again")
-    settings = known | {name: value for name, value in override.items() if value and name in known}
+    chosen = {name: value for name, value in override.items() if value and value != "auto"}
+    if found.place == PLACES[0] and "runtime" in chosen.keys() - known.keys():
+        raise BadInput(f"{uri} was logged before a runtime could be chosen; log it again, or leave runtime=auto")
+    settings = known | {name: value for name, value in chosen.items() if name in known}
     _check_settings(uri, settings)
     place, records = _weights(uri, folder, found, settings)
     if cache.manifest_sha256(records) != metadata["model.sha256"]:
@@ -278,6 +281,7 @@ def _check_settings(uri: str, settings: dict) -> None:
         "batch_size": lambda value: isinstance(value, int) and 0 <= value <= 4096,
         "threads": lambda value: isinstance(value, int) and 0 <= value <= 1024,
         "execution_provider": lambda value: value in ("", *genai_config.PROVIDERS),
+        "runtime": lambda value: value in ("auto", *chat_model.ONNX_RUNTIMES),
         "dtype": lambda value: value in ("auto", *chat_model.DTYPES),
         "device": lambda value: isinstance(value, str) and value.partition(":")[0] in ("auto", "cpu", "cuda"),
         "schema": lambda value: value in ("chat", "prompt"),

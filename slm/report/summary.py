@@ -105,6 +105,7 @@ def lines(models: Sequence[ScoredModel]) -> list[Line]:
     if any(model.texts for model in models):
         rows.append(Line("perplexity of the texts", tuple(map(perplexity_of, models))))
     figures = sorted({name for model in models for name in model.figures})
+    runtimes = [model.record.get("model", {}).get("runtime") or MISSING for model in models]
     return [
         *rows,
         *(line(name, name, "{:.4g}".format) for name in figures),
@@ -117,6 +118,7 @@ def lines(models: Sequence[ScoredModel]) -> list[Line]:
         line("model load, s", "model_load_seconds", seconds_of),
         line("peak memory", "peak_memory_bytes", megabytes),
         line("model size", "model_bytes", megabytes),
+        *([Line("runtime", tuple(runtimes))] if any(runtime != MISSING for runtime in runtimes) else []),
     ]
 
 

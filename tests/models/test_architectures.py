@@ -152,28 +152,46 @@ def test_both_wrappers_score_given_tokens_as_transformers_does(small_model):
             np.testing.assert_allclose(found[place].log_probabilities, theirs, atol=2e-3, err_msg=f"{name}, {place}")
 
 
-@pytest.mark.parametrize("small_model", ["phi-3, sliding"], indirect=True)
-def test_a_large_models_int4_has_the_very_weights_of_the_builders_own(small_model, tmp_path, monkeypatch):
-    from slm.models import chat_model, onnx_export, quantization
+@pytest.mark.parametrize("small_model", ["phi-3, sliding", "qwen2"], indirect=True)
+def test_a_large_models_int4_has_the_products_of_the_builders_own_and_nearer_weights(
+    small_model, tmp_path, monkeypatch
+):
+    import numpy as np
+
+    from slm.models import onnx_export, quantization
+    from slm.models.onnx_graph import Graph
 
     _, saved = small_model
-    monkeypatch.setattr(chat_model, "LANE_BYTES", 0)
-    ours = tmp_path
-    quantization.quantize(onnx_export.export(saved, "fp32", "cpu").folder, ours, "int4")
+    monkeypatch.setattr(quantization, "LANE_BYTES", 0)
+    monkeypatch.setattr(quantization, "balanced", lambda *_: quantization.Balance({}, {}, {}))  # else other weights
+    whole = onnx_export.export(saved, "fp32", "cpu").folder
+    quantization.quantize(Graph(whole), tmp_path, "int4")
     theirs = onnx_export.export(saved, "int4", "cpu", onnx_export.OPTIONS | onnx_export.K_QUANT).folder
-    found = []
-    for graph in map(quantization.Graph, (ours, theirs)):
+    products = {output: node.input[1] for output, node in Graph(whole).products.items()}
+    fp32 = {output: Graph(whole).array(name).T for output, name in products.items()}
+    facts, errors = [], []
+    for graph in map(Graph, (tmp_path, theirs)):
         nodes = {node.output[0]: node for node in graph.model.graph.node if node.op_type == "MatMulNBits"}
-        facts = {
-            output: sorted((attribute.name, attribute.i) for attribute in node.attribute)
-            for output, node in nodes.items()
-        }
-        found.append((facts, {output: [*map(graph.array, node.input[1:])] for output, node in nodes.items()}))
-    (facts, weights), (their_facts, their_weights) = found
-    assert facts == their_facts and len(facts) == 3 * 5 + 1
-    for output, arrays in weights.items():
-        for ours, theirs in zip(arrays, their_weights[output], strict=True):
-            assert (ours.reshape(-1) == theirs.reshape(-1)).all(), output
+        own = {output: {attribute.name: attribute.i for attribute in node.attribute} for output, node in nodes.items()}
+        facts.append(own)
+        found = {output: dequantized(*map(graph.array, node.input[1:]), own[output]) for output, node in nodes.items()}
+        errors.append({output: float(np.square(found[output] - fp32[output]).sum()) for output in found})
+    assert facts[0] == facts[1] and len(facts[0]) == 3 * 5 + 1
+    assert {own["bits"] for own in facts[0].values()} == {4, 8}
+    assert all(errors[0][output] < errors[1][output] for output in errors[0])
+
+
+def dequantized(integers, scales, zeros, facts):
+    """The weights (N, K) of a MatMulNBits, as its documentation defines them."""
+    import numpy as np
+
+    def unpacked(array):
+        return np.stack([array & 15, array >> 4], -1).reshape(*array.shape[:-1], -1) if facts["bits"] == 4 else array
+
+    rows, count = facts["N"], -(-facts["K"] // facts["block_size"])
+    integers = unpacked(integers).reshape(rows, count, -1).astype(np.float32)
+    zeros = unpacked(zeros.reshape(rows, -1))[:, :count, None]
+    return ((integers - zeros) * scales.reshape(rows, count, 1)).reshape(rows, -1)[:, : facts["K"]]
 
 
 @pytest.mark.parametrize(("precision", "most"), [("int8", 0.1), ("int4", 0.4)])
@@ -200,14 +218,15 @@ def test_an_export_has_the_same_bytes_every_time(small_model, tmp_path):
     from slm.base import cache
     from slm.models import onnx_export
 
-    source = onnx_export.export(small_model[1], "fp32", "cpu").folder
     for precision in ("int4", "int8"):
         made = []
         for seed in "12":  # the order of sets of names
             target = tmp_path / f"{precision}-{seed}"
             target.mkdir()
-            command = [sys.executable, "-m", "slm.models.quantization", str(source), str(target), precision]
-            subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
+            command = [sys.executable, "-m", "slm.models.graph_building", precision, str(target)]
+            command += ["-i", str(small_model[1].folder), "-c", str(tmp_path / "scratch"), "-p", "fp32", "-e", "cpu"]
+            environment = os.environ | onnx_export.SETTINGS | {"PYTHONHASHSEED": seed}
+            subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
             made.append(cache.manifest_of(target))
         assert made[0] == made[1]
         assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"} <= made[0].keys()
@@ -216,16 +235,17 @@ def test_an_export_has_the_same_bytes_every_time(small_model, tmp_path):
 @pytest.mark.parametrize("small_model", ["qwen2"], indirect=True)
 def test_weights_that_fill_no_whole_blocks_keep_eight_bits(small_model, tmp_path, monkeypatch):
     from slm.base import cache
-    from slm.models import onnx_export, quantization
+    from slm.models import onnx_export, quantization, rounding
+    from slm.models.onnx_graph import Graph
 
     source = onnx_export.export(small_model[1], "fp32", "cpu").folder
     made = {}
     for block in (32, 40):  # the model's 64 and 128 are no multiples of 40
-        monkeypatch.setattr(quantization, "BLOCK", block)
+        monkeypatch.setattr(rounding, "BLOCK", block)
         for precision in ("int4", "int8"):
             target = tmp_path / f"{precision}-{block}"
             target.mkdir()
-            quantization.quantize(source, target, precision)
+            quantization.quantize(Graph(source), target, precision)
             made[precision, block] = cache.manifest_of(target)
     assert made["int4", 40] == made["int8", 40]
     assert made["int4", 32] != made["int8", 32]

@@ -17,6 +17,7 @@ from pathlib import Path
 from slm.answers import asking, kept_answers, loading
 from slm.base import cache, environment
 from slm.base.errors import BadInput
+from slm.base.parameters import HARDWARE
 from slm.engines import answering
 from slm.engines.spark.job import Job
 from slm.engines.spark.prompt_frame import _asked, _prompt
@@ -133,7 +134,7 @@ def _take_over(
 
 def _model(job: Job) -> tuple[asking.LoadedModel, bool]:
     """The job's model, which this process loads once, and whether this process fetched the files."""
-    settings = {name: job.generation.get(name) for name in ("dtype", "device")}
+    settings = {name: job.generation.get(name) for name in HARDWARE}
     settings |= {"threads": job.threads, "row_timeout": job.row_timeout}
     _client(job)
     return _loaded(job.label, job.uri, job.model_key, tuple(settings.items()), job.recorded, job.trust_code)

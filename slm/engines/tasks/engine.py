@@ -13,7 +13,7 @@ from typing import Any
 from slm.answers import asking, endpoints, kept_answers, loading
 from slm.base import console
 from slm.base.errors import BadInput
-from slm.base.parameters import PARAMETERS, Parameters
+from slm.base.parameters import HARDWARE, PARAMETERS, Parameters
 from slm.engines import answering, local
 from slm.engines.engine import Request
 from slm.engines.tasks import reading
@@ -72,7 +72,7 @@ def score(request: Request, prompt_set: PromptSet) -> ScoredModel:
         _check_token_scores(model, prompt_set)
         facts = model.facts
         reuse = "interrupted" if not facts.sha256 and request.reuse == "all" else request.reuse
-        hardware = {name: options.get(name) for name in ("dtype", "device", "batch_size")}
+        hardware = {name: options.get(name) for name in (*HARDWARE, "batch_size")}
         kept = stack.enter_context(kept_answers.opened(["tasks", answering.identity(facts, hardware)], reuse))
         reading.fewshot_from_start(prompt_set.tasks)
         with reading.quiet(), console.progress(f"Scoring {label}", _requests(prompt_set)) as advance:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -43,7 +44,8 @@ class ContinuousRuntime:
     passes_end = True
     piece_tokens = PIECE_TOKENS
 
-    def __init__(self, folder: Path, config: dict, facts: dict):
+    def __init__(self, folder: Path, config: dict):
+        facts = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         decoder = facts["decoder"]
         self._file = folder / decoder["filename"]
         self._threads = int(config.get("threads") or physical_cores())

@@ -12,25 +12,46 @@ from .rows import Row
 from .runtime import Runtime, exact_integers, physical_cores
 from .sampling import next_token
 
+ONNX_RUNTIMES = ("onnxruntime-genai", "onnxruntime")  # the names of OnnxRuntime and ContinuousRuntime
+
 
 def onnx_runtime(folder: Path, config: dict) -> Runtime:
     """Opens an ONNX GenAI folder with ContinuousRuntime if ContinuousRuntime supports the graph, else with OnnxRuntime.
 
-    ContinuousRuntime supports graphs with grouped-query attention and the usual inputs, on the CPU, without sliding
-    windows.
+    The entry `runtime` of `config` may name one of ONNX_RUNTIMES.
+
+    Raises:
+        ValueError: ContinuousRuntime is named, and does not support the graph.
+    """
+    named = config.get("runtime") or "auto"
+    if named == OnnxRuntime.library:
+        return OnnxRuntime(folder, config)
+    reason = unsupported(folder, config)
+    if not reason:
+        return ContinuousRuntime(folder, config)
+    if named == ContinuousRuntime.library:
+        raise ValueError(f"runtime: onnxruntime can't run this folder, {reason}; write runtime=onnxruntime-genai")
+    return OnnxRuntime(folder, config)
+
+
+def unsupported(folder: Path, config: dict) -> str:
+    """Why ContinuousRuntime does not support an ONNX GenAI folder; "" if it does.
+
+    ContinuousRuntime supports graphs with grouped-query attention and the usual inputs, on the CPU, whose caches hold
+    the whole context.
     """
     content = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     decoder = content["model"]["decoder"]
     listed = decoder.get("session_options", {}).get("provider_options")
     known = {"input_ids", "attention_mask", "position_ids", "past_key_names", "past_value_names"}
-    fits = (
-        (config.get("execution_provider") or ("cpu" if not listed else "")) == "cpu"
-        and content.get("search", {}).get("past_present_share_buffer")
-        and set(decoder.get("inputs", {})) <= known
-        and not (decoder.get("sliding_window") or {}).get("layers")
-        and "pipeline" not in decoder
-    )
-    return ContinuousRuntime(folder, config, content["model"]) if fits else OnnxRuntime(folder, config)
+    reasons = {
+        "which is for a GPU": (config.get("execution_provider") or ("cpu" if not listed else "")) != "cpu",
+        "which has past_present_share_buffer false": not content.get("search", {}).get("past_present_share_buffer"),
+        "whose graph has other inputs": not set(decoder.get("inputs", {})) <= known,
+        "whose caches hold a window of the context": bool((decoder.get("sliding_window") or {}).get("layers")),
+        "which has several graphs": "pipeline" in decoder,
+    }
+    return next((reason for reason, found in reasons.items() if found), "")
 
 
 class OnnxRuntime:
