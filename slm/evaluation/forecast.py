@@ -69,7 +69,7 @@ def _forecasts(args: Parameters, prompt_set: PromptSet, models: int, is_compared
     elif is_compared:
         finds = _detectable(_clusters(prompt_set), before)
     else:
-        finds = f"no difference without a baseline, and the score to about ±{_half_width(_clusters(prompt_set)):.2f}"
+        finds = f"the score to ±{_half_width(_clusters(prompt_set)):.2f} or better; a difference needs a baseline"
     if args.tasks:
         return finds, "unknown: a task has its own lengths of answers"
     tokens = prompt_set.count * args.repeats * args.max_tokens * models
@@ -97,7 +97,7 @@ def _half_width(clusters: int) -> float:
 
 def _takes(tokens: int, speed: float | None) -> str:
     if not speed:
-        return "unknown: no run on these prompts has measured the speed here"
+        return "unknown: no run on these prompts with these scorers has measured the speed here"
     return f"at most about {console.duration(tokens / speed)}, at {speed:.0f} tokens/s as in an earlier run"
 
 

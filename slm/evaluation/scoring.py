@@ -115,7 +115,9 @@ def score_model(
             console.out.print(f"{label}: {scored.unmeasured} (resume=true)")
         elif scored.reused:
             rows = int(scored.metrics["rows"])
-            console.out.print(f"{label}: {scored.reused} of {rows} answers are reused (resume=true)")
+            whole = scored.reused == rows and not scored.unmeasured
+            measured = "; speed, latency and memory were measured when they were generated" if whole else ""
+            console.out.print(f"{label}: {scored.reused} of {rows} answers are reused (resume=true){measured}")
         found = {
             tags.PROMPTS_SHA256: prompt_set.sha256,
             tags.MODEL_SHA256: model.sha256,

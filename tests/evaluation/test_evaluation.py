@@ -132,7 +132,10 @@ def test_an_alias_that_somebody_moved_meanwhile_is_left_alone(run, tmp_path):
 
 
 def test_an_unchanged_run_reuses_all_answers_and_a_gate_on_speed_none(run, tmp_path):
-    told = "models:/copier/1: 300 of 300 answers are reused"
+    told = (
+        "models:/copier/1: 300 of 300 answers are reused (resume=true); "
+        "speed, latency and memory were measured when they were generated"
+    )
     _, out, first = run("1")
     assert told not in out
     _, out, second = run("1")
@@ -154,6 +157,7 @@ def test_memory_and_speed_are_those_of_the_run_that_gave_all_answers(run, tmp_pa
         assert child.data.metrics.get("peak_memory_bytes") == found
         assert ("latency_seconds/p50" in child.data.metrics) == (found is not None)
     assert "no speed, latency or memory, because 15 of 24 answers are reused; resume=false measures them" in out
+    assert "models:/copier/1: 15 of 24 answers are reused (resume=true)" in out.splitlines()
 
 
 def test_several_models_are_each_compared_with_the_same_baseline(run, tmp_path):
@@ -336,7 +340,7 @@ def test_check_says_what_would_run_find_and_take_and_generates_nothing(run, tmp_
         "gate      score/mean max_drop 0.05; rows_failed max 0",
         "alias     champion is version 1",
         "can find  a difference of 0.07 (7 points) or more in the score at 80 % power, if one answer in five differs",
-        "takes     unknown: no run on these prompts has measured the speed here",
+        "takes     unknown: no run on these prompts with these scorers has measured the speed here",
         "check: nothing was generated",
     ]
     run("3", baseline="models:/copier/1")
@@ -346,9 +350,9 @@ def test_check_says_what_would_run_find_and_take_and_generates_nothing(run, tmp_
 
 
 def test_a_run_says_what_it_can_find_and_take_before_it_generates(run):
-    unknown = "The time to generate is unknown: no run on these prompts has measured the speed here"
+    unknown = "The time to generate is unknown: no run on these prompts with these scorers has measured the speed here"
     _, out, _ = run("3")
-    assert "300 prompts can find no difference without a baseline, and the score to about ±0.06" in out.splitlines()
+    assert "300 prompts can find the score to ±0.06 or better; a difference needs a baseline" in out.splitlines()
     _, out, _ = run("3", baseline="models:/copier/1")
     found = "300 prompts can find a difference of 0.07 (7 points) or more in the score at 80 % power, "
     assert f"{found}if one answer in five differs" in out.splitlines() and unknown in out.splitlines(), out
