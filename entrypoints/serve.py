@@ -68,7 +68,7 @@ def serve(args: parameters.Parameters) -> str:
         name, *others = loaded.names
         console.out.print(f"Serving {name} at http://{args.host}:{args.port}/v1", markup=False)
         if others:
-            console.out.print(f"It answers to {', '.join(others)} too", markup=False)
+            console.out.print(f"A request may also name the model {', '.join(others)}", markup=False)
         stopping.allow(args.drain)
         try:
             uvicorn.Server(config).run(sockets=[listener])

@@ -45,14 +45,14 @@ def stopped_after(command: list, number: int, **options):
         process.wait(30)
 
 
-def until(answers, process):
-    """Waits until `answers()` is true, for a minute at most."""
-    for _ in range(600):
+def until(answers, process, seconds=60):
+    """Waits until `answers()` is true, for `seconds` at most."""
+    for _ in range(10 * seconds):
         if answers():
             return
         assert process.poll() is None, "the server ended"
         time.sleep(0.1)
-    raise AssertionError("no answer in a minute")
+    raise AssertionError(f"no answer in {seconds} s")
 
 
 @contextmanager
