@@ -1,10 +1,11 @@
 """/v1/responses, OpenAI's newer API, without state: a request holds the whole conversation.
 
-Not covered: stored responses (previous_response_id, conversation, background), tools, images, files, reasoning and log
-probabilities. A request for any of them is refused.
+Not covered: stored responses (previous_response_id, conversation, background), tools other than functions, images,
+files, reasoning and log probabilities. A request for any of them is refused.
 """
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -16,11 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from slm.serving.exchanges import Exchange, Present, Service, server_sent_event, stream_of
 from slm.serving.protocol import ApiError, Limits, refused_as_error
+from slm.serving.response_items import Output, chat_choice, chat_tools, messages_of
 
 STATE = "this server keeps no responses; send the whole conversation as input"
 NEUTRAL: dict[str, tuple] = {  # fields that this server lacks, and the values that ask for nothing
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "include": ([],),
     "truncation": ("disabled",),
     "background": (False,),
@@ -30,7 +30,11 @@ NEUTRAL: dict[str, tuple] = {  # fields that this server lacks, and the values t
     "prompt": (),
     "context_management": ([],),
 }
-PARTS = ("input_text", "output_text", "text")
+CHAT_NAMES = (  # how the chat API's names in a refusal read here
+    (r"^response_format(\.json_schema)?", "text.format"),
+    (r"^(tools\[\d+\])\.function\b", r"\1"),
+    (r"^messages\b", "input"),
+)
 
 
 class TextOptions(BaseModel):
@@ -64,11 +68,11 @@ class ResponsesRequest(BaseModel):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     service_tier: str | None = None
-    parallel_tool_calls: bool | None = None
+    tools: list[dict[str, Any]] | None = Field(None, description="Functions that the model may call.")
+    tool_choice: str | dict[str, Any] | None = Field(None, description="none, auto, required or a function.")
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call in an answer.")
     previous_response_id: str | None = Field(None, description="Only null.")
     conversation: Any = Field(None, description="Only null.")
-    tools: Any = Field(None, description="Only an empty list.")
-    tool_choice: Any = Field(None, description="Only none or auto.")
     include: Any = Field(None, description="Only an empty list.")
     truncation: Any = Field(None, description="Only disabled.")
     background: Any = Field(None, description="Only false.")
@@ -104,39 +108,16 @@ class ResponsesRequest(BaseModel):
         told = [{"role": "system", "content": self.instructions}] if self.instructions else []
         items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
         row = {
-            "messages": told + [message(item, place) for place, item in enumerate(items)],
+            "messages": told + messages_of(items),
             "max_tokens": most,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "response_format": response_format(self.text.format if self.text else None),
+            "tools": chat_tools(self.tools),
+            "tool_choice": chat_choice(self.tool_choice),
+            "parallel_tool_calls": self.parallel_tool_calls,
         }
         return {name: value for name, value in row.items() if value is not None}
-
-
-def message(item: dict, place: int) -> dict:
-    """An item of `input` as a message of the chat API.
-
-    Raises:
-        ApiError: the item is no message of text.
-    """
-    where, kind = f"input.{place}", item.get("type", "message")
-    if kind != "message":
-        raise ApiError(400, f"{where}.type: {kind!r:.40} is not supported by this model; only messages", param="input")
-    for name in item:
-        if name not in ("type", "role", "content", "id", "status", "phase"):
-            raise ApiError(400, f"{where}.{name!s:.40}: there is no such field", param="input")
-    content = item.get("content")
-    for part in content if isinstance(content, list) else []:
-        if not isinstance(part, dict) or part.get("type") not in PARTS or not isinstance(part.get("text"), str):
-            raise ApiError(400, f"{where}.content: only parts of text", param="input")
-    if isinstance(content, list):
-        content = "\n".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise ApiError(400, f"{where}.content must be a text, or a list of parts of text", param="input")
-    if item.get("role") not in ("system", "developer", "user", "assistant"):
-        told = f"{item.get('role')!r:.40} is none of system, developer, user, assistant"
-        raise ApiError(400, f"{where}.role: {told}", param="input")
-    return {"role": item["role"], "content": content}
 
 
 def response_format(given: dict | None) -> dict | None:
@@ -144,6 +125,27 @@ def response_format(given: dict | None) -> dict | None:
     if not given or given.get("type") != "json_schema":
         return given
     return {"type": "json_schema", "json_schema": {name: value for name, value in given.items() if name != "type"}}
+
+
+def prepared(asked: ResponsesRequest, service: Service) -> list:
+    """The text to generate.
+
+    Raises:
+        ApiError: the model refuses the request.
+    """
+    try:
+        return refused_as_error(service.model.prepare, asked.row(service.limits), service.defaults)
+    except ApiError as error:
+        raise in_own_names(error) from None
+
+
+def in_own_names(error: ApiError) -> ApiError:
+    """A refusal of the chat API with the names that the fields have here."""
+    message, param = str(error), error.content["error"]["param"]
+    for pattern, name in CHAT_NAMES:
+        message = re.sub(pattern, name, message)
+    param = {"response_format": "text", "messages": "input"}.get(param, param)
+    return ApiError(error.status, message, error.content["error"]["type"], param, error.content["error"]["code"])
 
 
 def endpoint(present: Present):
@@ -154,14 +156,16 @@ def endpoint(present: Present):
         exchange = Exchange(service.worker, request)
         with service.counted():
             asked = await service.read(request, ResponsesRequest)
-            row = asked.row(service.limits)
-            rows = await asyncio.to_thread(refused_as_error, service.model.prepare, row, service.defaults)
+            rows = await asyncio.to_thread(prepared, asked, service)
             service.begin(exchange, rows, asked.stream)
         response = Response(service, asked, rows[0])
         if asked.stream:
             return stream_of(service, response.events(exchange))
-        await exchange.finished()
-        return JSONResponse(response.content(), headers=service.headers)
+        try:
+            await exchange.finished()
+        except ApiError as error:
+            raise in_own_names(error) from None
+        return JSONResponse(response.whole(), headers=service.headers)
 
     return answer
 
@@ -171,7 +175,7 @@ class Response:
 
     def __init__(self, service: Service, asked: ResponsesRequest, row):
         self.service, self.asked, self.row = service, asked, row
-        self.id, self.message_id = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
+        self.id, self.output = f"resp_{uuid.uuid4().hex}", Output(row, service.model.end_tokens)
         self.created = int(time.time())
         self.number = 0  # of the next event
 
@@ -199,27 +203,26 @@ class Response:
             "max_output_tokens": asked.max_output_tokens,
             "metadata": asked.metadata or {},
             "model": self.service.names[0],
-            "output": [self.message(row.text, status)] if ended else [],
-            "parallel_tool_calls": False,
+            "output": self.output.items if ended else [],
+            "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": row.sampling.temperature,
             "text": {"format": (asked.text and asked.text.format) or {"type": "text"}},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": asked.tool_choice or "auto",
+            "tools": [{"parameters": None, "strict": False} | tool for tool in asked.tools or []],
             "top_p": row.sampling.top_p,
             "truncation": "disabled",
             "usage": usage if ended else None,
             "user": asked.user,
         }
 
-    def message(self, text: str, status: str) -> dict:
-        parts = [] if status == "in_progress" else [self.part(text)]
-        return {"id": self.message_id, "type": "message", "status": status, "role": "assistant", "content": parts}
-
-    def part(self, text: str) -> dict:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    def whole(self) -> dict:
+        """The Response object of the finished row, of which no events were sent."""
+        for _ in self.output.of(self.row.text, self.row.finish_reason):
+            pass
+        return self.content()
 
     def event(self, kind: str, **content) -> str:
         self.number += 1
@@ -227,22 +230,15 @@ class Response:
 
     async def events(self, exchange: Exchange) -> AsyncIterator[str]:
         """The events of a stream, in OpenAI's order."""
-        place: dict[str, Any] = {"output_index": 0}
-        inside = place | {"item_id": self.message_id, "content_index": 0}
         try:
             yield self.event("response.created", response=self.content("in_progress"))
             yield self.event("response.in_progress", response=self.content("in_progress"))
-            yield self.event("response.output_item.added", item=self.message("", "in_progress"), **place)
-            yield self.event("response.content_part.added", part=self.part(""), **inside)
-            async for _, text, _ in exchange.news():
-                if text:
-                    yield self.event("response.output_text.delta", delta=text, logprobs=[], **inside)
+            async for _, text, finish_reason in exchange.news():
+                for kind, content in self.output.of(text, finish_reason):
+                    yield self.event(kind, **content)
         except ApiError as error:
-            told = {"code": "server_error", "message": str(error)}
+            told = {"code": "server_error", "message": str(in_own_names(error))}
             yield self.event("response.failed", response=self.content("failed", told))
             return
         done = self.content()
-        yield self.event("response.output_text.done", text=self.row.text, logprobs=[], **inside)
-        yield self.event("response.content_part.done", part=self.part(self.row.text), **inside)
-        yield self.event("response.output_item.done", item=self.message(self.row.text, done["status"]), **place)
         yield self.event(f"response.{done['status']}", response=done)

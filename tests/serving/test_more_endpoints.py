@@ -244,7 +244,7 @@ def test_a_response_keeps_to_a_schema(client):
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id: this server keeps no responses; send the whole"),
         ({"conversation": "conv_1"}, "conversation: this server keeps no responses"),
-        ({"tools": [{"type": "web_search"}]}, "tools: [{'type': 'web_search'}] is not supported by this model"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type: 'web_search' is not supported by this model"),
         ({"background": True}, "background: True is not supported by this model"),
         ({"reasoning": {"effort": "low"}}, "reasoning: {'effort': 'low'} is not supported by this model"),
         ({"include": ["x"]}, "include: ['x'] is not supported by this model"),

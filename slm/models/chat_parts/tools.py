@@ -35,8 +35,12 @@ class Tools:
 
     @property
     def shown(self) -> list[dict] | None:
-        """The functions that the model sees."""
-        return list(self.functions) if self.choice != "none" else None
+        """The functions as the model sees them. `strict` is for the grammar alone."""
+        if self.choice == "none":
+            return None
+        functions = [tool["function"] for tool in self.functions]
+        kept = [{name: value for name, value in function.items() if name != "strict"} for function in functions]
+        return [{"type": "function", "function": function} for function in kept]
 
     @property
     def names(self) -> tuple[str, ...]:
