@@ -62,7 +62,7 @@ def detokenize_endpoint(present: Present):
         model = service.model
         with service.counted():
             asked = await service.read(request, DetokenizeRequest)
-            ids = refused_as_error(model.in_vocabulary, asked.tokens)
+            ids = refused_as_error(model.in_vocabulary, asked.tokens, "tokens")
         return JSONResponse({"prompt": await asyncio.to_thread(model.text_of, ids)}, headers=service.headers)
 
     return detokenize

@@ -122,10 +122,23 @@ CUT = [
     ("bare", '{"name": "Al', '{"name": "Al'),
     ("bare", '{"city": "Par', '{"city": "Par'),
 ]
+CALL = '{"name": "add", "arguments": {}}'
+# (form, answer that a grammar holds to calls or to JSON, content, calls)
+STRUCTURED = [
+    ("tagged", f'{{"a": "<tool_call>{CALL}</tool_call>"}}'.replace('": {', '\\": {'), None, []),
+    ("tagged", f' ["<tool_call>", {CALL}]', None, []),
+    ("tagged", f"<tool_call>\n{CALL}\n</tool_call>\n<tool_call>{CALL}</tool_call>", "", [Call("add", "{}")] * 2),
+    ("listed", '"functools[{}]"', None, []),
+    ("listed", "false", None, []),
+    ("listed", f"<|tool_call|>[{CALL}]<|/tool_call|>", "", [Call("add", "{}")]),
+    ("bare", '{"name": "add", "parameters": {}}', "", [Call("add", "{}")]),
+    ("bare", '{"name": "add", "city": "<|python_tag|>{}"}', None, []),
+    ("bare", '{"name": "Ann"}', None, []),
+]
 
 
-def pieced(form: str, pieces: list[str], cut: bool = False) -> tuple[list[str], list[Call]]:
-    reader = CallReader(FORMS[form], NAMES)
+def pieced(form: str, pieces: list[str], cut: bool = False, structured: bool = False) -> tuple[list[str], list[Call]]:
+    reader = CallReader(FORMS[form], NAMES, structured)
     found = [part for piece in pieces for part in reader.feed(piece)] + reader.finish(cut)
     return [part for part in found if isinstance(part, str)], [part for part in found if isinstance(part, Call)]
 
@@ -137,6 +150,14 @@ def test_an_answer_gives_its_content_and_calls_however_it_is_cut(form, text, con
     for pieces in cuts:
         texts, found = pieced(form, pieces)
         assert ("".join(texts), found) == (content, calls), pieces
+
+
+@pytest.mark.parametrize(("form", "text", "content", "calls"), STRUCTURED)
+def test_the_strings_of_an_answer_in_json_are_no_calls(form, text, content, calls):
+    expected = text if content is None else content
+    for pieces in [[text[:place], text[place:]] for place in range(len(text))] + [list(text)]:
+        texts, found = pieced(form, pieces, structured=True)
+        assert ("".join(texts), found) == (expected, calls), pieces
 
 
 @pytest.mark.parametrize(("form", "text", "content"), CUT)

@@ -261,6 +261,85 @@ def test_a_strict_function_is_held_to_its_schema_although_the_model_may_answer_w
         assert form.bare or fits("Wait. " + call('{"a": 1, "b": true}'))
 
 
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 12}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+IN_JSON = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2.5", "phi4-mini", "llama3"])
+def test_with_a_response_format_an_answer_is_valid_calls_or_valid_json(wrapper, name):
+    row = asked(response_format=IN_JSON, max_tokens=60)
+    rows = [row, row | {"tool_choice": "required"}, *(row | {"temperature": 1.0, "seed": seed} for seed in range(4))]
+    rows += [rows[0] | {"tool_choice": "none"}]
+    with speaking(wrapper, TEMPLATES[name]):
+        answers = {index: answer for index, [answer] in wrapper.answers(rows)}
+    for index, row in enumerate(rows):
+        answer = answers[index]
+        assert not answer.error, (row, answer)
+        if row.get("tool_choice") == "required":
+            assert not answer.text
+            check(answer.calls)
+        elif answer.finish_reason == "stop":
+            assert not answer.calls
+            jsonschema.validate(json.loads(answer.text), CITY)
+        else:
+            assert answer.finish_reason == "length" or answer.calls
+            assert all(call.name in SCHEMAS for call in answer.calls) and not (answer.calls and answer.text)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "phi4-mini", "llama3"])
+def test_with_a_response_format_no_text_stands_beside_calls(wrapper, name):
+    from llguidance import LLMatcher
+
+    form = FORMS[{"qwen2.5": "tagged", "phi4-mini": "listed", "llama3": "bare"}[name]]
+    request = chat_model.checked({"tools": [WEATHER, NOW]})
+    grammar = tools.tools_grammar(tools.tools_of(request), form, wrapper._added_ids, CITY)
+
+    def fits(text: str) -> bool:
+        ids = wrapper._tokenizer.encode(text, add_special_tokens=False).ids
+        matcher = LLMatcher(wrapper.constraints.tokens, grammar)
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+    inner = f'{form.before}{{"name": "now", "{form.arguments}": {{}}}}{form.after}'
+    call = inner if form.bare else form.opens[0] + inner + form.closes
+    answer = '{"city": "Paris"}'
+    assert fits(answer) and fits(call)
+    assert not any(map(fits, ["Paris", '{"city": 5}', f"Wait. {call}", answer + call, call + answer]))
+
+
+def test_a_grammar_that_cannot_go_on_names_the_field_that_it_comes_from(models):
+    wrapper = models["onnx int4"].unwrap_python_model()
+    with speaking(wrapper, TEMPLATES["qwen2.5"]):
+        [row] = wrapper.prepare(asked(tool_choice="required"))
+        assert not row.matcher.consume_token(0)  # an error that a matcher never leaves
+        for _ in wrapper._ended([row], 1, wrapper._runtime, None):
+            pass
+    assert row.error.startswith("tools: the grammar can't go on (")
+
+
+def test_log_probabilities_of_a_call_are_listed_once_whole_and_streamed(models):
+    row = asked(tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, logprobs=True, top_logprobs=2)
+    with speaking(models["onnx fp32"].unwrap_python_model(), TEMPLATES["qwen3"]):
+        [whole] = models["onnx fp32"].predict(row)
+        chunks = list(models["onnx fp32"].predict_stream(row))
+    [choice] = whole["choices"]
+    content = choice["logprobs"]["content"]
+    said = b"".join(bytes(entry["bytes"]) for entry in content).decode()
+    [call] = choice["message"]["tool_calls"]
+    assert json.loads(said.removeprefix("<tool_call>").removesuffix("</tool_call>")) == {
+        "name": "get_weather", "arguments": json.loads(call["function"]["arguments"])
+    }  # fmt: skip
+    told = [chunk["choices"][0].get("logprobs") or {"content": []} for chunk in chunks]
+    streamed = [entry for logprobs in told for entry in logprobs["content"]]
+    assert [entry["token"] for entry in streamed] == [entry["token"] for entry in content]
+    assert all(len(entry["top_logprobs"]) == 2 for entry in streamed)
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
@@ -286,8 +365,6 @@ def test_a_strict_function_is_held_to_its_schema_although_the_model_may_answer_w
             {"tool_choice": "required", "tools": [tool("f", {"x": {"not": {}}})]},
             'tools[0].function.parameters: the schema can\'t be used: Unimplemented keys: ["not"]',
         ),
-        ({"response_format": {"type": "json_object"}}, "response_format: not together with tools"),
-        ({"logprobs": True}, "logprobs: not together with tools; set tool_choice to none"),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls must be true or false, got 'no'"),
     ],
 )

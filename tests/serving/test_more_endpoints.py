@@ -172,7 +172,7 @@ def test_tokens_and_texts_are_each_others(served, model):
         ("/tokenize", {"prompt": "a", "return_token_str": True}, "return_token_str: there is no such field (did you"),
         ("/tokenize", {"messages": PARIS, "add_special_tokens": True}, "add_special_tokens: not with messages"),
         ("/tokenize", {"messages": PARIS, "add_generation_prompt": False}, "add_generation_prompt: false is not"),
-        ("/detokenize", {"tokens": [-1]}, "prompt: token -1 is not in the vocabulary"),
+        ("/detokenize", {"tokens": [-1]}, "tokens: token -1 is not in the vocabulary"),
         ("/detokenize", {"tokens": ["a"]}, "tokens.0: Input should be a valid integer"),
     ],
 )

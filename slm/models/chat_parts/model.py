@@ -230,8 +230,8 @@ class SmallLanguageModel(Generation, PythonModel):
             raise Refused("tools is not supported by this model: its answer is one text", "tools")
         if tools.shown:
             form = tool_template(self.tool_template, self.special_tokens).form
-            grammar = tools_grammar(tools, form, self._added_ids)
-            reading = Reading(form, tools.names, tools.parallel)
+            grammar = tools_grammar(tools, form, self._added_ids, schema)
+            reading = Reading(form, tools.names, tools.parallel, schema is not None)
         if prompt_ids is not None:
             ids = self.in_vocabulary(prompt_ids)
         elif self.schema == "prompt" and "messages" not in row:
@@ -271,14 +271,15 @@ class SmallLanguageModel(Generation, PythonModel):
         """
         return self._ids(text, add_special_tokens)
 
-    def in_vocabulary(self, ids: Sequence[int]) -> list[int]:
-        """
+    def in_vocabulary(self, ids: Sequence[int], what: str = "prompt") -> list[int]:
+        """The tokens themselves. `what` is the field that holds them.
+
         Raises:
             Refused: a token is not in the vocabulary.
         """
         size = self._runtime.vocabulary_size
         if (strange := next((id for id in ids if not 0 <= id < size), None)) is not None:
-            raise Refused(f"prompt: token {strange} is not in the vocabulary, which has {size} tokens", "prompt")
+            raise Refused(f"{what}: token {strange} is not in the vocabulary, which has {size} tokens", what)
         return list(ids)
 
     @property

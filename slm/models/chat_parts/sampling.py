@@ -130,13 +130,17 @@ def _constrained(scores: np.ndarray, row: Row) -> int:
     allowed = np.zeros(len(scores), dtype=bool)
     allowed[: len(bits)] = bits[: len(scores)]
     if matcher.is_error() or not allowed.any():
-        reason = matcher.get_error() or "no token of the vocabulary is allowed"
-        row.error = f"response_format: the grammar can't go on ({' '.join(reason.split()):.200})"
+        row.error = _stuck(row, matcher.get_error() or "no token of the vocabulary is allowed")
         return 0
     token = _chosen(np.where(allowed, scores, -np.inf), row)
     if not matcher.consume_token(token):
-        row.error = f"response_format: the grammar can't go on ({' '.join(matcher.get_error().split()):.200})"
+        row.error = _stuck(row, matcher.get_error())
     return token
+
+
+def _stuck(row: Row, reason: str) -> str:
+    """The error of a row whose grammar can't go on. It names the field that the grammar comes from."""
+    return f"{'tools' if row.tools else 'response_format'}: the grammar can't go on ({' '.join(reason.split()):.200})"
 
 
 def _log_probability(logits: np.ndarray, token: int, most: int) -> TokenLogProbability:

@@ -59,10 +59,13 @@ class CallReader:
     White space beside a call is no content. `names` are the functions of the request. Only such a function can be
     called by a bare object, because an answer may be an object of JSON too. A call with an opening text may have any
     name: the client finds out that there is no such function, and can tell the model.
+
+    With `structured`, a grammar holds the answer: it is either calls, or a JSON value as content. So no call follows
+    content, whatever the value's strings say.
     """
 
-    def __init__(self, form: Form, names: Iterable[str]):
-        self._form, self._names = form, frozenset(names)
+    def __init__(self, form: Form, names: Iterable[str], structured: bool = False):
+        self._form, self._names, self._structured = form, frozenset(names), structured
         self._held = ""  # text that may belong to a call
         self._blank = ""  # white space that is content only if content follows it
         self._scan: _Scan | None = None  # of the JSON text that `_held` begins with after its opening text
@@ -107,6 +110,10 @@ class CallReader:
     def _open(self, last: bool, found: list[str | Call]) -> bool:
         """Sends the text before a call as content. Whether a call may begin."""
         held = self._held
+        if self._structured and (self._begun or not self._may_open(held)):
+            self._content(held, found)
+            self._held = ""
+            return False
         if self._form.bare and not self._begun:
             start = held.lstrip(self._beside)
             self._content(held[: len(held) - len(start)], found)
@@ -124,6 +131,12 @@ class CallReader:
         self._content(held[: len(held) - kept], found)
         self._held, self._opened = held[len(held) - kept :], ""
         return False
+
+    def _may_open(self, text: str) -> bool:
+        """Whether a text may begin with a call."""
+        start = text.lstrip(self._beside)
+        opens = [*self._form.opens, *(["{"] if self._form.bare else [])]
+        return any(start.startswith(opening) or opening.startswith(start) for opening in opens)
 
     def _close(self, last: bool, found: list[str | Call]) -> bool:
         """Sends the calls whose end is known, or the text as content if it is no call. Whether anything was sent."""
@@ -172,6 +185,8 @@ class CallReader:
         """The calls of a complete JSON text. Empty if it has something else."""
         try:
             value = json.loads(text, parse_constant=_refuse)
+            if unmarked and self._structured and set(value) != {"name", self._form.arguments}:
+                return []  # an object of the format, with an entry `name`
             calls = [_call(entry) for entry in (value if isinstance(value, list) else [value])]
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
             return []

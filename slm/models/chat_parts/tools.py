@@ -3,6 +3,7 @@
 `tool_choice` none hides the tools from the model, and auto lets the model decide. With required, or the name of a
 function, a grammar holds the answer to calls whose arguments satisfy their schemas. A function with `strict: true` gets
 such a grammar with auto too: the model may answer with text, but each call to the function satisfies its schema.
+With `response_format`, the answer is either calls, or text that satisfies the format.
 """
 
 import functools
@@ -54,13 +55,14 @@ class Reading:
     form: Form
     names: tuple[str, ...]
     parallel: bool
+    structured: bool = False  # whether a text without calls is JSON, because the request has a response_format
 
 
 def tools_of(request: Request) -> Tools:
     """The functions that a checked request has.
 
     Raises:
-        Refused: a function has a wrong form, or another field of the request doesn't fit the tools.
+        Refused: a function or the choice has a wrong form.
     """
     tools = tuple(_tool(f"tools[{place}]", tool) for place, tool in enumerate(request["tools"] or []))
     found = Tools(tools, "none" if not tools else "auto", request["parallel_tool_calls"])
@@ -76,12 +78,6 @@ def tools_of(request: Request) -> Tools:
     choice = request["tool_choice"]
     if choice is not None:
         found = Tools(tools, _choice(choice, found.names), found.parallel)
-    if found.choice == "none":
-        return found
-    if (request["response_format"] or {}).get("type", "text") != "text":
-        raise Refused("response_format: not together with tools; set tool_choice to none", "response_format")
-    if request["logprobs"]:
-        raise Refused("logprobs: not together with tools; set tool_choice to none", "logprobs")
     return found
 
 
@@ -123,19 +119,22 @@ def _choice(choice: Any, names: tuple[str, ...]) -> str:
     raise Refused(text, "tool_choice")
 
 
-def tools_grammar(tools: Tools, form: Form, special: Mapping[str, int]) -> str:
+def tools_grammar(tools: Tools, form: Form, special: Mapping[str, int], answer: dict | None = None) -> str:
     """The grammar for the answer to a request, or "" if the model is free. `special` has the ids of special tokens.
+
+    `answer` is the JSON schema of a text without calls. None: the text is free.
 
     Raises:
         Refused: a schema has something that the grammar can't have.
     """
     strict = [bool(tool["function"].get("strict")) for tool in tools.functions]
-    if tools.choice == "none" or (tools.choice == "auto" and not any(strict)):
+    free = tools.choice == "auto"
+    if tools.choice == "none" or (free and answer is None and not any(strict)):
         return ""
     schemas = []
     for place, tool in enumerate(tools.functions):
         name, schema = tool["function"]["name"], tool["function"]["parameters"]
-        if tools.choice == "auto" and not strict[place]:
+        if free and not strict[place]:
             schema = {"type": "object"}
         if tools.choice in ("auto", "required", name):
             try:
@@ -144,13 +143,19 @@ def tools_grammar(tools: Tools, form: Form, special: Mapping[str, int]) -> str:
                 raise Refused(str(refusal), "tools") from None
             schemas.append((name, json.dumps(schema)))
     several = tools.parallel and form.several and tools.choice in ("auto", "required")
-    return _grammar(form, tuple(schemas), tools.choice == "auto", several, tuple(sorted(special.items())))
+    text = None if not free else "" if answer is None else json.dumps(answer)
+    return _grammar(form, tuple(schemas), text, several, tuple(sorted(special.items())))
 
 
 @functools.lru_cache(maxsize=64)
 def _grammar(
-    form: Form, schemas: tuple[tuple[str, str], ...], free: bool, several: bool, special: tuple[tuple[str, int], ...]
+    form: Form,
+    schemas: tuple[tuple[str, str], ...],
+    text: str | None,
+    several: bool,
+    special: tuple[tuple[str, int], ...],
 ) -> str:
+    """`text` is the schema of a text without calls, "" if this text is free, and None if there must be calls."""
     from llguidance import LLMatcher
 
     ids = dict(special)
@@ -161,7 +166,7 @@ def _grammar(
     opening = "" if form.bare else f"{mark(form.opens[0])} {_quoted(form.before)}"
     closing = "" if form.bare else f"{_quoted(form.after)} {mark(form.closes)}"
     first, rules = opening, []
-    if free and not form.bare:  # text may stand before the first call
+    if text == "" and not form.bare:  # text may stand before the first call
         first = f"TEXT? {opening}"
         if form.opens[0] not in ids:  # a pattern must find where the text ends, because the mark is text too
             first = f"head {_quoted(form.before)}"
@@ -171,15 +176,25 @@ def _grammar(
         calls = f"{first} call" + (f" ({_quoted(form.between)} call){more}" if several else "") + f" {closing}"
     else:
         calls = f"{first} call {closing}" + (f' ("\\n" {opening} call {closing}){more}' if several else "")
-    rules = ["start: TEXT | calls" if free else "start: calls", f"calls: {calls}", *rules]
-    if free:
-        rules.append(f"TEXT: {_text_without(form, ids)}")
+    rules = [f"calls: {calls}", *rules]
+    if text is None:
+        rules = ["start: calls", *rules]
+    elif text == "":
+        rules = ["start: TEXT | calls", f"TEXT: {_text_without(form, ids)}", *rules]
+    else:
+        rules = ["start: answer | calls", f"answer: {_json(text)}", *rules]
     rules.append("call: " + " | ".join(f"call{place}" for place in range(len(schemas))))
     for place, (name, schema) in enumerate(schemas):
-        begin = f'{{"name": {json.dumps(name)}, "{form.arguments}": '
-        arguments = json.dumps({**json.loads(schema), "x-guidance": GUIDANCE})
-        rules += [f'call{place}: {_quoted(begin)} arguments{place} "}}"', f"arguments{place}: %json {arguments}"]
+        begin = ["{", '"name"', ":", " ", json.dumps(name), ",", " ", f'"{form.arguments}"', ":", " "]
+        if not (text and form.bare):  # else a call and a JSON answer begin alike, and must have the same pieces
+            begin = ["".join(begin)]
+        rules.append(f'call{place}: {" ".join(map(_quoted, begin))} arguments{place} "}}"')
+        rules.append(f"arguments{place}: {_json(schema)}")
     return LLMatcher.grammar_from_lark("\n".join(rules) + "\n")
+
+
+def _json(schema: str) -> str:
+    return "%json " + json.dumps({**json.loads(schema), "x-guidance": GUIDANCE})
 
 
 def _quoted(text: str) -> str:
@@ -206,7 +221,7 @@ class Parts:
     def __init__(self, row: Row):
         self._row = row
         tools = getattr(row, "tools", None)  # rows of older wrappers have none
-        self._reader = CallReader(tools.form, tools.names) if tools else None
+        self._reader = CallReader(tools.form, tools.names, getattr(tools, "structured", False)) if tools else None
         self._called = False
 
     def of(self, text: str, ended: bool, cut: bool = False) -> list[str | Call]:
@@ -270,8 +285,8 @@ class ChoiceStream:
             found = deltas.of(text, finish_reason)
             if not found and logprobs and not finish_reason:
                 found = [{"content": ""}]
-            for delta in found:
-                yield _entry(choice, delta, None, logprobs)
+            for number, delta in enumerate(found):
+                yield _entry(choice, delta, None, None if number else logprobs)
             if finish_reason:
                 yield _entry(choice, {}, deltas.reason(finish_reason), None if found else logprobs)
 
