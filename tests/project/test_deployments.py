@@ -21,12 +21,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.commands import LINKS, REPOSITORY, call, free_port, running
+from support.commands import REPOSITORY, call, free_port, python_with, running
 from support.databases import database
 from support.effort import LONG
 from support.questions import GENERATION
-
-from slm.base import cache
 
 DEPLOYMENTS = REPOSITORY / "deployments"
 
@@ -63,19 +61,8 @@ azure = pytest.mark.skipif(not LONG, reason="PHI3_MLFLOW_TESTS=long installs Azu
 
 @pytest.fixture(scope="session")
 def azure_python():
-    """A Python with Azure ML's loader, whose pins go with none of ours: made once, in the cache folder."""
-    folder = cache.root() / f"tests-{AZURE.replace('==', '-')}"
-    python, done = folder / "bin" / "python", folder / "done"
-    if not done.exists():
-        uv = (sys.executable, "-m", "uv")
-        for command in (
-            (*uv, "venv", "-q", "--clear", "--python", sys.executable, folder),
-            (*uv, "pip", "install", "-q", "--python", python, AZURE),
-        ):
-            made = call(*command, **LINKS)
-            assert made.code == 0, made.err
-        done.touch()
-    return python
+    """A Python with Azure ML's loader, whose pins go with none of ours."""
+    return python_with(AZURE.replace("==", "-"), AZURE)
 
 
 def azure_loader(file: Path, request) -> str:

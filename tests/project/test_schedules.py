@@ -20,12 +20,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.commands import LINKS, REPOSITORY, Finished, call
+from support.commands import REPOSITORY, Finished, call, python_with
 from support.databases import sqlite_store
 from support.python_models import COPIER
 
 from entrypoints import evaluate
-from slm.base import cache, parameters
+from slm.base import parameters
 from slm.evaluation import schedule
 
 SCHEDULES = REPOSITORY / "schedules"
@@ -44,20 +44,8 @@ PROMPTS = 300
 
 @pytest.fixture(scope="session")
 def airflow():
-    """A Python with Airflow, whose pins go with none of ours: made once, in the cache folder."""
-
-    folder = cache.root() / ("tests-" + "-".join(AIRFLOW).replace("==", "-"))
-    python, done = folder / "bin" / "python", folder / "done"
-    if not done.exists():
-        uv = (sys.executable, "-m", "uv")
-        for command in (
-            (*uv, "venv", "-q", "--clear", "--python", sys.executable, folder),
-            (*uv, "pip", "install", "-q", "--python", python, *AIRFLOW),
-        ):
-            made = call(*command, **LINKS)
-            assert made.code == 0, made.err
-        done.touch()
-    return python
+    """A Python with Airflow, whose pins go with none of ours."""
+    return python_with("-".join(AIRFLOW).replace("==", "-"), *AIRFLOW)
 
 
 def systemd(folder: Path, name: str, request) -> str:

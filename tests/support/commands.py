@@ -53,6 +53,27 @@ def call(*command, cwd=REPOSITORY, timeout=600, **environment) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
+def python_with(name: str, *packages: str) -> Path:
+    """A Python with packages whose pins don't go with ours, in an environment of its own in the cache folder.
+
+    `packages` are what pip installs. `name` changes with them. The environment is made once.
+    """
+    from slm.base import cache
+
+    folder = cache.root() / f"tests-{name}"
+    python, done = folder / "bin" / "python", folder / "done"
+    if not done.exists():
+        uv = (sys.executable, "-m", "uv")
+        for command in (
+            (*uv, "venv", "-q", "--clear", "--python", sys.executable, folder),
+            (*uv, "pip", "install", "-q", "--python", python, *packages),
+        ):
+            made = call(*command, **LINKS)
+            assert made.code == 0, made.err
+        done.touch()
+    return python
+
+
 def started(name: str, *options: str, cwd=REPOSITORY, merged=False, **environment) -> warm_starts.Process:
     """`python -m entrypoints.name`, going on in a process of its own that finds MLflow imported."""
     return warm_starts.Process([f"entrypoints.{name}", *map(str, options)], cwd, in_environment(environment), merged)

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's own model of transformers, on the same tasks as ours."""
+"""lm-evaluation-harness's own models, of transformers and of OpenAI's completions, on the same tasks as ours."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +9,29 @@ from slm.engines.tasks import reading
 
 def evaluated(folder: Path, tasks: str, limit: int, templated: bool = False) -> dict:
     """What the library finds with its `hf` model on a checkpoint: results, and samples by task and document."""
-    from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
+
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+    return _evaluated(theirs, tasks, limit, templated)
+
+
+def by_api(url: str, model: str, folder: Path, tasks: str, limit: int, tokenized: bool) -> dict:
+    """What the library finds with its model `local-completions`, which asks a server. `folder` has the tokenizer."""
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    theirs = LocalCompletionsAPI(
+        base_url=url, model=model, tokenizer=str(folder), tokenized_requests=tokenized, max_retries=1
+    )
+    return _evaluated(theirs, tasks, limit, False)
+
+
+def _evaluated(model, tasks: str, limit: int, templated: bool) -> dict:
+    from lm_eval.evaluator import evaluate
 
     task_set = reading.read(tasks, limit, templated=templated)
     reading.fewshot_from_start(task_set.tasks)
-    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
     return evaluate(
-        lm=theirs,
+        lm=model,
         task_dict=dict(task_set.loaded),
         limit=limit or None,
         bootstrap_iters=0,
@@ -29,8 +44,6 @@ def ours(loaded, tasks: str, limit: int, templated: bool = False) -> dict:
     """What the library finds with a wrapper that MLflow loaded, through our model of its kind."""
     from types import SimpleNamespace
 
-    from lm_eval.evaluator import evaluate
-
     from slm.answers import forms, loading
     from slm.engines.tasks.harness_model import HarnessModel
 
@@ -39,13 +52,4 @@ def ours(loaded, tasks: str, limit: int, templated: bool = False) -> dict:
     facts = ModelFacts("m", "m", "m", replace(form, special_tokens=wrapper.special_tokens), 0.0, "m", code_sha256="c")
     model = loading.OwnModel(facts, wrapper, 0.0, lambda: None)
     kept = SimpleNamespace(kept={}, add=lambda *_: None)
-    task_set = reading.read(tasks, limit, templated=templated)
-    reading.fewshot_from_start(task_set.tasks)
-    return evaluate(
-        lm=HarnessModel(model, kept, lambda tokens: None),
-        task_dict=dict(task_set.loaded),
-        limit=limit or None,
-        bootstrap_iters=0,
-        apply_chat_template=templated,
-        fewshot_as_multiturn=True,
-    )
+    return _evaluated(HarnessModel(model, kept, lambda tokens: None), tasks, limit, templated)
