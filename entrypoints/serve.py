@@ -47,14 +47,26 @@ def serve(args: parameters.Parameters) -> str:
     import uvicorn
 
     from slm.base import console, stopping
-    from slm.serving import connections, http_app, versions
+    from slm.serving import connections, http_app, traces, versions
+    from slm.serving.access_log import AccessLog
+
+    redact = traces.read_redact(args.redact)
+    access_log = AccessLog(args.access_log) if args.access_log else None
 
     with lifecycle.run("serve", args) if "MLFLOW_RUN_ID" in os.environ else nullcontext():
+        tracer = traces.opened(args.traces, args.trace_experiment, redact)
         # The model, and the server until a signal comes
         with console.step(f"Loading {args.model_uri}"):
             loaded = versions.load(args.model_uri, args.trust_code, args.served_model_name)
         host_names = [args.host, *args.allowed_hosts.split(",")]
-        app = http_app.build(loaded, keys=api_keys, host_names=host_names, follows=followed(args))
+        app = http_app.build(
+            loaded,
+            keys=api_keys,
+            host_names=host_names,
+            follows=followed(args),
+            tracer=tracer,
+            access_log=access_log,
+        )
         config = uvicorn.Config(
             app,
             http=connections.Guarded,

@@ -36,7 +36,7 @@ class Parameter:
     remedy: str = ""  # what to write if the text does not match
 
 
-PARAMETERS = (
+PARAMETERS = (  # a name that means something else to `serve` has a second row
     Parameter("model", "smollm2-135m-instruct", ALL, "embedded name, local folder, .gguf file or hub id org/name"),
     Parameter("revision", "", ALL, "commit, branch or tag of the hub repository"),
     Parameter("subfolder", "", ALL, "folder in the hub repository, or in a local folder"),
@@ -212,6 +212,17 @@ PARAMETERS = (
         low=0,
         high=3600,
     ),
+    Parameter("traces", 0.0, ("serve",), "share of the requests that are written to MLflow as traces", low=0, high=1),
+    Parameter(
+        "trace_experiment",
+        "",
+        ("serve",),
+        "experiment of the traces; empty: the run's, or else that of MLflow's environment variables",
+    ),
+    Parameter("redact", "", ("serve",), "file.py:function that takes and returns each request and answer of a trace"),
+    Parameter(
+        "access_log", "", ("serve",), "one JSON line for each request, without prompts: stderr, or a file; empty: none"
+    ),
     Parameter("host", "127.0.0.1", ("serve",), "address to listen at"),
     Parameter("port", 5005, ("serve",), "port to listen at", low=1, high=65535),
     Parameter(
@@ -271,7 +282,7 @@ class Parameters(argparse.Namespace):
     engine: str
     spark_master: str
     resume: bool
-    traces: bool
+    traces: float  # of evaluate: a bool
     slot: str
     check: bool
     force: bool
@@ -279,6 +290,11 @@ class Parameters(argparse.Namespace):
     model_uri: str
     version: str
     served_model_name: str
+    follow: float
+    drain: int
+    trace_experiment: str
+    redact: str
+    access_log: str
     host: str
     port: int
     allowed_hosts: str
@@ -291,7 +307,8 @@ class Parameters(argparse.Namespace):
 
 
 # values for an entry point without the parameter: the default, but such an entry point reuses and traces nothing
-ABSENT = {parameter.name: parameter.default for parameter in PARAMETERS} | {"resume": False, "traces": False}
+DEFAULTS = {parameter.name: parameter.default for parameter in reversed(PARAMETERS)}  # the first row of a name counts
+ABSENT = DEFAULTS | {"resume": False, "traces": False}
 
 
 class _Parser(argparse.ArgumentParser):

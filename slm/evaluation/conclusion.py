@@ -178,7 +178,7 @@ def record_run(report: summary.Report, results: Sequence[Result], thresholds: tu
     started = mlflow.MlflowClient().get_run(run_id).data
     plain = {name.removeprefix("cfg."): value for name, value in started.params.items() if name.startswith("cfg.")}
     given = {name: value for name, value in (started.params | plain).items() if not name.startswith("cfg.")}
-    defaults = {parameter.name: str(parameter.default) for parameter in parameters.PARAMETERS}
+    defaults = {name: str(default) for name, default in parameters.DEFAULTS.items()}
     whole["again"] = reproduction.again(started.tags, given, defaults, records, report.baseline)
     found = {tags.GATE: report.verdict.state, tags.PROMPTS_SHA256: report.prompt_set.sha256}
     mlflow.set_tags(found | {tags.FINGERPRINT: whole["fingerprint"], tags.OUTPUTS_SHA256: whole["outputs"]["sha256"]})

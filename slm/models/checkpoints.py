@@ -21,6 +21,7 @@ from pathlib import Path
 
 from slm.base import cache
 from slm.base.errors import BadInput, Unavailable, exhausted
+from slm.base.user_files import located
 from slm.models import genai_config
 from slm.models import weights as weight_files
 
@@ -213,15 +214,6 @@ def rebuilt(checkpoint: Checkpoint) -> Checkpoint:
     record = cache.FileRecord(hashlib.sha256(content).hexdigest(), len(content))
     files = checkpoint.manifest | {genai_config.NAME: record}
     return replace(checkpoint, manifest=files, rewritten={genai_config.NAME: content})
-
-
-def located(path: str) -> Path | None:
-    """The path in the repository's root or else in the working folder. None if nothing is there."""
-    try:
-        given = Path(path).expanduser()
-        return next((place for place in (REPOSITORY / given, given) if path and place.exists()), None)
-    except (OSError, RuntimeError, ValueError):  # too long, an unknown ~user, a NUL
-        return None
 
 
 def existing(parameter: str, path: str) -> Path:

@@ -8,19 +8,13 @@ Not covered: a time limit, a sandbox, and sessions of several turns. The hash do
 imports.
 """
 
-import functools
-import hashlib
 import inspect
-import sys
-import traceback
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
+from slm.base import user_files
 from slm.base.errors import BadInput
 from slm.base.wording import did_you_mean, quoted
-from slm.models import checkpoints
 from slm.prompts.prompt_rows import Prompt
 from slm.scorers import feedback
 from slm.scorers.built_in import Score
@@ -47,23 +41,9 @@ def read(spec: str) -> UserScorer:
     Raises:
         BadInput: there is no such file or function, the file fails, or the function takes other arguments.
     """
-    given, _, attribute = spec.rpartition(":")
-    if not given or not attribute:
-        raise BadInput(f"scorers: {spec!r} names no function; write {spec.strip(':')}:function")
-    path = checkpoints.located(given)
-    if path is None or not path.is_file():
-        raise BadInput(f"scorers: {given!r} does not exist, from the repository's root or from here")
-    try:
-        source = path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"scorers: {given} can't be read: {error.strerror or error}") from None
-    module = _module(path.resolve(), source)
-    if attribute not in vars(module):
-        public = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
-        raise BadInput(f"scorers: {given} has no {attribute!r}{did_you_mean(attribute, public)}")
-    function = vars(module)[attribute]
+    function, attribute, sha256 = user_files.function_of("scorers", spec)
     name, arguments = _checked(function, attribute, spec)
-    return UserScorer(name, function, arguments, hashlib.sha256(source).hexdigest())
+    return UserScorer(name, function, arguments, sha256)
 
 
 def score(scorer: UserScorer, prompt: Prompt, output: str) -> dict[str, Score]:
@@ -74,27 +54,6 @@ def score(scorer: UserScorer, prompt: Prompt, output: str) -> dict[str, Score]:
     except (Exception, SystemExit) as error:  # a scorer that calls sys.exit() must not end the run
         return {scorer.name: Score(None, f"{scorer.name} failed: {type(error).__name__}: {quoted(str(error))}")}
     return feedback.scores_of(scorer.name, value)
-
-
-@functools.cache  # all functions of a file and all scored models share one execution
-def _module(path: Path, source: bytes) -> types.ModuleType:
-    module = types.ModuleType(f"user_scorers_{hashlib.sha256(bytes(path) + source).hexdigest()[:12]}")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # a dataclass looks up its own module there
-    sys.path.insert(0, str(path.parent))  # the file can import files of its folder, as a script can
-    try:
-        exec(compile(source, path, "exec"), vars(module))
-    except (Exception, SystemExit) as error:
-        del sys.modules[module.__name__]
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        lines += [error.lineno] if isinstance(error, SyntaxError) else []
-        place = f"{path.name} line {lines[-1]}" if any(lines) else path.name
-        text = feedback.one_line(error.msg if isinstance(error, SyntaxError) else error)
-        raise BadInput(f"scorers: {place}: {type(error).__name__}: {text}") from None
-    finally:
-        sys.path.remove(str(path.parent))
-    return module
 
 
 def _checked(function: object, attribute: str, spec: str) -> tuple[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""How does a logged model answer OpenAI's API? Protocol, connections, fair batches, the HTTP application.
+"""How does a logged model answer OpenAI's API? Protocol, connections, batches, versions, traces, the HTTP app.
 
 This room imports `tracking` and the rooms below.
 Start with `http_app.py`.

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -153,20 +154,30 @@ def endpoint(present: Present):
         n = asked.n or 1
         if asked.stream:
             with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-            return stream_of(service, server_sent_events(chunks(service, exchange, prompts, n, with_usage)))
+            begin = head(service)
+            events = server_sent_events(chunks(begin, exchange, prompts, n, with_usage))
+            whole = partial(completion, service.model, asked, prompts, begin)
+            return stream_of(service, events, service.traced("completion", exchange, whole))
         await exchange.finished()
         if asked.echo and asked.logprobs is not None:
             await read_prompts(service, prompts, asked.logprobs)
-        choices = [
-            choice(service.model, asked, prompt, prompt.rows[at % len(prompt.rows)] if prompt.rows else None)
-            for prompt in prompts
-            for at in range(n)
-        ]
-        told = [entry | {"index": index} for index, entry in enumerate(choices)]
-        content = head(service) | {"choices": told, "usage": usage(prompts, n)}
-        return JSONResponse(content, headers=service.headers)
+        content = completion(service.model, asked, prompts, head(service))
+        background = service.traced("completion", exchange, lambda: content)
+        return JSONResponse(content, headers=service.headers, background=background)
 
     return answer
+
+
+def completion(model, asked: CompletionRequest, prompts: list[Prompt], begin: dict) -> dict:
+    """The whole answer to a request. `begin` has its id."""
+    n = asked.n or 1
+    choices = [
+        choice(model, asked, prompt, prompt.rows[at % len(prompt.rows)] if prompt.rows else None)
+        for prompt in prompts
+        for at in range(n)
+    ]
+    told = [entry | {"index": index} for index, entry in enumerate(choices)]
+    return begin | {"choices": told, "usage": usage(prompts, n)}
 
 
 async def read_prompts(service: Service, prompts: list[Prompt], most: int) -> None:
@@ -228,10 +239,10 @@ def usage(prompts: list[Prompt], n: int) -> dict[str, int]:
 
 
 async def chunks(
-    service: Service, exchange: Exchange, prompts: list[Prompt], n: int, with_usage: bool
+    begin: dict, exchange: Exchange, prompts: list[Prompt], n: int, with_usage: bool
 ) -> AsyncIterator[dict]:
     """The chunks of a stream. One text may serve several choices."""
-    start = head(service) | ({"usage": None} if with_usage else {})
+    start = begin | ({"usage": None} if with_usage else {})
     served = [  # by row: the indices of its choices
         range(number * n + at, number * n + n, len(prompt.rows))
         for number, prompt in enumerate(prompts)

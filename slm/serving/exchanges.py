@@ -11,9 +11,12 @@ from urllib.parse import quote
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
+from starlette.background import BackgroundTask
 
+from slm.serving.access_log import Record
 from slm.serving.batching import Worker
 from slm.serving.protocol import STREAM_HEADERS, ApiError, Kind, Limits, check_model, read_request
+from slm.serving.traces import Answered, Tracer
 
 VERSION_HEADER = "x-model-version"
 
@@ -29,6 +32,9 @@ class Service:
     defaults: dict[str, Any]  # parameters that a request does not give
     several_keys: bool
     version: str = ""  # name/version of a registered model
+    uri: str = ""  # of the model, without an alias
+    model_id: str = ""  # of MLflow's LoggedModel
+    tracer: Tracer | None = None
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -73,8 +79,39 @@ class Service:
         """
         for row in rows:
             row.tenant = exchange.request.state.tenant
-        exchange.rows = rows
+        exchange.rows = exchange.record.rows = rows
+        exchange.record.version = self.version
         exchange.begin(streamed, self.client_of(exchange.request))
+
+    def traced(self, name: str, exchange: "Exchange", answer: Callable[[], dict]) -> BackgroundTask | None:
+        """What makes the trace of a request after its answer has been sent. None: the request gets no trace.
+
+        `name` is the trace's, and `answer` gives the whole answer, of a stream too.
+        """
+        if self.tracer is None or not self.tracer.draws():
+            return None
+        return BackgroundTask(self._trace, self.tracer, name, exchange, answer)
+
+    def _trace(self, tracer: Tracer, name: str, exchange: "Exchange", answer: Callable[[], dict]) -> None:
+        record = exchange.record
+        if record.outcome != "ok":
+            return
+        tracer.put(
+            Answered(
+                name=name,
+                request=record.body,
+                answer=json.dumps(answer()).encode(),
+                start=record.began,
+                seconds=exchange.seconds,
+                prompt_tokens=record.prompt_tokens(),
+                output_tokens=record.output_tokens(),
+                request_id=record.id,
+                model=self.names[0],
+                model_uri=self.uri,
+                model_id=self.model_id,
+                version=self.version,
+            )
+        )
 
 
 Present = Callable[[], Awaitable[Service]]  # gives the version that answers now
@@ -85,8 +122,10 @@ class Exchange:
 
     def __init__(self, worker: Worker, request: Request):
         self.worker, self.request = worker, request
+        self.record: Record = request.state.record
         self.rows: list = []
         self.start = time.perf_counter()
+        self.seconds = 0.0  # from the arrival to the end
 
     def begin(self, streamed: bool | None, client: str) -> None:
         self.ticket = self.worker.submit(self.rows, bool(streamed), client)
@@ -132,10 +171,11 @@ class Exchange:
             self._timer.cancel()
             self._watch.cancel()
             self.worker.drop(self.ticket)
+            self.record.outcome, self.seconds = outcome, time.perf_counter() - self.start
             metrics.requests.labels(outcome).inc()
-            metrics.seconds.observe(time.perf_counter() - self.start)
-            metrics.prompt_tokens.inc(sum({id(row.prompt): len(row.prompt) for row in self.rows}.values()))
-            metrics.output_tokens.inc(sum(len(row.output) for row in self.rows))
+            metrics.seconds.observe(self.seconds)
+            metrics.prompt_tokens.inc(self.record.prompt_tokens())
+            metrics.output_tokens.inc(self.record.output_tokens())
 
     async def finished(self) -> None:
         """Waits until all texts have ended. Raises what `news` raises."""
@@ -160,7 +200,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                     raise ApiError(413, f"the request has more than {limits.body_bytes} bytes")
     except TimeoutError:
         raise ApiError(408, f"the request did not arrive within {limits.body_seconds:g} seconds") from None
-    return bytes(body)
+    request.state.record.body = bytes(body)
+    return request.state.record.body
 
 
 async def server_sent_events(chunks: AsyncIterator[dict]) -> AsyncIterator[str]:
@@ -174,8 +215,11 @@ async def server_sent_events(chunks: AsyncIterator[dict]) -> AsyncIterator[str]:
     yield "data: [DONE]\n\n"
 
 
-def stream_of(service: Service, events: AsyncIterator[str]) -> StreamingResponse:
-    return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS | service.headers)
+def stream_of(
+    service: Service, events: AsyncIterator[str], background: BackgroundTask | None = None
+) -> StreamingResponse:
+    headers = STREAM_HEADERS | service.headers
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers, background=background)
 
 
 def server_sent_event(content: dict, name: str = "") -> str:

@@ -26,7 +26,8 @@ beginnings.
 A page in a browser can give its own name the address of this machine (DNS rebinding). So the server answers only
 requests that name one of the server's host names.
 
-slm/serving/versions.py says how one version of the model replaces another.
+slm/serving/versions.py says how one version of the model replaces another, and slm/serving/traces.py how a share of
+the requests is written to MLflow.
 
 Not covered: TLS, users and quotas (use a proxy), images, more than one model or process.
 With a runtime that does not refill, a prompt is one step of its batch.
@@ -45,6 +46,7 @@ from starlette.exceptions import HTTPException
 from slm.base.errors import BadInput
 from slm.models.chat_parts.tools import ChoiceStream
 from slm.serving import completions, openapi_page, responses, tokens
+from slm.serving.access_log import AccessLog, Observed
 from slm.serving.exchanges import Exchange, Present, Service, read_body, server_sent_events, stream_of
 from slm.serving.keys import Keys
 from slm.serving.protocol import (
@@ -58,6 +60,7 @@ from slm.serving.protocol import (
     read_request,
     refused_as_error,
 )
+from slm.serving.traces import Tracer
 from slm.serving.versions import Alias, Follower, Loaded, Served
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,6 +73,8 @@ def build(
     keys: Keys | None = None,
     host_names: Iterable[str] = (),
     follows: Alias | None = None,
+    tracer: Tracer | None = None,
+    access_log: AccessLog | None = None,
 ) -> FastAPI:
     """The application for a loaded chat model, or for the version that has the alias.
 
@@ -81,7 +86,9 @@ def build(
     keys = keys or Keys()
     if keys.several and not getattr(loaded.wrapper, "separates_tenants", False):
         raise BadInput("model_uri: the model was logged by a version that serves one key alone; log the model again")
-    served = Served(loaded, limits or Limits(), keys.several)
+    served = Served(loaded, limits or Limits(), keys.several, tracer)
+    if tracer:
+        tracer.show(served.metrics.registry)
     follower = Follower(served, follows) if follows else None
     description = openapi_page.page(served.limits, bool(keys))
 
@@ -90,14 +97,19 @@ def build(
         served.start()
         if follower:
             follower.start()
+        if tracer:
+            tracer.start()
         yield
         if follower:
             follower.stop()
+        if tracer:
+            await asyncio.to_thread(tracer.stop)
         await asyncio.to_thread(served.stop, 3.0)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.served, app.state.follower = served, follower
     app.add_middleware(ServedNames, names=host_names)
+    app.add_middleware(Observed, log=access_log)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError):
@@ -192,18 +204,27 @@ def chat_endpoint(present: Present):
             rows = await asyncio.to_thread(refused_as_error, model.prepare, row, service.defaults)
             service.begin(exchange, rows, asked.stream)
         if asked.stream:
-            return stream_of(service, server_sent_events(chunks(service, exchange, with_usage)))
+            head = model.head("chat.completion.chunk") | service.fingerprint
+
+            def whole() -> dict:
+                same = {name: head[name] for name in ("id", "created")}
+                return model.completion(model.choices(exchange.rows)) | same | service.fingerprint
+
+            events = server_sent_events(chunks(service, exchange, head, with_usage))
+            return stream_of(service, events, service.traced("chat", exchange, whole))
         await exchange.finished()
         content = model.completion(model.choices(exchange.rows)) | service.fingerprint
-        return JSONResponse(content, headers=service.headers)
+        exchange.record.finish_reasons = [choice["finish_reason"] for choice in content["choices"]]
+        background = service.traced("chat", exchange, lambda: content)
+        return JSONResponse(content, headers=service.headers, background=background)
 
     return chat_completions
 
 
-async def chunks(service: Service, exchange: Exchange, with_usage: bool) -> AsyncIterator[dict]:
+async def chunks(service: Service, exchange: Exchange, head: dict, with_usage: bool) -> AsyncIterator[dict]:
     """The chunks of a stream. Each of the n choices gets chunks, even if one text serves several choices."""
     model = service.model
-    head = model.head("chat.completion.chunk") | service.fingerprint | ({"usage": None} if with_usage else {})
+    head = head | ({"usage": None} if with_usage else {})
     has_pieces = hasattr(model, "log_probability_pieces")  # not in models of older versions
     pieces = [model.log_probability_pieces(row) for row in exchange.rows] if has_pieces else []
     stream = ChoiceStream(exchange.rows, getattr(model, "end_tokens", ()), pieces)
@@ -211,6 +232,7 @@ async def chunks(service: Service, exchange: Exchange, with_usage: bool) -> Asyn
         yield head | {"choices": [entry]}
     async for place, text, finish_reason in exchange.news():
         for entry in stream.of(place, text, finish_reason):
+            exchange.record.finish_reasons += filter(None, [entry["finish_reason"]])
             yield head | {"choices": [entry]}
     if with_usage:
         yield head | {"choices": [], "usage": model.completion(model.choices(exchange.rows))["usage"]}

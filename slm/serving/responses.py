@@ -160,12 +160,15 @@ def endpoint(present: Present):
             service.begin(exchange, rows, asked.stream)
         response = Response(service, asked, rows[0])
         if asked.stream:
-            return stream_of(service, response.events(exchange))
+            background = service.traced("response", exchange, response.whole)
+            return stream_of(service, response.events(exchange), background)
         try:
             await exchange.finished()
         except ApiError as error:
             raise in_own_names(error) from None
-        return JSONResponse(response.whole(), headers=service.headers)
+        content = response.whole()
+        background = service.traced("response", exchange, lambda: content)
+        return JSONResponse(content, headers=service.headers, background=background)
 
     return answer
 

@@ -31,6 +31,7 @@ from slm.models import wrappers
 from slm.serving.batching import Metrics, Worker
 from slm.serving.exchanges import Service
 from slm.serving.protocol import OLD_FIELDS, ApiError, Limits, model_names
+from slm.serving.traces import Tracer
 from slm.tracking import mlflow_client, registry, tags
 
 ROOM = 1.5  # times the size of a model's files: the memory that is needed to load it
@@ -48,6 +49,8 @@ class Loaded:
     defaults: dict[str, Any]  # the parameters that were logged with the model
     names: tuple[str, ...]  # `protocol.model_names`
     version: str  # name/version of a registered model, else ""
+    uri: str = ""  # without an alias
+    model_id: str = ""  # of MLflow's LoggedModel
 
 
 def load(
@@ -88,7 +91,8 @@ def load(
     defaults = {param.name: param.default for param in opened.description.signature.params}
     registered = model_uri.registered_version(uri)
     names = model_names(given, uri, opened.wrapper.name, served_model_name)
-    return Loaded(opened.wrapper, defaults, names, "/".join(registered) if registered else "")
+    named = "/".join(registered) if registered else ""
+    return Loaded(opened.wrapper, defaults, names, named, uri, opened.description.model_id or "")
 
 
 def _size(folder: Path) -> int:
@@ -121,8 +125,8 @@ def check_answer(model: wrappers.Wrapper) -> None:
 class Served:
     """The version that answers now, and its replacement by another one."""
 
-    def __init__(self, loaded: Loaded, limits: Limits, several_keys: bool):
-        self.limits, self.several_keys = limits, several_keys
+    def __init__(self, loaded: Loaded, limits: Limits, several_keys: bool, tracer: Tracer | None = None):
+        self.limits, self.several_keys, self.tracer = limits, several_keys, tracer
         self.metrics = Metrics()
         self.started = int(time.time())
         self._now: Service | None = self._service(loaded)
@@ -191,7 +195,18 @@ class Served:
         model.name = loaded.names[0]  # in every answer
         self.names, self.version = loaded.names, loaded.version
         worker = Worker(model, self.limits, self.metrics)
-        return Service(model, worker, self.limits, loaded.names, loaded.defaults, self.several_keys, loaded.version)
+        return Service(
+            model,
+            worker,
+            self.limits,
+            loaded.names,
+            loaded.defaults,
+            self.several_keys,
+            loaded.version,
+            loaded.uri,
+            loaded.model_id,
+            self.tracer,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

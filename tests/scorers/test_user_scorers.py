@@ -266,7 +266,7 @@ def test_a_file_that_fails_is_one_line_with_the_place(tmp_path, source, line):
         scorer_calls.read(f"{path}:f")
     assert str(raised.value).startswith(f"scorers: {line}")
     assert "\n" not in str(raised.value)
-    assert not [name for name in set(sys.modules) - modules if name.startswith("user_scorers_")]
+    assert not [name for name in set(sys.modules) - modules if name.startswith("user_file_")]
 
 
 def test_the_hash_is_that_of_the_file(tmp_path):

@@ -25,10 +25,11 @@ def serving(store, *options, **environment):
 
 
 @contextmanager
-def here(model, api_key="", host_names=(), http="auto", defaults=(), key_file="", **limits):
+def here(model, api_key="", host_names=(), http="auto", defaults=(), key_file="", watches=None, **limits):
     """A server in this process, with limits of its own; gives its address and a client with the first key.
 
-    `defaults` are pairs of a parameter and its value, for requests that do not give the parameter.
+    `defaults` are pairs of a parameter and its value, for requests that do not give the parameter. `watches` are
+    the tracer and the access log.
     """
     import threading
 
@@ -38,7 +39,7 @@ def here(model, api_key="", host_names=(), http="auto", defaults=(), key_file=""
     from slm.serving.keys import Keys
 
     loaded = versions.Loaded(model, dict(defaults), (model.name,), "")
-    app = http_app.build(loaded, protocol.Limits(**limits), Keys(api_key, key_file), host_names)
+    app = http_app.build(loaded, protocol.Limits(**limits), Keys(api_key, key_file), host_names, **(watches or {}))
     port = free_port()
     config = uvicorn.Config(app, port=port, http=http, log_level="error", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
