@@ -46,21 +46,26 @@ def serve(args: parameters.Parameters) -> str:
 
     import uvicorn
 
-    from slm.base import console, stopping
+    from slm.base import console, environment, stopping
     from slm.serving import connections, http_app, traces, versions
     from slm.serving.access_log import AccessLog
+    from slm.serving.protocol import Limits
 
     redact = traces.read_redact(args.redact)
     access_log = AccessLog(args.access_log) if args.access_log else None
+    limits = Limits(args.max_waiting, args.request_timeout, args.max_tokens)
+    if args.execution_provider == "cuda":
+        environment.check_cuda()
 
     with lifecycle.run("serve", args) if "MLFLOW_RUN_ID" in os.environ else nullcontext():
         tracer = traces.opened(args.traces, args.trace_experiment, redact)
         # The model, and the server until a signal comes
         with console.step(f"Loading {args.model_uri}"):
-            loaded = versions.load(args.model_uri, args.trust_code, args.served_model_name)
+            loaded = versions.load(args.model_uri, args.trust_code, args.served_model_name, settings=settings(args))
         host_names = [args.host, *args.allowed_hosts.split(",")]
         app = http_app.build(
             loaded,
+            limits,
             keys=api_keys,
             host_names=host_names,
             follows=followed(args),
@@ -98,7 +103,12 @@ def followed(args: parameters.Parameters):
     if not (args.follow and model_uri.registered_alias(args.model_uri)):
         return None
     secret = os.environ.get("PHI3_MLFLOW_WEBHOOK_SECRET", "")
-    return versions.Alias(args.model_uri, args.follow, args.trust_code, args.served_model_name, secret)
+    return versions.Alias(args.model_uri, args.follow, args.trust_code, args.served_model_name, secret, settings(args))
+
+
+def settings(args: parameters.Parameters) -> dict[str, int | str]:
+    """What a model is loaded with, in the place of what it was logged with. Empty values change nothing."""
+    return {name: getattr(args, name) for name in ("threads", "batch_size", "execution_provider")}
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -19,6 +19,8 @@ from typing import Any
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
+from slm.base.errors import BadInput
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CPU_FLAGS = (  # onnxruntime and torch choose a kernel, and so the order of rounding, by these; x86, then Arm
     *("sse4_1", "sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl"),
@@ -43,6 +45,18 @@ def variables(values: dict[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def check_cuda() -> None:
+    """Checks that onnxruntime-genai can use a GPU of this machine.
+
+    Raises:
+        BadInput: there is no GPU, or the installed packages can't use it.
+    """
+    if not gpus():
+        raise BadInput("execution_provider: 'cuda' needs an NVIDIA GPU, and nvidia-smi lists none; leave cpu")
+    if installed_as("onnxruntime-genai") == "onnxruntime-genai":
+        raise BadInput("execution_provider: 'cuda' needs onnxruntime's CUDA builds; requirements-cuda.txt says how")
 
 
 @functools.cache

@@ -66,7 +66,7 @@ PARAMETERS = (  # a name that means something else to `serve` has a second row
     Parameter("top_p", 1.0, ALL, "nucleus sampling", low=1e-6, high=1.0),
     Parameter("seed", 0, ALL, "of the sampling", low=0, high=2**62),
     Parameter("stop", "", ALL, "text that ends an answer, or a JSON list of such texts"),
-    Parameter("batch_size", 0, ALL, "rows generated together; 0: the wrapper chooses", low=0, high=4096),
+    Parameter("batch_size", 0, (*ALL, "serve"), "rows generated together; 0: the wrapper chooses", low=0, high=4096),
     Parameter("dtype", "auto", ("pipeline", "evaluate"), "of the weights", ("auto", "fp32", "bf16", "fp16")),
     Parameter(
         "device",
@@ -212,6 +212,31 @@ PARAMETERS = (  # a name that means something else to `serve` has a second row
         low=0,
         high=3600,
     ),
+    Parameter("max_tokens", 4096, ("serve",), "the most tokens that one request may ask for", low=1, high=2**20),
+    Parameter(
+        "max_waiting",
+        64,
+        ("serve",),
+        "texts that wait for a batch at most; a further request gets 429",
+        low=1,
+        high=10**5,
+    ),
+    Parameter(
+        "request_timeout",
+        300.0,
+        ("serve",),
+        "seconds from a request's arrival to its last token at most; then it gets 504",
+        low=0.1,
+        high=86400,
+    ),
+    Parameter("threads", 0, ("serve",), "threads of the model's runtime; 0: one for each core", low=0, high=1024),
+    Parameter(
+        "execution_provider",
+        "",
+        ("serve",),
+        "of an ONNX model, cpu or cuda; empty: as it was logged",
+        ("", "cpu", "cuda"),
+    ),
     Parameter("traces", 0.0, ("serve",), "share of the requests that are written to MLflow as traces", low=0, high=1),
     Parameter(
         "trace_experiment",
@@ -292,6 +317,9 @@ class Parameters(argparse.Namespace):
     served_model_name: str
     follow: float
     drain: int
+    max_waiting: int
+    request_timeout: float
+    threads: int
     trace_experiment: str
     redact: str
     access_log: str
@@ -321,13 +349,13 @@ class _Parser(argparse.ArgumentParser):
         if unknown != message:
             name = (unknown.split() or [""])[0].split("=")[0].lstrip("-")
             name = name if name.isidentifier() and len(name) < 80 else quoted(name)
-            elsewhere = [parameter.entry_points for parameter in PARAMETERS if parameter.name == name]
+            elsewhere = [point for entry in PARAMETERS if entry.name == name for point in entry.entry_points]
             mine = [parameter.name for parameter in PARAMETERS if self.entry_point in parameter.entry_points]
             near = difflib.get_close_matches(name, mine, 1)
-            if elsewhere and self.entry_point in elsewhere[0]:  # it lacks its two hyphens
+            if self.entry_point in elsewhere:  # it lacks its two hyphens
                 message = f"{name}: there is no such parameter in this form; write --{name}=…"
             elif elsewhere:
-                message = f"{name}: is a parameter of {' and '.join(elsewhere[0])}, not of {self.entry_point}"
+                message = f"{name}: is a parameter of {' and '.join(elsewhere)}, not of {self.entry_point}"
             else:
                 message = f"{name}: there is no such parameter" + (f"; did you mean {near[0]}?" if near else "")
         raise BadInput(message)
@@ -379,7 +407,8 @@ def _value(parameter: Parameter, given: Any) -> str | int | float | bool:
         if parameter.choices and given not in parameter.choices:
             near = difflib.get_close_matches(given, parameter.choices, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise BadInput(f"{parameter.name}: {quoted(given)} is none of {', '.join(parameter.choices)}{hint}")
+            known = ", ".join(filter(None, parameter.choices))
+            raise BadInput(f"{parameter.name}: {quoted(given)} is none of {known}{hint}")
         if parameter.pattern and given and not re.fullmatch(parameter.pattern, given):
             raise BadInput(f"{parameter.name}: {quoted(given)} can't be one; {parameter.remedy}")
         return str(given)

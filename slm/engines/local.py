@@ -39,10 +39,7 @@ def check_devices(args: Parameters) -> None:
             seen = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here"
             raise BadInput(f"device: {device!r} isn't there: {seen}; leave auto, or install torch's CUDA build")
     if not args.model_uris and args.execution_provider == "cuda":
-        if not environment.gpus():
-            raise BadInput("execution_provider: 'cuda' needs an NVIDIA GPU, and nvidia-smi lists none; leave cpu")
-        if environment.installed_as("onnxruntime-genai") == "onnxruntime-genai":
-            raise BadInput("execution_provider: 'cuda' needs onnxruntime's CUDA builds; requirements-cuda.txt says how")
+        environment.check_cuda()
 
 
 def read_prompts(args: Parameters) -> PromptSet:

@@ -126,7 +126,8 @@ def prepared(asked: CompletionRequest, service: Service) -> list[Prompt]:
     """
     model = service.model
     row: dict[str, Any] = {name: value for name in HONOURED if (value := getattr(asked, name)) is not None}
-    row["max_tokens"] = (MAX_TOKENS if asked.max_tokens is None else asked.max_tokens) or 1
+    most = min(MAX_TOKENS, service.limits.max_tokens)
+    row["max_tokens"] = (most if asked.max_tokens is None else asked.max_tokens) or 1
     if asked.logprobs is not None:
         row |= {"logprobs": True, "top_logprobs": asked.logprobs}
     prompts: list[Prompt] = []

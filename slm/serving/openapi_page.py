@@ -143,7 +143,7 @@ def chat_field(entry: Field, limits: Limits) -> dict:
         most = limits.max_tokens if entry.name in ("max_tokens", "max_completion_tokens") else entry.high
         schema |= {"minimum": entry.low, "maximum": most}
     if entry.default is not None:
-        schema["default"] = entry.default
+        schema["default"] = min(entry.default, limits.max_tokens) if entry.name == "max_tokens" else entry.default
     return {"anyOf": [schema, {"type": "null"}], "description": told}
 
 

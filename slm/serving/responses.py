@@ -160,7 +160,7 @@ def endpoint(present: Present):
             service.begin(exchange, rows, asked.stream)
         response = Response(service, asked, rows[0])
         if asked.stream:
-            background = service.traced("response", exchange, response.whole)
+            background = service.traced("response", exchange, response.content)
             return stream_of(service, response.events(exchange), background)
         try:
             await exchange.finished()

@@ -17,9 +17,9 @@ import hmac
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from slm.base import console, model_uri
 from slm.base.errors import BadInput, Unavailable, exhausted
 from slm.base.wording import one_line
 from slm.models import wrappers
+from slm.models.chat_model import DEFAULTS
 from slm.serving.batching import Metrics, Worker
 from slm.serving.exchanges import Service
 from slm.serving.protocol import OLD_FIELDS, ApiError, Limits, model_names
@@ -59,13 +60,16 @@ def load(
     served_model_name: str = "",
     version: str = "",
     before_loading: Callable[[int], None] = lambda size: None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """The model that `uri` names. `version` takes this version in the place of the alias's present one.
 
+    `settings` replace those that the model was logged with. An empty value replaces nothing.
     `before_loading` gets the bytes of the model's files, after all checks and before the weights are read.
 
     Raises:
-        BadInput: this project did not log it as a chat model, its files were changed, or its code isn't trusted.
+        BadInput: this project did not log it as a chat model, its files were changed, its code isn't trusted, or it
+            has no such setting.
     """
     mlflow = mlflow_client.quiet_mlflow()
     if endpoints.is_endpoint(uri):
@@ -80,12 +84,21 @@ def load(
             if description.metadata["schema"] != "chat":
                 schema = description.metadata["schema"]
                 raise BadInput(f"model_uri: {uri} has the {schema} schema; log it with schema=chat to serve it")
+            given_settings = {name: value for name, value in (settings or {}).items() if value}
+            for name in given_settings:
+                if name not in description.flavors["python_function"].get("config", {}):
+                    raise BadInput(f"{name}: {uri} has no such setting; leave it out")
             recorded, size = registry.recorded_manifests(uri), _size(folder)
-            opened = wrappers.opened(uri, folder, recorded, trust_code, {}, lambda: before_loading(size))
+            opened = wrappers.opened(uri, folder, recorded, trust_code, given_settings, lambda: before_loading(size))
         except (mlflow.exceptions.MlflowException, ValueError) as error:
             if mlflow_client.is_infrastructure(error):
                 raise
             raise BadInput(f"model_uri: {uri}: {' '.join(str(error).split())}") from None
+        except RuntimeError as error:
+            about_gpu = any(word in str(error).lower() for word in ("cuda", "nvidia"))
+            if not about_gpu or exhausted(error):
+                raise
+            raise BadInput(f"model_uri: {uri} can't be loaded: {one_line(error, 300)}") from None
     if not hasattr(opened.wrapper, "stream"):
         raise BadInput(f"model_uri: {uri} was logged by an older version of this project; log it again")
     defaults = {param.name: param.default for param in opened.description.signature.params}
@@ -195,12 +208,13 @@ class Served:
         model.name = loaded.names[0]  # in every answer
         self.names, self.version = loaded.names, loaded.version
         worker = Worker(model, self.limits, self.metrics)
+        most = min(loaded.defaults.get("max_tokens") or DEFAULTS["max_tokens"], self.limits.max_tokens)
         return Service(
             model,
             worker,
             self.limits,
             loaded.names,
-            loaded.defaults,
+            loaded.defaults | {"max_tokens": most},
             self.several_keys,
             loaded.version,
             loaded.uri,
@@ -222,6 +236,7 @@ class Alias:
     trust_code: bool = False
     served_model_name: str = ""
     secret: str = ""  # of MLflow's webhook
+    settings: Mapping[str, Any] = field(default_factory=dict)  # see `load`
 
 
 class Follower:
@@ -324,7 +339,8 @@ class Follower:
 
     def _load(self, version: str, before_loading: Callable[[int], None] = lambda size: None) -> Loaded:
         alias = self.alias
-        return load(alias.uri, alias.trust_code, alias.served_model_name, version, before_loading)
+        words = alias.uri, alias.trust_code, alias.served_model_name, version, before_loading, alias.settings
+        return load(*words)
 
     def _refuse(self, version: str, source: str, reason: str) -> None:
         self._refused.add((version, source))

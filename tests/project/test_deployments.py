@@ -412,7 +412,7 @@ def test_the_serving_image_becomes_healthy_answers_and_ends_on_sigterm(tracking,
     image = built("Dockerfile.serve", root)
     assert not [path for path in root.rglob("*") if path.suffix in (".onnx", ".data", ".safetensors", ".gguf")]
     variables = {"PORT": str(free_port()), "MLFLOW_TRACKING_URI": tracking, "PHI3_MLFLOW_API_KEY": "a-key-of-a-client"}
-    variables |= {"ALLOWED_HOSTS": "serve"}
+    variables |= {"ALLOWED_HOSTS": "serve", "SERVE_OPTIONS": "--threads=1 --access_log=stderr"}
     assert not image.healthy(**variables)
     log = root / "log"
     with log.open("w") as output:
@@ -438,6 +438,7 @@ def test_the_serving_image_becomes_healthy_answers_and_ends_on_sigterm(tracking,
             process.send_signal(signal.SIGTERM)  # to this process alone, as an engine sends it
             code = process.wait(60)
     assert code in (0, 128 + signal.SIGTERM), log.read_text()
+    assert '"path": "/v1/chat/completions", "status": 200' in log.read_text()
     assert not image.healthy(**variables)
 
 

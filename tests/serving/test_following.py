@@ -329,6 +329,15 @@ def test_a_version_that_cannot_come_back_at_once_comes_back_at_a_later_look(serv
     assert follower.served.is_ready() and follower.served.version == "bot/1"
 
 
+def test_the_next_version_is_loaded_with_the_servers_settings(follower):
+    alias = versions.Alias(ALIAS, 3600, settings={"batch_size": 7, "threads": 1})
+    champion("2")
+    versions.Follower(follower.served, alias).look()
+    model = follower.served._now.model
+    assert follower.served.version == "bot/2" and model.batch_size == 7
+    assert model._runtime._session.get_session_options().intra_op_num_threads == 1
+
+
 def test_mlflows_webhook_wakes_the_follower_and_nobody_elses(follower):
     from mlflow.webhooks.delivery import _generate_hmac_signature
 

@@ -15,12 +15,13 @@ LONG = [{"role": "user", "content": "Write a very long story about a lighthouse.
 
 
 @contextmanager
-def serving(store, *options, **environment):
+def serving(store, *options, output=None, **environment):
     """A server process and its address; stopped at the end where the test left it running."""
     address = f"http://127.0.0.1:{free_port()}"
     command = ["entrypoints.serve", f"--model_uri={store[1]['chat']}"]
     command += [f"--port={address.rpartition(':')[2]}", *options]
-    with running_warm(command, f"{address}/health", MLFLOW_TRACKING_URI=store[0], **environment) as process:
+    words = command, f"{address}/health"
+    with running_warm(*words, output=output, MLFLOW_TRACKING_URI=store[0], **environment) as process:
         yield process, address
 
 

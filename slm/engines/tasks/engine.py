@@ -13,7 +13,7 @@ from typing import Any
 from slm.answers import asking, endpoints, kept_answers, loading
 from slm.base import console
 from slm.base.errors import BadInput
-from slm.base.parameters import HARDWARE, PARAMETERS, Parameters
+from slm.base.parameters import DEFAULTS, HARDWARE, Parameters
 from slm.engines import answering, local
 from slm.engines.engine import Request
 from slm.engines.tasks import reading
@@ -43,9 +43,9 @@ NEEDS = "asks for log probabilities, which only a model of this project gives"
 def check(args: Parameters) -> None:
     if args.engine != "local":
         raise BadInput(f"tasks: are answered in this process, and not with engine={args.engine}; leave engine local")
-    for parameter in PARAMETERS:
-        if parameter.name in OWN and getattr(args, parameter.name) != parameter.default:
-            raise BadInput(f"{parameter.name}: {OWN[parameter.name]}; leave it out beside tasks")
+    for name, instead in OWN.items():
+        if getattr(args, name) != DEFAULTS[name]:
+            raise BadInput(f"{name}: {instead}; leave it out beside tasks")
     local.check(args)
 
 
