@@ -43,6 +43,7 @@ class Measured:
 
     first: list[float] = field(default_factory=list)  # seconds to the first token, by request
     gaps: list[float] = field(default_factory=list)  # seconds between two pieces of a stream
+    whole: list[float] = field(default_factory=list)  # seconds to the last token, by request
     tokens: int = 0
     seconds: float = 0.0
     requests: int = 0
@@ -80,6 +81,7 @@ async def ask(url: str, messages: list[dict], found: Measured) -> None:
             (found.gaps if last > start else found.first).append(now - last)
             last = now
     writer.close()
+    found.whole.append(last - start)
     found.requests += 1
     found.failed += not tokens
     found.tokens += tokens

@@ -1,0 +1,114 @@
+"""What traces cost: the latency of `serve` with a share of its requests written to MLflow, over that without.
+
+    python -m benchmarks.tracing [--traces=0.05] [--requests=480] [--rounds=10] [--clients=4]
+
+Two servers of the embedded model's int4 export stand beside an MLflow server on sqlite. They take turns on the same
+requests, and the first turn changes in each round, so that a slow minute of the machine meets both. Requests are
+greedy, streamed, 32 tokens at most, and each client asks again as soon as it has its answer. A latency is the time from
+the connection to the last token. Each round gives a ratio of both servers' p50 and p95; the median of the rounds
+counts. The count of traces that were dropped is read from /metrics.
+"""
+
+import argparse
+import asyncio
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import first_prompts
+from benchmarks.load import Measured, ask, closed, percentile
+from benchmarks.serve import log_model, server
+
+GOAL = 1.02
+SHARES = (50, 95)
+
+
+@contextmanager
+def tracking_server(folder: Path):
+    """The address of an MLflow server on sqlite, stopped at the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    store = f"--backend-store-uri=sqlite:///{folder}/mlflow.db", f"--artifacts-destination={folder}/store"
+    command = [sys.executable, "-m", "mlflow", "server", f"--port={port}", "--workers=1", *store]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # its workers would take the cores
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **quiet)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(60)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--traces", type=float, default=0.05, help="share of the requests")
+    parser.add_argument("--requests", type=int, default=480, help="for each server")
+    parser.add_argument("--rounds", type=int, default=10, help="into which the requests are divided")
+    parser.add_argument("--clients", type=int, default=4)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        os.environ["MLFLOW_TRACKING_URI"] = stack.enter_context(tracking_server(Path(scratch)))
+        uri = log_model(Path(scratch))
+        options = (f"--traces={args.traces}", "--trace_experiment=traffic")
+        off = stack.enter_context(server(uri)).removesuffix("/v1")
+        on = stack.enter_context(server(uri, options=options)).removesuffix("/v1")
+        rounds = asyncio.run(measure(off, on, args))
+        text = urllib.request.urlopen(f"{on}/metrics", timeout=10).read().decode()
+    show(rounds, args, text)
+
+
+async def measure(off: str, on: str, args: argparse.Namespace) -> list[tuple[Measured, Measured]]:
+    """(off, on) for each round."""
+    rows = first_prompts.prompt_set().prompts
+    questions = [list(row.messages or [{"role": "user", "content": row.prompt}]) for row in rows]
+    questions = [questions[at % len(questions)] for at in range(args.requests)]
+    for url in (off, on):
+        await ask(url, questions[0], Measured())
+    found = []
+    for at in range(args.rounds):
+        sides = {off: Measured(), on: Measured()}
+        for url in (off, on) if at % 2 else (on, off):
+            await closed(url, questions[at :: args.rounds], args.clients, sides[url])
+        found.append((sides[off], sides[on]))
+    return found
+
+
+def show(rounds: list[tuple[Measured, Measured]], args: argparse.Namespace, metrics: str) -> None:
+    title = f"traces={args.traces:g}, {args.requests} requests, {args.clients} clients, {os.cpu_count()} cores"
+    table = Table(title=title)
+    for column in ("latency", "without, s", "with, s", "ratio, goal", "found", "rounds"):
+        table.add_column(column, justify="right")
+    for share in SHARES:
+        sides = [[percentile(side.whole, share) for side in pair] for pair in rounds]
+        ratios = [on / off for off, on in sides]
+        medians = [f"{statistics.median(values):.3f}" for values in zip(*sides, strict=True)]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        table.add_row(f"p{share}", *medians, f"<= {GOAL}", f"{statistics.median(ratios):.3f}", spread)
+    console = Console(width=120)
+    console.print(table)
+    console.print(f"failed requests: {sum(side.failed for pair in rounds for side in pair)}")
+    for line in re.findall(r"^slm_\w+_traces(?:_total)?(?:\{.*\})? .*$", metrics, re.MULTILINE):
+        console.print(line, markup=False)
+
+
+if __name__ == "__main__":
+    main()
