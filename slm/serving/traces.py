@@ -162,12 +162,13 @@ class Tracer:
             for answered in batch:
                 try:
                     written.append(self._written(answered))
-                except Unredacted as error:
+                except Exception as error:
+                    told = ("redact", str(error)) if isinstance(error, Unredacted) else ("store", type(error).__name__)
                     with self._wake:
                         if self._ended:  # `stop` has counted this trace
                             return
                         self._writing -= 1
-                        self._drop(1, "redact", str(error))
+                        self._drop(1, *told)
             reason = ""
             try:
                 trace_store.write(self.experiment_id, written)
@@ -184,7 +185,7 @@ class Tracer:
                 self._tell(time.monotonic())
 
     def _next(self) -> list[Answered]:
-        """The traces to write next. None: the server stops."""
+        """The traces to write next. No traces: the server stops."""
         with self._wake:
             while not (self._queue or self._stopping):
                 self._wake.wait()

@@ -324,6 +324,30 @@ def test_a_wrong_parameter_is_one_line_before_the_model_is_loaded(tmp_path, opti
     assert not (tmp_path / "mlflow.db").exists()
 
 
+def test_without_a_name_the_traces_belong_to_the_run(database):
+    with tracked(database[1]), mlflow.start_run(experiment_id=mlflow.create_experiment("of the run")) as run:
+        tracer = traces.opened(0.5, "", None)
+    assert (tracer.experiment_id, tracer.run_id) == (run.info.experiment_id, run.info.run_id)
+
+
+def test_what_cannot_become_a_trace_is_dropped_and_the_next_one_is_written(tracer, database, monkeypatch):
+    from prometheus_client import CollectorRegistry
+
+    tracer.show(CollectorRegistry())
+    words = {"start": 0.0, "seconds": 1.0, "prompt_tokens": 1, "output_tokens": 1, "request_id": "", "model": ""}
+    words |= {"model_uri": "", "model_id": "", "version": ""}
+    for body in (b"[", b'{"messages": [{"role": "user", "content": "Hello\\u0000"}]}'):
+        tracer.put(traces.Answered("chat", body, b'{"choices": []}', **words))
+    monkeypatch.setattr(traces, "STOP_SECONDS", 60)
+    with tracked(database[1]):
+        tracer.start()
+        tracer.stop()
+        [trace] = found(mlflow.get_experiment(tracer.experiment_id).name, database[1])
+    assert counts(tracer) == (2, 1, {"queue": 0, "redact": 0, "store": 1, "stop": 0})
+    assert trace.info.request_preview == "Hello\ufffd" and trace.data.spans[0].outputs == {"choices": []}
+    assert trace.data.spans[0].inputs["messages"][0]["content"] == "Hello\0"
+
+
 def test_a_deleted_experiment_is_refused(database):
     with tracked(database[1]):
         mlflow.delete_experiment(traces.trace_store.experiment_id("gone"))
