@@ -96,15 +96,17 @@ class Service:
         record = exchange.record
         if record.outcome != "ok":
             return
+        content = answer()
+        usage = content["usage"]
         tracer.put(
             Answered(
                 name=name,
                 request=record.body,
-                answer=json.dumps(answer()).encode(),
+                answer=json.dumps(content).encode(),
                 start=record.began,
                 seconds=exchange.seconds,
-                prompt_tokens=record.prompt_tokens(),
-                output_tokens=record.output_tokens(),
+                prompt_tokens=usage.get("prompt_tokens", usage.get("input_tokens")),
+                output_tokens=usage.get("completion_tokens", usage.get("output_tokens")),
                 request_id=record.id,
                 model=self.names[0],
                 model_uri=self.uri,

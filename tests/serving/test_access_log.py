@@ -51,14 +51,22 @@ def send(address: str, path: str, body: dict | None = None, **headers: str) -> t
 @pytest.mark.slow
 def test_each_request_is_one_line_without_prompt_answer_and_key(store, tmp_path):
     log = tmp_path / "access.jsonl"
-    chat = {"messages": [{"role": "user", "content": "Say secretword."}], "max_tokens": 3}
+    chat = {"messages": [{"role": "user", "content": "Write a very long story about a secretword."}], "max_tokens": 3}
     with serving(store, f"--access_log={log}", PHI3_MLFLOW_API_KEY=KEY) as (_, address):
         probes = len(lines(log, 1))
         sent = [
             send(address, "/v1/chat/completions", chat, **{"X-Request-Id": "id-of-a-proxy"}),
             send(address, "/v1/chat/completions", chat | {"stream": True}, **{"X-Request-Id": "no id\tat all"}),
-            send(address, "/v1/completions", {"prompt": ["secretword a", "secretword b"], "max_tokens": 2}),
-            send(address, "/v1/responses", {"input": "secretword", "max_output_tokens": 4}),
+            send(
+                address,
+                "/v1/completions",
+                {"prompt": ["Once upon a secretword", "The old secretword"], "max_tokens": 2},
+            ),
+            send(
+                address,
+                "/v1/responses",
+                {"input": "Write a very long story about a secretword.", "max_output_tokens": 4},
+            ),
             send(address, "/tokenize", {"prompt": "secretword"}),
             send(address, f"/v1/models?key={KEY}"),
             send(address, "/v1/chat/completions", chat | {"temperature": 9}),

@@ -31,7 +31,7 @@ def test_limits_threads_and_batch_size_take_effect(store):
         many, client = threads_of(process), client_of(address)
         answers = list(pool.map(lambda _: ask(client, LONG), range(6)))
         assert [answer.usage.completion_tokens for answer in answers] == [12] * 6  # no request says so
-        texts = client.completions.create(model=NAME, prompt="One, two, three,")
+        texts = client.completions.create(model=NAME, prompt="Once upon a time, there was a")
         assert texts.usage.completion_tokens == 12
         for name in ("max_tokens", "max_completion_tokens"):
             with pytest.raises(openai.BadRequestError, match="13 is more than the 12 allowed here"):

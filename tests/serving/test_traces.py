@@ -118,7 +118,10 @@ def test_a_trace_has_the_request_the_whole_answer_and_the_version(tracking, data
     command += ["--traces=1", "--trace_experiment=whole", f"--redact={file(tmp_path, 'redacted')}"]
     chat = {"messages": [{"role": "user", "content": "I am Alice. Who are you?"}], "max_tokens": 5, "user": "Alice"}
     session = {"metadata": {"session_id": "talk-7"}, "user": "someone", "messages": PARIS, "max_tokens": 5}
-    text, spoken = {"prompt": ["One, two,", "A, b,"], "max_tokens": 4}, {"input": "Hello", "max_output_tokens": 3}
+    text, spoken = (
+        {"prompt": ["One, two,", "A, b,"], "max_tokens": 4, "n": 2},
+        {"input": "Hello", "max_output_tokens": 3},
+    )
     log = tmp_path / "log"
     with (
         log.open("w") as output,
@@ -144,7 +147,8 @@ def test_a_trace_has_the_request_the_whole_answer_and_the_version(tracking, data
     assert (span.name, span.span_type, span.parent_id) == ("chat", "CHAT_MODEL", None)
     assert span.inputs == asked and span.outputs == json.loads(whole.replace("Alice", "NAME"))
     usage = json.loads(whole)["usage"]
-    expected = {"input_tokens": usage["prompt_tokens"], "output_tokens": 5, "total_tokens": usage["total_tokens"]}
+    expected = {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
+    expected["total_tokens"] = usage["total_tokens"]
     assert span.get_attribute("mlflow.chat.tokenUsage") == one.info.token_usage == expected
     assert 0 < span.end_time_ns - span.start_time_ns < 120e9
     names = ("mlflow.traceName", "model.uri", "model.version", "request.id")
@@ -169,7 +173,10 @@ def test_a_trace_has_the_request_the_whole_answer_and_the_version(tracking, data
     assert [span.name for span in spans] == ["completion", "completion", "response", "response"]
     assert spans[0].outputs == json.loads(completed)
     assert spans[2].outputs | {"user": None} == json.loads(responded)  # `redacted` takes the field out
-    pieces = ["", ""]
+    usage = json.loads(completed)["usage"]
+    counted = {name: others[0].info.token_usage[name] for name in ("output_tokens", "total_tokens")}
+    assert counted == {"output_tokens": usage["completion_tokens"], "total_tokens": usage["total_tokens"]}
+    pieces = [""] * 4
     for chunk in events(completed_in_pieces):
         pieces[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
     assert [choice["text"] for choice in spans[1].outputs["choices"]] == pieces
