@@ -40,7 +40,12 @@ PARAMETERS = (  # a name that means something else to `serve` has a second row
     Parameter("model", "smollm2-135m-instruct", ALL, "embedded name, local folder, .gguf file or hub id org/name"),
     Parameter("revision", "", ALL, "commit, branch or tag of the hub repository"),
     Parameter("subfolder", "", ALL, "folder in the hub repository, or in a local folder"),
-    Parameter("prompts", "prompts/smoke.jsonl", ALL, "prompt set: path, web address, or URI that MLflow can download"),
+    Parameter(
+        "prompts",
+        "prompts/smoke.jsonl",
+        ALL,
+        "prompt set: path, web address, URI that MLflow can download, traces:EXPERIMENT?days=7 or datasets:NAME",
+    ),
     Parameter(
         "tasks",
         "",

@@ -1,7 +1,7 @@
 """The engine that answers prompts in this process. Its functions are those of slm/engines/engine.py's Engine."""
 
 import gc
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 
 from slm.answers import asking, endpoints, loading
@@ -13,7 +13,7 @@ from slm.engines.engine import Request
 from slm.prompts import row_mapping, variants
 from slm.prompts.prompt_sets import PromptSet, read_prompt_set
 from slm.scorers import scorer_calls
-from slm.tracking import downloads, registry
+from slm.tracking import downloads, frozen_prompts, registry
 from slm.verdict import estimation, fidelity, perplexity
 from slm.verdict.scored_model import FIGURES, ScoredModel
 from slm.verdict.statistics import Difference
@@ -44,7 +44,8 @@ def check_devices(args: Parameters) -> None:
 
 def read_prompts(args: Parameters) -> PromptSet:
     given, mapping = args.prompts, row_mapping.read(args.fields, args.expected_pattern)
-    with downloads.named_file("prompts", given) as path:
+    frozen = frozen_prompts.file(args)
+    with nullcontext(frozen) if frozen else downloads.named_file("prompts", given) as path:
         asked = scorer_calls.read(args.scorers, args.judge)
         found = scorer_calls.add(asked, read_prompt_set(path, given, scorer_calls.IN_ROWS, mapping))
     asking.check_response_formats(found.prompts)

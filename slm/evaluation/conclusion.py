@@ -13,7 +13,7 @@ from slm.evaluation.scoring import Result
 from slm.models import manifest
 from slm.prompts import prompt_sets
 from slm.report import summary
-from slm.tracking import earlier_runs, mlflow_client, registry, run_records, tags
+from slm.tracking import earlier_runs, frozen_prompts, mlflow_client, registry, run_records, tags
 from slm.verdict import estimation, fidelity, gate, perplexity, reproduction, scored_model, statistics
 from slm.verdict.scored_model import OVERALL
 
@@ -50,7 +50,7 @@ def finish(
     used = engine.chosen(args)
     report = compared(title, [scored for scored, _ in results], used, prompt_set, thresholds, baseline, is_first)
     tag_models(report, results)
-    record_run(report, results, thresholds)
+    record_run(report, results, args, thresholds)
     put_headline(report)
     upload_reports(report, [run_id for _, run_id in results])
     show(report)
@@ -120,10 +120,8 @@ def tag_models(report: summary.Report, results: Sequence[Result]) -> None:
     """Writes differences and verdicts into each model's child run, and onto its registered version."""
     mlflow = mlflow_client.quiet_mlflow()
     client = mlflow.MlflowClient()
-    for place, (scored, differences, verdict, (_, run_id)) in enumerate(
-        zip(report.models, report.differences, report.verdicts, results, strict=True)
-    ):
-        if differences:
+    for place, (scored, verdict, (_, run_id)) in enumerate(zip(report.models, report.verdicts, results, strict=True)):
+        if report.baseline not in (None, place):
             with mlflow.start_run(run_id=run_id, nested=True):
                 mlflow.log_metrics(pair_metrics(report, place), model_id=scored.model.model_id)
         client.set_tag(run_id, tags.GATE, verdict.state)
@@ -167,7 +165,9 @@ def tag_version(
         registry.tag_version(*version, found, removed=stale)
 
 
-def record_run(report: summary.Report, results: Sequence[Result], thresholds: tuple[gate.Threshold, ...]) -> None:
+def record_run(
+    report: summary.Report, results: Sequence[Result], args: Parameters, thresholds: tuple[gate.Threshold, ...]
+) -> None:
     """Writes the active run's tags and environment.json, with everything that a repeat of the run needs."""
     mlflow = mlflow_client.quiet_mlflow()
     run_id = mlflow.active_run().info.run_id
@@ -178,6 +178,7 @@ def record_run(report: summary.Report, results: Sequence[Result], thresholds: tu
     started = mlflow.MlflowClient().get_run(run_id).data
     plain = {name.removeprefix("cfg."): value for name, value in started.params.items() if name.startswith("cfg.")}
     given = {name: value for name, value in (started.params | plain).items() if not name.startswith("cfg.")}
+    given["prompts"] = frozen_prompts.address(args, run_id)
     defaults = {name: str(default) for name, default in parameters.DEFAULTS.items()}
     whole["again"] = reproduction.again(started.tags, given, defaults, records, report.baseline)
     found = {tags.GATE: report.verdict.state, tags.PROMPTS_SHA256: report.prompt_set.sha256}

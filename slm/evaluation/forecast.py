@@ -64,7 +64,10 @@ def _forecasts(args: Parameters, prompt_set: PromptSet, models: int, is_compared
     """What the prompts can find, and the time to generate, each as the end of a sentence."""
     earlier = earlier_runs.newest(prompt_set.sha256)
     before = earlier.get("difference/score/detectable") if is_compared else None
-    if before is None and len(prompt_set.prompts) < prompt_set.count:
+    if prompt_set.scorer_names == frozenset() and not args.tasks:
+        finds = "no difference in scores, because no row has a scorer"
+        finds += "; fidelity compares the models" if is_compared and args.fidelity == "auto" else ""
+    elif before is None and len(prompt_set.prompts) < prompt_set.count:
         finds = "a difference of unknown size: the clusters are not counted before Spark's workers score"
     elif is_compared:
         finds = _detectable(_clusters(prompt_set), before)

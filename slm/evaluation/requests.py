@@ -11,6 +11,7 @@ from slm.models import checkpoints
 from slm.prompts.prompt_sets import PromptSet
 from slm.scorers import scorer_calls
 from slm.verdict import gate, perplexity
+from slm.verdict.scored_model import OVERALL
 
 
 def read_gate(args: Parameters) -> tuple[gate.Threshold, ...]:
@@ -54,6 +55,12 @@ def check_gate(args: Parameters, thresholds: tuple[gate.Threshold, ...], prompt_
     if args.fidelity == "off" and (rule := next((one for one in thresholds if "fidelity/" in one.metric), None)):
         raise BadInput(f"thresholds: {rule.metric} needs fidelity=auto")
     names = prompt_set.scorer_names
+    for rule in thresholds if names == frozenset() else ():
+        if rule.metric.partition("/")[0] in (OVERALL, "flips"):
+            remedy = "give fidelity rules, as in gates/traffic.yaml, or name scorers"
+            raise BadInput(
+                f"thresholds: {rule.metric} needs scores, and no row of {prompt_set.name} has a scorer; {remedy}"
+            )
     for rule in () if args.texts else thresholds:
         if perplexity.is_of_texts(rule.metric) and rule.metric.partition("/")[0] not in (names or ()):
             raise BadInput(f"thresholds: {rule.metric} needs texts, a file of texts whose perplexity is measured")

@@ -50,6 +50,11 @@ class PromptSet:
         """The scorers of its rows. None if not all rows are at hand."""
         return frozenset(call.name for prompt in self.prompts for call in prompt.scorers)
 
+    @property
+    def without_scorers(self) -> int:
+        """The number of its rows at hand that ask for no score. Fidelity compares models on these too."""
+        return sum(not prompt.scorers for prompt in self.prompts)
+
 
 def read_prompt_set(
     path: Path, source: str, known_scorers: KnownScorers, mapping: RowMapping = row_mapping.NONE

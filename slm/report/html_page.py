@@ -155,6 +155,12 @@ def findings(report: Report) -> list[str]:
     if report.baseline is None or len(report.models) == 1:
         return [_alone(model) for model in report.models] or ["No model was scored"]
     baseline = report.models[report.baseline].model.label
+    if report.prompt_set.scorer_names == frozenset():
+        return [
+            f"{report.models[place].model.label} and {baseline} have no scores: no prompt has a scorer"
+            + _kept_words(report, place)
+            for place in report.candidates
+        ]
     return [
         _compared(report.models[place].model.label, baseline, report.differences[place].get(OVERALL))
         + _kept_words(report, place)

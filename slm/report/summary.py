@@ -129,6 +129,7 @@ def _remarks(report: Report) -> list[str]:
         if model.model.ignored
     ]
     told += figure_remarks(report)
+    told += scorer_remarks(report)
     told += cut_remarks(report)
     for model in report.models:
         reproducible = model.record.get("reproducible", "")
@@ -149,7 +150,7 @@ def _remarks(report: Report) -> list[str]:
         return told
     baseline = report.models[report.baseline]
     for place, (scored, compared) in enumerate(zip(report.models, report.differences, strict=True)):
-        if not compared:
+        if place == report.baseline:
             continue
         adjusted = estimation.holm_p_values(compared)
         pair = f"{scored.model.label} minus {baseline.model.label}"
@@ -180,6 +181,17 @@ def figure_remarks(report: Report) -> list[str]:
         given = [model.figures[name] for model in report.models if name in model.figures and name in model.metrics]
         told += [f"{name} has no interval: {given[0]}"] if given else []
     return told
+
+
+def scorer_remarks(report: Report) -> list[str]:
+    """How many prompts ask for no score."""
+    none = report.prompt_set.without_scorers
+    if not none:
+        return []
+    has = "has" if none == 1 else "have"
+    return [
+        f"{counted(none, 'prompt')} of {len(report.prompt_set.prompts):,} {has} no scorer, and are part of no score"
+    ]
 
 
 def fidelity_remark(report: Report, place: int) -> list[str]:
@@ -270,10 +282,10 @@ def cut_remarks(report: Report) -> list[str]:
         remedy = "set max_tokens higher"
         if asked.get("tasks"):
             limit, remedy = "the task's max_gen_toks", "set it higher in the task's file"
-        counts = COUNTS_AS[asked.get("cut", "score")]
+        counts = f", and {COUNTS_AS[asked.get('cut', 'score')]}" if OVERALL in model.estimates else ""
         verb = "is" if cut == 1 else "are"
         told.append(
-            f"warning: {model.model.label}: {cut:,} of {counted(rows, 'answer')} {verb} cut at {limit}, and {counts}; "
+            f"warning: {model.model.label}: {cut:,} of {counted(rows, 'answer')} {verb} cut at {limit}{counts}; "
             f"{remedy}"
         )
     if report.baseline is not None:

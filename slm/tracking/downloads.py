@@ -24,14 +24,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from slm.base import environment
+from slm.base import console, environment
 from slm.base.errors import BadInput, Unavailable, exhausted
-from slm.base.wording import one_line
+from slm.base.wording import one_line, quoted
 from slm.models import checkpoints
 from slm.prompts.readers import FILE_BYTES
-from slm.tracking import mlflow_client
+from slm.tracking import live_prompts, mlflow_client
 
-URI_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
+URI_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/", *live_prompts.SCHEMES)
 SECONDS = 600
 REDIRECTS = 5
 POLL = 0.05  # seconds between two looks at the folder
@@ -53,6 +53,8 @@ def named_file(parameter: str, given: str) -> Iterator[Path]:
         BadInput: there is no such file.
         Unavailable: the server that has the file fails.
     """
+    if live_prompts.is_live(given):
+        raise BadInput(f"{parameter}: {quoted(given)} is a prompt set, which `prompts` takes; name a file")
     if is_address(given):
         with file(given) as path:
             yield path
@@ -71,6 +73,8 @@ def file(uri: str, limit: int = FILE_BYTES, seconds: float = SECONDS) -> Iterato
     if uri.startswith("file:"):
         yield mlflow_client.download(uri)
         return
+    if uri.startswith(live_prompts.TRACES):
+        live_prompts.read(uri)
     with tempfile.TemporaryDirectory(prefix="phi3-mlflow-") as scratch:
         yield _downloaded(uri, Path(scratch), limit, seconds)
 
@@ -102,6 +106,8 @@ def _downloaded(uri: str, scratch: Path, limit: int, seconds: float) -> Path:
         raise BadInput(f"{uri}: is larger than {limit // 2**20} MiB; split it")
     if "error" in said:
         raise (Unavailable if said["unavailable"] else BadInput)(f"{uri} can't be downloaded: {said['error']}")
+    if "told" in said:
+        console.out.print(f"{Path(said['path']).stem}: {said['told']}", markup=False)
     return Path(said["path"])
 
 
@@ -138,13 +144,20 @@ def _size(folder: Path) -> int:
 
 
 def main(uri: str, folder: str, limit: str) -> None:
-    """Downloads the file, and prints one line of JSON: `path`, or `error` and `unavailable` (the server failed)."""
+    """Downloads the file, and prints one line of JSON: `path`, or `error` and `unavailable` (the server failed).
+
+    With `path`, a prompt set that goes on changing has `told`: what its rows are of.
+    """
     import threading
 
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     _limit_files(int(limit))
     try:
-        print(json.dumps({"path": _fetched(uri, Path(folder))}))
+        if live_prompts.is_live(uri):
+            path, told = live_prompts.written(uri, Path(folder))
+            print(json.dumps({"path": str(path), "told": told}))
+        else:
+            print(json.dumps({"path": _fetched(uri, Path(folder))}))
     except Exception as error:
         text = one_line(error)
         ours = isinstance(error, Unavailable) or mlflow_client.is_infrastructure(error)

@@ -16,7 +16,7 @@ from slm.base.errors import BadInput, Unavailable, exhausted
 from slm.base.parameters import Parameters
 from slm.base.stopping import Stopped
 from slm.base.wording import one_line
-from slm.tracking import run_records, runs, store, tags
+from slm.tracking import frozen_prompts, run_records, runs, store, tags
 from slm.tracking.mlflow_client import _or_found, is_infrastructure, quiet_mlflow
 
 VERDICT_CODES = {"none": 0, "pass": 0, "regress": 3, "inconclusive": 5}
@@ -77,7 +77,9 @@ def run(name: str, args: Parameters) -> Iterator[Any]:
         mlflow.log_params({name: value for name, value in plain.items() if name not in known})
         # `mlflow run` logs a text as the shell gets it, in quotes
         mlflow.log_params({f"cfg.{name}": value for name, value in plain.items() if known.get(name, value) != value})
+        frozen_prompts.log(args)
         yield active
+    frozen_prompts.forget(args)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import os
 import re
 
 from slm.base.parameters import ENTRY_POINTS
+from slm.tracking import live_prompts
 from slm.tracking.earlier_runs import HISTORY
 from slm.tracking.mlflow_client import _or_found, quiet_mlflow
 from slm.tracking.tags import PARENT, SKIPPED
@@ -32,7 +33,8 @@ def log_dataset(prompt_set):
     ]
     frame = pd.DataFrame(rows).astype("string").fillna("").astype(object)
     source = prompt_set.source
-    if source.startswith(("runs:/", "models:/")):  # MLflow downloads these URIs, but has no dataset source for them
+    # MLflow downloads these URIs, but has no dataset source for them
+    if source.startswith(("runs:/", "models:/", *live_prompts.SCHEMES)):
         source = CodeDatasetSource({"prompts": source})
     dataset = mlflow.data.from_pandas(frame, source=source, name=prompt_set.name)
     _or_found(lambda: mlflow.log_input(dataset, context="evaluation"), "BAD_REQUEST")  # from the database's rules

@@ -258,8 +258,10 @@ def _outcome(
 
 def _on_interval(keyword: str, limit: float, estimate: Estimate) -> tuple[State, str, int | None]:
     low, high = estimate.ci95_low, estimate.ci95_high
-    if estimate.n == 0 or any(map(math.isnan, (estimate.mean, low, high))):
+    if estimate.n == 0 or math.isnan(estimate.mean):
         return "inconclusive", "no answer was scored", None
+    if math.isnan(low) or math.isnan(high):
+        return "inconclusive", f"{estimate.mean:.3f} has no interval: all prompts are of one cluster", None
     seen = f"{estimate.mean:.3f}, 95 % interval {low:.3f} to {high:.3f} from {counted(estimate.n, 'prompt')}"
     if (low >= limit) if keyword == "min" else (high <= limit):
         return "pass", seen, None

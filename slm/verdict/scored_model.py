@@ -93,7 +93,8 @@ def metrics_of(
     metrics = overall | {
         "rows": len(samples),
         "rows_failed": len(samples) - len(answered),
-        "rows_unscored": sum(not any(value is not None for value in sample.scores.values()) for sample in answered),
+        # a row without scorers asks for no score
+        "rows_unscored": sum(bool(one.scores) and set(one.scores.values()) == {None} for one in answered),
         "rows_cut": (cut := sum(sample.finish_reason == "length" for sample in answered)),
         "rows_cut/share": cut / len(samples) if samples else math.nan,
         "model_load_seconds": model.load_seconds,

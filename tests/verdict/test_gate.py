@@ -147,7 +147,12 @@ EMPTY_DIFFERENCE = Difference(NAN, NAN, NAN, NAN, NAN, 0, NAN)
         ),
         (Threshold("zzz", max_drop=0.1), {}, {}, "no such metric; there are none"),
         (Threshold("a/mean", min=0.0), {"a": mean_estimate([])}, {}, "no answer was scored"),
-        (Threshold("a/mean", min=0.0), {"a": Estimate(0.5, NAN, NAN, NAN, 1)}, {}, "no answer was scored"),
+        (
+            Threshold("a/mean", min=0.0),
+            {"a": Estimate(0.5, NAN, NAN, NAN, 1)},
+            {},
+            "0.500 has no interval: all prompts are of one cluster",
+        ),
         (Threshold("rows_failed", max=0.0), {"rows_failed": 0, "rows": 0}, {}, "the prompt set is empty"),
         (Threshold("exact_match/mean", max_drop=0.1), KNOWN, {}, "there is no baseline; name one"),
         (

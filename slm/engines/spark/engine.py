@@ -18,7 +18,7 @@ from slm.engines.engine import Request
 from slm.engines.spark import comparison, job, prompt_frame, scoring, sums, worker
 from slm.models import checkpoints
 from slm.prompts import readers, row_mapping
-from slm.tracking import downloads, run_records, tags
+from slm.tracking import downloads, frozen_prompts, run_records, tags
 from slm.verdict import reproduction
 from slm.verdict.statistics import Difference
 
@@ -38,7 +38,9 @@ def check(args: Parameters) -> None:
 def read_prompts(args: Parameters) -> prompt_frame.SparkPromptSet:
     location = given = args.prompts
     mapping = row_mapping.read(args.fields, args.expected_pattern)
-    if given.startswith((*downloads.URI_SCHEMES, "http://", "https://")):
+    if frozen := frozen_prompts.file(args, DOWNLOAD_BYTES):
+        location = f"file://{frozen}"
+    elif given.startswith((*downloads.URI_SCHEMES, "http://", "https://")):
         copies = ExitStack()  # Spark reads a file again and again
         atexit.register(copies.close)
         location = f"file://{copies.enter_context(downloads.file(given, DOWNLOAD_BYTES))}"
