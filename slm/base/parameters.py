@@ -66,6 +66,12 @@ PARAMETERS = (  # a name that means something else to `serve` has a second row
     ),
     Parameter("fields", "", ALL, "columns of another shape, theirs:ours by commas: question:prompt,answer:expected"),
     Parameter("expected_pattern", "", ALL, "regular expression: the part of each `expected` to keep"),
+    Parameter(
+        "system_prompt",
+        "",
+        ALL,
+        "system message of the rows that have none: prompts:/NAME/3 or @ALIAS of MLflow's prompt registry, or a file",
+    ),
     Parameter("max_tokens", 64, ALL, "tokens generated at most per scored answer", low=1, high=2**20),
     Parameter("temperature", 0.0, ALL, "0 is greedy", low=0.0, high=2.0),
     Parameter("top_p", 1.0, ALL, "nucleus sampling", low=1e-6, high=1.0),
@@ -283,6 +289,7 @@ class Parameters(argparse.Namespace):
     apply_chat_template: bool
     fields: str
     expected_pattern: str
+    system_prompt: str
     max_tokens: int
     temperature: float
     top_p: float

@@ -10,10 +10,10 @@ from slm.base.errors import BadInput
 from slm.base.parameters import HARDWARE, Parameters
 from slm.engines import answering, distributions, texts
 from slm.engines.engine import Request
-from slm.prompts import row_mapping, variants
+from slm.prompts import row_mapping, system_prompts, variants
 from slm.prompts.prompt_sets import PromptSet, read_prompt_set
 from slm.scorers import scorer_calls
-from slm.tracking import downloads, frozen_prompts, registry
+from slm.tracking import downloads, frozen_prompts, registry, system_text
 from slm.verdict import estimation, fidelity, perplexity
 from slm.verdict.scored_model import FIGURES, ScoredModel
 from slm.verdict.statistics import Difference
@@ -43,7 +43,8 @@ def check_devices(args: Parameters) -> None:
 
 
 def read_prompts(args: Parameters) -> PromptSet:
-    given, mapping = args.prompts, row_mapping.read(args.fields, args.expected_pattern)
+    given, system = args.prompts, system_text.read(args.system_prompt)
+    mapping = row_mapping.read(args.fields, args.expected_pattern, system)
     frozen = frozen_prompts.file(args)
     with nullcontext(frozen) if frozen else downloads.named_file("prompts", given) as path:
         asked = scorer_calls.read(args.scorers, args.judge)
@@ -54,6 +55,8 @@ def read_prompts(args: Parameters) -> PromptSet:
         console.out.print(f"{found.name}: {rows} no scorer, and get `contains`", markup=False)
     if found.left_out:
         console.out.print(f"{found.name}: {row_mapping.left_out_note(found.left_out)}", markup=False)
+    if system and (kept := system_prompts.note(found.prompts, system)):
+        console.out.print(f"{found.name}: {kept}", markup=False)
     if hint := variants.hint(found.prompts):
         console.out.print(f"{found.name}: {hint}", markup=False)
     return found

@@ -13,7 +13,7 @@ from slm.evaluation.scoring import Result
 from slm.models import manifest
 from slm.prompts import prompt_sets
 from slm.report import summary
-from slm.tracking import earlier_runs, frozen_prompts, mlflow_client, registry, run_records, tags
+from slm.tracking import earlier_runs, frozen_prompts, mlflow_client, registry, run_records, system_text, tags
 from slm.verdict import estimation, fidelity, gate, perplexity, reproduction, scored_model, statistics
 from slm.verdict.scored_model import OVERALL
 
@@ -179,9 +179,14 @@ def record_run(
     plain = {name.removeprefix("cfg."): value for name, value in started.params.items() if name.startswith("cfg.")}
     given = {name: value for name, value in (started.params | plain).items() if not name.startswith("cfg.")}
     given["prompts"] = frozen_prompts.address(args, run_id)
+    if system := report.prompt_set.system:
+        given["system_prompt"] = system.source
+        if system.source.startswith(system_text.REGISTRY):
+            mlflow.MlflowClient().link_prompt_version_to_run(run_id, system.source)
     defaults = {name: str(default) for name, default in parameters.DEFAULTS.items()}
     whole["again"] = reproduction.again(started.tags, given, defaults, records, report.baseline)
     found = {tags.GATE: report.verdict.state, tags.PROMPTS_SHA256: report.prompt_set.sha256}
+    found |= run_records.system_prompt(report.prompt_set)
     mlflow.set_tags(found | {tags.FINGERPRINT: whole["fingerprint"], tags.OUTPUTS_SHA256: whole["outputs"]["sha256"]})
     mlflow.MlflowClient().log_text(run_id, reproduction.as_json(whole), "evaluation/environment.json")
 

@@ -35,6 +35,8 @@ def show(
     told += [counted(clusters, "cluster")] if clusters < len(prompt_set.prompts) else []
     told += [f"{name} {number}" for name, number in sorted(scorers.items())]
     _line("prompts", f"{prompt_set.name}: {', '.join(told)}")
+    if prompt_set.system:
+        _line("system", prompt_set.system.source)
     for place, (label, uri) in enumerate(named):
         shown = label if label == uri or not uri else f"{label}, which is {uri}"
         _line("baseline" if place == baseline else "model", shown)

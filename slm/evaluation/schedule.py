@@ -31,7 +31,7 @@ from slm.tracking import lifecycle, mlflow_client, registry, run_records, tags
 
 PER_START = ("slot", "check", "force", "resume", "traces", "timeout")  # parameters that do not change the verdict
 # parameters whose content is hashed instead
-BY_CONTENT = ("model_uris", "baseline", "prompts", "texts", "fields", "expected_pattern", "thresholds")
+BY_CONTENT = ("model_uris", "baseline", "prompts", "texts", "fields", "expected_pattern", "system_prompt", "thresholds")
 
 
 def check(args: Parameters) -> None:

@@ -120,6 +120,7 @@ def score_model(
             console.out.print(f"{label}: {scored.reused} of {rows} answers are reused (resume=true){measured}")
         found = {
             tags.PROMPTS_SHA256: prompt_set.sha256,
+            **run_records.system_prompt(prompt_set),
             tags.MODEL_SHA256: model.sha256,
             tags.MODEL_URI: model.uri,
             tags.MODEL_NAME: model.name,

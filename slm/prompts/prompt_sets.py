@@ -18,6 +18,7 @@ from slm.prompts import row_mapping
 from slm.prompts.prompt_rows import KnownScorers, Prompt, ScorerCall, _canonical_json, canonical_rows, read_row
 from slm.prompts.readers import READERS, Reader, reader, text_of
 from slm.prompts.row_mapping import RowMapping
+from slm.prompts.system_prompts import SystemPrompt, added
 from slm.prompts.texts import TextSet
 
 ROWS = 100_000
@@ -36,6 +37,7 @@ class PromptSet:
     sha256: str
     left_out: tuple[str, ...] = field(default=(), kw_only=True)  # columns of the file that `fields` does not map
     unnamed: int = field(default=0, kw_only=True)  # rows that expect a text and name no scorer: they got `contains`
+    system: SystemPrompt | None = field(default=None, kw_only=True)  # the message of the rows that had none
     texts: TextSet | None = field(default=None, kw_only=True)  # whose perplexity is measured beside the prompts
     # scorers that may give further scores and figures, as `<scorer>/<name>`, and that are named by no row
     open_names: frozenset[str] = field(default=frozenset(), kw_only=True)
@@ -78,7 +80,7 @@ def read_prompt_set(
     left_out = _left_out(rows, text, path.name, mapping)
     for place, row in rows(text, path.name):
         row = mapper(row, f"{path.name} {place}")
-        prompt = read_row(row, f"{path.name} {place}", known_scorers)
+        prompt = added(read_row(row, f"{path.name} {place}", known_scorers), mapping.system)
         if prompt.id in places:
             remedy = (
                 "ids are unique: change one"
@@ -95,7 +97,7 @@ def read_prompt_set(
     if not prompts:
         raise BadInput(f"{path.name}: no rows; write at least one prompt")
     row_mapping.check_expected(mapping, any(prompt.expected for prompt in prompts), path.name)
-    return replace(_prompt_set(path.stem, source, prompts), unnamed=unnamed, left_out=left_out)
+    return replace(_prompt_set(path.stem, source, prompts), unnamed=unnamed, left_out=left_out, system=mapping.system)
 
 
 def with_scorers(prompt_set: PromptSet, calls: Iterable[ScorerCall]) -> PromptSet:
@@ -106,7 +108,7 @@ def with_scorers(prompt_set: PromptSet, calls: Iterable[ScorerCall]) -> PromptSe
         added = tuple(call for call in calls if call.name not in own)
         changed.append(replace(prompt, scorers=prompt.scorers + added))
     found = _prompt_set(prompt_set.name, prompt_set.source, changed)
-    return replace(found, unnamed=prompt_set.unnamed, left_out=prompt_set.left_out)
+    return replace(found, unnamed=prompt_set.unnamed, left_out=prompt_set.left_out, system=prompt_set.system)
 
 
 def _left_out(rows: Reader, text: str, name: str, mapping: RowMapping) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from slm.base import strict_json
 from slm.base.errors import BadInput
 from slm.base.wording import did_you_mean, quoted
 from slm.prompts.prompt_rows import FIELDS, _from_mlflow
+from slm.prompts.system_prompts import SystemPrompt
 
 PATTERN_SECONDS = 1.0  # of processor time, for the pattern in one expected text
 ALL_SECONDS = 60.0  # the same in all texts that one process reads
@@ -30,10 +31,14 @@ Seen = frozenset[tuple[str, str]]  # (kind, name of a column): kind is "found", 
 
 @dataclass(frozen=True)
 class RowMapping:
-    """`columns` has pairs (their column, our field). Without columns, rows have our fields already."""
+    """`columns` has pairs (their column, our field). Without columns, rows have our fields already.
+
+    `system` is added after the check of rows: slm/prompts/system_prompts.py.
+    """
 
     columns: tuple[tuple[str, str], ...] = ()
     expected_pattern: str = ""
+    system: SystemPrompt | None = None
 
     @property
     def theirs(self) -> frozenset[str]:
@@ -43,8 +48,8 @@ class RowMapping:
 NONE = RowMapping()
 
 
-def read(fields: str, expected_pattern: str) -> RowMapping:
-    """Reads the two parameters.
+def read(fields: str, expected_pattern: str, system: SystemPrompt | None = None) -> RowMapping:
+    """Reads the parameters `fields` and `expected_pattern`.
 
     Raises:
         BadInput: a part of `fields` is not theirs:ours, or `expected_pattern` is not a regular expression.
@@ -66,7 +71,7 @@ def read(fields: str, expected_pattern: str) -> RowMapping:
         raise BadInput("fields: a row has either prompt or messages; remove one")
     if expected_pattern:
         _compiled(expected_pattern)
-    return RowMapping(tuple((theirs, ours) for ours, theirs in columns.items()), expected_pattern)
+    return RowMapping(tuple((theirs, ours) for ours, theirs in columns.items()), expected_pattern, system)
 
 
 class RowMapper:

@@ -7,7 +7,7 @@ from slm.base.parameters import ENTRY_POINTS
 from slm.tracking import live_prompts
 from slm.tracking.earlier_runs import HISTORY
 from slm.tracking.mlflow_client import _or_found, quiet_mlflow
-from slm.tracking.tags import PARENT, SKIPPED
+from slm.tracking.tags import PARENT, SKIPPED, SYSTEM_PROMPT, SYSTEM_PROMPT_SHA256
 
 # MLflow's own names are of the form selective-ram-123
 UNNAMED = re.compile(rf"([a-z]+-[a-z]+-\d+|{'|'.join(ENTRY_POINTS)})?")
@@ -39,6 +39,12 @@ def log_dataset(prompt_set):
     dataset = mlflow.data.from_pandas(frame, source=source, name=prompt_set.name)
     _or_found(lambda: mlflow.log_input(dataset, context="evaluation"), "BAD_REQUEST")  # from the database's rules
     return dataset
+
+
+def system_prompt(prompt_set) -> dict[str, str]:
+    """The tags that tell which system message the prompts got. Empty if they got none."""
+    found = prompt_set.system
+    return {SYSTEM_PROMPT: found.source, SYSTEM_PROMPT_SHA256: found.sha256} if found else {}
 
 
 def log_scored(scored, dataset, tags: dict[str, str]) -> None:

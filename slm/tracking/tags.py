@@ -8,6 +8,8 @@ model is logged with it. MLflow's own tags begin with `mlflow.`.
 GATE = "gate"
 PROMPTS = "prompts"
 PROMPTS_SHA256 = "prompts.sha256"
+SYSTEM_PROMPT = "system_prompt"  # resolved: a version, and no alias
+SYSTEM_PROMPT_SHA256 = "system_prompt.sha256"
 MODEL_NAME = "model.name"
 MODEL_URI = "model.uri"  # resolved: a version, and no alias
 MODEL_SHA256 = "model.sha256"

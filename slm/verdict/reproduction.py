@@ -58,6 +58,7 @@ def asked(described: Record, prompt_set: PromptSet, generation: Record, repeats:
             "packages": described["needed"],
         },
         "prompts": {"rows": len(rows), "sha256": digest(texts)}
+        | ({"system_prompt.sha256": prompt_set.system.sha256} if prompt_set.system else {})
         | ({"texts.sha256": prompt_set.texts.sha256} if prompt_set.texts else {}),
         "parameters": generation | {"repeats": repeats},
         "scorers": {"sha256": digest([measures, scorers_sha256])},

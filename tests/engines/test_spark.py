@@ -309,6 +309,25 @@ def test_a_wrong_mapping_is_told_in_the_words_of_a_local_run(session, tmp_path, 
     assert str(raised.value) == str(local.value)
 
 
+def test_traffic_and_a_system_prompt_are_those_of_a_local_run(session, tracking, tmp_path):
+    from slm.base import parameters
+    from slm.engines import local
+    from slm.engines.spark import engine
+
+    location = tracking.entities.trace_location.MlflowExperimentLocation(tracking.create_experiment("traffic"))
+    own = [{"role": "system", "content": "Be long."}]
+    for begin, river in (([], "Rhine"), ([], "Ebro"), (own, "Po")):
+        with tracking.start_span("chat", trace_destination=location) as span:
+            span.set_inputs({"messages": [*begin, {"role": "user", "content": f"Where does the {river} end?"}]})
+    tracking.flush_trace_async_logging()
+    (tmp_path / "system.txt").write_text("Be brief.\n")
+    given = ["--prompts=traces:traffic", f"--system_prompt={tmp_path / 'system.txt'}"]
+    args = parameters.parse("evaluate", "", given)
+    ours, theirs = engine.read_prompts(args), local.read_prompts(args)
+    assert ours.sha256 == theirs.sha256 and ours.prompts == theirs.prompts and ours.system == theirs.system
+    assert sorted(prompt.messages[0]["content"] for prompt in ours.prompts) == ["Be brief.", "Be brief.", "Be long."]
+
+
 def test_added_scorers_are_those_of_a_local_run(session, tmp_path):
     file = tmp_path / "set.jsonl"
     rows = [{"prompt": "x", "expected": "B"}, {"prompt": "z"}]

@@ -17,8 +17,8 @@ from slm.base.parameters import Parameters
 from slm.engines.engine import Request
 from slm.engines.spark import comparison, job, prompt_frame, scoring, sums, worker
 from slm.models import checkpoints
-from slm.prompts import readers, row_mapping
-from slm.tracking import downloads, frozen_prompts, run_records, tags
+from slm.prompts import readers, row_mapping, system_prompts
+from slm.tracking import downloads, frozen_prompts, run_records, system_text, tags
 from slm.verdict import reproduction
 from slm.verdict.statistics import Difference
 
@@ -37,7 +37,8 @@ def check(args: Parameters) -> None:
 
 def read_prompts(args: Parameters) -> prompt_frame.SparkPromptSet:
     location = given = args.prompts
-    mapping = row_mapping.read(args.fields, args.expected_pattern)
+    system = system_text.read(args.system_prompt)
+    mapping = row_mapping.read(args.fields, args.expected_pattern, system)
     if frozen := frozen_prompts.file(args, DOWNLOAD_BYTES):
         location = f"file://{frozen}"
     elif given.startswith((*downloads.URI_SCHEMES, "http://", "https://")):
@@ -49,6 +50,8 @@ def read_prompts(args: Parameters) -> prompt_frame.SparkPromptSet:
     found = prompt_frame.read_prompts(location, given, args.spark_master, args.scorers, args.repeats, mapping)
     if found.left_out:
         console.out.print(f"{found.name}: {row_mapping.left_out_note(found.left_out)}", markup=False)
+    if system and found.is_whole and (kept := system_prompts.note(found.prompts, system)):
+        console.out.print(f"{found.name}: {kept}", markup=False)
     return found
 
 

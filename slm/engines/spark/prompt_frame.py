@@ -16,7 +16,7 @@ from slm.base import strict_json
 from slm.base.errors import BadInput
 from slm.base.wording import quoted
 from slm.engines.spark.spark_session import _reason, _spark_errors, session
-from slm.prompts import prompt_rows, prompt_sets, readers, row_mapping
+from slm.prompts import prompt_rows, prompt_sets, readers, row_mapping, system_prompts
 from slm.prompts.prompt_rows import Prompt, ScorerCall
 from slm.prompts.prompt_sets import PromptSet
 from slm.prompts.row_mapping import RowMapper, RowMapping
@@ -116,7 +116,17 @@ def read_prompts(
     shown = tuple(_prompt(json.loads(canonical)) for canonical in kept)
     buckets = min(max(-(-rows // BUCKET_ROWS), 1), MOST_BUCKETS)
     return SparkPromptSet(
-        title, given, shown, digest.hexdigest(), checked, rows, buckets, last, spec, left_out=left_out
+        title,
+        given,
+        shown,
+        digest.hexdigest(),
+        checked,
+        rows,
+        buckets,
+        last,
+        spec,
+        left_out=left_out,
+        system=mapping.system,
     )
 
 
@@ -294,7 +304,7 @@ def _checked(
     found["seen"] = [{"kind": kind, "name": name} for kind, name in row_mapping.seen(row, mapper.mapping)]
     try:
         row = mapper(row, where)
-        prompt = prompt_rows.read_row(row, where, scorer_calls.IN_ROWS)
+        prompt = system_prompts.added(prompt_rows.read_row(row, where, scorer_calls.IN_ROWS), mapper.mapping.system)
         one = PromptSet(title, "", (prompt,), "")
         scorer_calls.add(replace(asked, added=()), one)
     except BadInput as problem:

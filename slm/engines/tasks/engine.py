@@ -29,6 +29,7 @@ OWN = {
     "prompts": "a task has documents of its own",
     "fields": "a task has documents of its own",
     "expected_pattern": "a task reads answers with its own filters",
+    "system_prompt": "a task writes its own prompts",
     "max_tokens": "a task has its own max_gen_toks",
     "temperature": "a task has its own generation_kwargs",
     "top_p": "a task has its own generation_kwargs",
