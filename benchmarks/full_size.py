@@ -1,7 +1,8 @@
-"""A model of Phi-3-mini's shape (3.8 B, random bf16 weights) through export, logging, loading and scoring.
+"""A model of Phi-3-mini's true shape (3.8 B, random bf16 weights) through export, logging, loading and scoring.
 
-    python -m benchmarks.full_size [cpu|cuda]
+    python -m benchmarks.full_size [cpu|cuda] [FOLDER_OF_LLAMA_CPPS_PROGRAMS ggml-vocab-phi-3.gguf]
 
+With llama.cpp's programs (llama-quantize, llama-bench, llama-batched-bench), the same weights go through them too.
 Random weights are honest for speed and memory, never for quality. Each phase runs in a process of its own, whose peak
 memory is printed beside its seconds. Tokens per second, one prompt at a time, stand against the bytes that one token
 reads (the weights) over the memory bandwidth measured here, which is the limit. Needs 20 GB of memory and 40 GB of disk
@@ -61,17 +62,34 @@ def score(name):
         start = time.perf_counter()
         count = sum(answer.output_tokens for _, [answer] in wrapper.answers(rows, batch_size=batch_size))
         facts[label] = count / (time.perf_counter() - start)
+    if name == "onnx":
+        speeds(wrapper._runtime)
+def speeds(runtime):
+    from slm.models.chat_model import GREEDY, Row
+    def run(rows, prompt, room):  # as llama-bench: random tokens, and no end; seconds to the first tokens, and after
+        generator = __import__("random").Random(0)
+        prompts = [[generator.randrange(100, 30000) for _ in range(prompt)] for _ in range(rows)]
+        batch = [Row((number, 0), ids, GREEDY, room, 0) for number, ids in enumerate(prompts)]
+        start, first, after = time.perf_counter(), None, 0
+        for tokens in runtime.steps(batch):
+            if first is not None:
+                after += len(tokens)
+            for place, token in tokens.items():
+                batch[place].output.append(token)
+                if len(batch[place].output) == room:
+                    batch[place].end("length")
+            if first is None and all(row.output for row in batch):
+                first = time.perf_counter()
+        return first - start, after / max(time.perf_counter() - first, 1e-9)
+    run(1, 8, 2)
+    for prompt in (512, 2048):
+        facts[f"prompt of {prompt}"] = prompt / run(1, prompt, 1)[0]
+    for rows in (1, 8, 32):
+        facts[f"{rows} streams"] = run(rows, 16, 33)[1]
 start = time.perf_counter()
 if phase == "make":
-    import shutil, torch
-    from transformers import Phi3Config, Phi3ForCausalLM
-    torch.set_default_dtype(torch.bfloat16)
-    source = checkpoints.find("smollm2-135m-instruct").fetch().folder
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    Phi3ForCausalLM(Phi3Config(vocab_size=49152, **ids)).save_pretrained(scratch / "phi-3-shaped")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (source / name).exists():
-            shutil.copy(source / name, scratch / "phi-3-shaped" / name)
+    from benchmarks import phi3_shape
+    phi3_shape.checkpoint(scratch / "phi-3-shaped", checkpoints.find("smollm2-135m-instruct").fetch().folder)
 elif phase == "export":
     onnx_export.export(checkpoint(), "int4", provider)
 elif phase.startswith("log"):
@@ -110,7 +128,40 @@ def _seconds(work) -> float:
     return time.perf_counter() - start
 
 
-def measure(scratch: Path, provider: str) -> list[Row]:
+SPEEDS = ("prompt of 512", "prompt of 2048", "1 streams", "8 streams", "32 streams")
+GOALS = {"prompt of 512": 1.0, "prompt of 2048": 1.0, "1 streams": 1.0, "8 streams": 1.2, "32 streams": 1.2}
+
+
+def llama_cpp(scratch: Path, programs: Path, vocabulary: Path) -> dict[str, float]:
+    """What llama.cpp does with the same weights: seconds of the quantizer to Q4_K_M, and tokens per second."""
+    from benchmarks import phi3_shape
+    from slm.models.chat_model import physical_cores
+
+    threads = str(physical_cores())
+    whole, quantized = scratch / "f16.gguf", scratch / "q4_k_m.gguf"
+    phi3_shape.gguf(scratch / "phi-3-shaped", whole, vocabulary)
+
+    def call(program: str, *words: str) -> str:
+        return subprocess.run([programs / program, *words], check=True, capture_output=True, text=True).stdout
+
+    facts = {"quantize": _seconds(lambda: call("llama-quantize", str(whole), str(quantized), "Q4_K_M", threads))}
+    whole.unlink()
+    facts["bytes"] = quantized.stat().st_size
+    bench = ["-m", str(quantized), "-t", threads]
+    found = json.loads(call("llama-bench", *bench, "-p", "512,2048", "-n", "32", "-r", "2", "-o", "json"))
+    for entry in found:
+        name = f"prompt of {entry['n_prompt']}" if entry["n_prompt"] else "1 streams"
+        facts[name] = entry["avg_ts"]
+    sizes = ["-c", "4096", "-npp", "16", "-ntg", "32", "-npl", "8,32", "--output-format", "jsonl"]
+    for line in call("llama-batched-bench", *bench, *sizes).splitlines():
+        if line.startswith("{"):
+            entry = json.loads(line)
+            facts[f"{entry['pl']} streams"] = entry["speed_tg"]
+    quantized.unlink()
+    return facts
+
+
+def measure(scratch: Path, provider: str, peer: tuple[Path, Path] | None = None) -> list[Row]:
     table = Table("phase", "seconds", "peak memory", "load, s", "tokens/s, one", "tokens/s, 8", title="Phi-3's shape")
     read, rows, found = bandwidth(provider), [], {}
     for phase in ("make", "export", "log onnx", "score onnx", "log pipeline", "score pipeline"):
@@ -125,8 +176,20 @@ def measure(scratch: Path, provider: str) -> list[Row]:
         table.add_row(phase, f"{facts['seconds']:.0f}", f"{facts['peak'] / 1e9:.1f} GB", *figures)
     Console(width=120).print(table)
     checkpoint = sum(path.stat().st_size for path in (scratch / "phi-3-shaped").glob("*.safetensors"))
-    peak = found["export"]["peak"] / checkpoint
-    rows.append(Row("full size: export's peak memory", "the bf16 checkpoint's bytes", 1.5, (peak,), at_most=True))
+    peak = found["export"]["peak"] / 1e9
+    rows.append(Row("full size: export's peak memory", "", 3.0, (peak,), at_most=True, unit="GB"))
+    ours = found["score onnx"]
+    theirs = llama_cpp(scratch, *peer) if peer else {}
+    if theirs:
+        share = found["export"]["seconds"] / theirs["quantize"]
+        rows.append(Row("full size: export to int4", "llama-quantize, f16 to Q4_K_M", 1.0, (share,), at_most=True))
+    for name in SPEEDS if "1 streams" in ours else ():
+        if theirs:
+            note = f"{ours[name]:.1f} and {theirs[name]:.1f} tokens/s"
+            share = ours[name] / theirs[name]
+            rows.append(Row(f"full size: {name}", "llama.cpp, Q4_K_M", GOALS[name], (share,), note=note))
+        else:
+            rows.append(Row(f"full size: {name}", "", None, (ours[name],), unit="tokens/s"))
     apart = scratch / "logging"
     apart.mkdir()
     rows += logging_cost.costs("pipeline, a user's", scratch / "phi-3-shaped", str(apart))
@@ -141,4 +204,5 @@ if __name__ == "__main__":
     from benchmarks import ratios
 
     with tempfile.TemporaryDirectory(dir=cache.root()) as folder:
-        ratios.show(measure(Path(folder), (sys.argv[1:] or ["cpu"])[0]))
+        given = [*sys.argv[1:], "cpu"][:1]
+        ratios.show(measure(Path(folder), given[0], (Path(sys.argv[2]), Path(sys.argv[3])) if sys.argv[3:] else None))
