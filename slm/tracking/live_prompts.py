@@ -26,7 +26,7 @@ from slm.base.hashing import digest
 from slm.base.wording import counted, did_you_mean, quoted
 from slm.prompts import chat_requests
 from slm.prompts.prompt_sets import ROWS
-from slm.tracking.mlflow_client import quiet_mlflow
+from slm.tracking import mlflow_client
 
 TRACES, DATASETS = "traces:", "datasets:"
 SCHEMES = (TRACES, DATASETS)
@@ -37,6 +37,7 @@ TOGETHER = 64  # traces that are read at once, by READERS threads
 READERS = 8
 SESSION = "mlflow.trace.session"
 OF_AN_EVALUATION = "mlflow.eval.requestId"  # a tag
+LOST = "spans that can't be read"
 HAS = {chat_requests.NO_CHAT: "without a chat"}
 
 
@@ -108,7 +109,7 @@ def written(given: str, folder: Path) -> tuple[Path, str]:
 
 def _of_traces(asked: Traces) -> tuple[list[dict[str, Any]], str]:
     """At most `limit` rows, drawn by the seed. A trace keeps its place in the draw when others are added."""
-    client = quiet_mlflow().MlflowClient()
+    client = mlflow_client.quiet_mlflow().MlflowClient()
     infos = list(_described(client, asked))
     answered = [info for info in infos if info.state == "OK" and OF_AN_EVALUATION not in info.tags]
     evaluated = sum(OF_AN_EVALUATION in info.tags for info in infos)
@@ -172,19 +173,31 @@ def _experiment_id(client, named: str) -> str:
 
 
 def _with_inputs(client, infos: list) -> Iterator[tuple[Any, object]]:
-    """Each trace with the inputs of its root span, in the order of `infos`."""
+    """Each trace with the inputs of its root span, in the order of `infos`. LOST where they can't be read."""
     with ThreadPoolExecutor(READERS) as threads:
         for first in range(0, len(infos), TOGETHER):
             some = infos[first : first + TOGETHER]
-            traces = threads.map(lambda info: client.get_trace(info.trace_id, display=False), some)
-            for info, trace in zip(some, traces, strict=True):
-                root = next((span for span in trace.data.spans if span.parent_id is None), None)
-                yield info, root.inputs if root else None
+            yield from zip(some, threads.map(lambda info: _inputs(client, info.trace_id), some), strict=True)
+
+
+def _inputs(client, trace_id: str) -> object:
+    from mlflow import MlflowException
+
+    try:
+        spans = client.get_trace(trace_id, display=False).data.spans
+    except MlflowException as error:
+        if mlflow_client.is_infrastructure(error):
+            raise
+        return LOST  # the trace was deleted meanwhile, or its spans are damaged
+    root = next((span for span in spans if span.parent_id is None), None)
+    return root.inputs if root else None
 
 
 def _row(info, inputs: object) -> dict[str, Any]:
     from slm.answers import asking
 
+    if inputs is LOST:
+        raise chat_requests.LeftOut(LOST)
     row = chat_requests.chat(inputs)
     try:
         asking.check_response_formats([chat_requests.checked(row)])
@@ -218,7 +231,7 @@ def _of_dataset(named: str) -> tuple[list[dict[str, Any]], str]:
     from mlflow import MlflowException
     from mlflow.genai import datasets
 
-    quiet_mlflow()
+    mlflow_client.quiet_mlflow()
     try:
         found = datasets.get_dataset(**{"dataset_id" if re.fullmatch(r"d-[0-9a-f]{32}", named) else "name": named})
     except MlflowException as error:

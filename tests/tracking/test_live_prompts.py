@@ -7,12 +7,12 @@ import time
 import mlflow
 import pytest
 from mlflow.entities import AssessmentSource, SpanType
-from support.commands import entry_point
+from support.commands import entry_point, free_port
 from support.openai_servers import here
 from support.questions import GENERATION
 
 from slm.base import parameters
-from slm.base.errors import BadInput
+from slm.base.errors import BadInput, Unavailable
 from slm.engines import local
 from slm.tracking import frozen_prompts, live_prompts
 
@@ -121,6 +121,30 @@ def test_days_and_mlflows_filter_choose_traces(rows_of):
     assert [row["cluster"] for row in found] == ["session s1"] * 2
     with pytest.raises(BadInput, match="there is no row: 0 rows of 0 traces in traffic"):
         rows_of("traces:traffic?days=0.000001")
+
+
+@pytest.mark.fault("prompt sets: a trace is deleted while traces are read")
+def test_a_trace_that_is_deleted_meanwhile_is_left_out(rows_of, monkeypatch):
+    experiment = mlflow.create_experiment("cleaned")
+    gone, _ = (trace(experiment, {"messages": talk(text)}) for text in ("Old", "New"))
+    mlflow.flush_trace_async_logging()
+    described = live_prompts._described
+
+    def and_then_deleted(client, asked):
+        yield from described(client, asked)
+        client.delete_traces(experiment, trace_ids=[gone])
+
+    monkeypatch.setattr(live_prompts, "_described", and_then_deleted)
+    rows, told = rows_of("traces:cleaned")
+    assert [row["messages"] for row in rows] == [talk("New")]
+    assert told == "1 row of 2 traces in cleaned; left out: 1 with spans that can't be read"
+
+
+@pytest.mark.fault("prompt sets: the tracking server is away while traces are read")
+def test_a_server_that_is_away_is_told_in_one_line(read):
+    mlflow.set_tracking_uri(f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(Unavailable, match=r"^traces:traffic can't be downloaded: API request to [^\n]+$"):
+        read("traces:traffic")
 
 
 @pytest.mark.parametrize(
