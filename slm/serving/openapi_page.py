@@ -84,6 +84,12 @@ MODEL_CARD = {
         "owned_by": {"type": "string"},
     },
 }
+EVENT = {
+    "type": "object",
+    "description": "One event of a stream. `data` is JSON, or [DONE] at the end of the first two addresses' streams.",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+}
 FINISH_REASON = {"enum": ["stop", "length", "tool_calls"]}
 
 
@@ -94,6 +100,7 @@ def page(limits: Limits, with_keys: bool) -> dict:
         "Usage": USAGE,
         "Model": MODEL_CARD,
         "TextPart": TEXT_PART,
+        "Event": EVENT,
         "ChatRequest": chat_request(limits),
     }
     for kind in (CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest):
@@ -219,7 +226,7 @@ def post(body: str, schema: dict, generates: bool = False) -> dict:
     """An endpoint that reads JSON. One that generates can also stream."""
     done = answer(schema, "The answer.")
     if generates:
-        done["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        done["content"]["text/event-stream"] = {"schema": ref("Event")}
     codes = [400, 404, 408, 413, 415, 421] + ([429, 500, 503, 504] if generates else [])
     request = {"required": True, "content": {"application/json": {"schema": ref(body)}}}
     return {"post": {"requestBody": request, "responses": {"200": done} | failures(*codes)}}

@@ -32,7 +32,7 @@ def messages_of(items: list[dict]) -> list[dict]:
     messages: list[dict] = []
     for place, item in enumerate(items):
         where, kind = f"input.{place}", item.get("type") or "message"
-        if kind not in FIELDS:
+        if not isinstance(kind, str) or kind not in FIELDS:
             text = f"{where}.type: {kind!r:.40} is not supported by this model; {', '.join(FIELDS)} are"
             raise ApiError(400, text, param="input")
         for name, value in item.items():

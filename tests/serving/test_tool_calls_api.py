@@ -158,6 +158,7 @@ def test_a_pydantic_function_is_parsed_by_responses_too(client):
         ),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema must be a JSON schema"),
         ({"input": []}, "input must hold at least one message"),
+        ({"input": [{"type": ["message"]}]}, "input.0.type: ['message'] is not supported by this model"),
         (
             {"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]},
             "input.0.call_id must be text, got None",
