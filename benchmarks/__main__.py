@@ -1,7 +1,7 @@
 """One table: the wrappers, evaluating, logging and starting, each as a ratio with its goal.
 
     pip install -r benchmarks/requirements.txt -c constraints.txt
-    python -m benchmarks [generation] [pipeline] [evaluation] [logging] [start] [--full-size]
+    python -m benchmarks [generation] [pipeline] [evaluation] [logging] [start] [structured] [--full-size]
     benchmarks/gpu.sh [the same]       on a machine with an NVIDIA GPU: installs the CUDA builds, and runs all on it
 
 Without names all groups run, each in a process of its own so that none finds another's threads and memory: a quarter

@@ -59,10 +59,10 @@ def percentile(values: list[float], share: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[share - 1] if len(values) > 1 else values[0]
 
 
-async def ask(url: str, messages: list[dict], found: Measured) -> None:
-    """One streamed request over a connection of its own."""
+async def ask(url: str, messages: list[dict], found: Measured, **fields) -> None:
+    """One streamed request over a connection of its own. `fields` are further fields of the request."""
     address = urlsplit(url)
-    asked = {"messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0, "stream": True}
+    asked = {"messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0, "stream": True} | fields
     body = json.dumps(asked | {"stream_options": {"include_usage": True}}).encode()
     key = os.environ.get("PHI3_MLFLOW_API_KEY", "").split(",")[0].strip() or "none"
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
@@ -87,12 +87,12 @@ async def ask(url: str, messages: list[dict], found: Measured) -> None:
     found.tokens += tokens
 
 
-async def closed(url: str, questions: list, clients: int, found: Measured) -> None:
+async def closed(url: str, questions: list, clients: int, found: Measured, **fields) -> None:
     waiting = iter(questions)
 
     async def client():
         for messages in waiting:
-            await ask(url, messages, found)
+            await ask(url, messages, found, **fields)
 
     start = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))

@@ -31,12 +31,12 @@ REQUESTS = 200
 ROUNDS = 5
 
 
-def log_model(folder: Path) -> str:
+def log_model(folder: Path, provider: str = "cpu") -> str:
     import mlflow
 
     from slm.models import checkpoints, model_logging, onnx_export
 
-    export = onnx_export.export(checkpoints.find("smollm2-135m-instruct").fetch(), "int4", "cpu")
+    export = onnx_export.export(checkpoints.find("smollm2-135m-instruct").fetch(), "int4", provider)
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
     experiment = mlflow.create_experiment("serve", artifact_location=str(folder / "artifacts"))
     generation = {"max_tokens": 64, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": []}
