@@ -41,9 +41,11 @@ def peaks(graph: Graph) -> dict[str, np.ndarray]:
     held = _inputs(graph)
     parts = list(_parts(graph))
     for place, nodes in enumerate(parts):
-        made = {name for node in nodes for name in node.output}
+        made = {name for node in nodes for name in node.output} - {""}  # an output that is left out
         later = {name for other in parts[place + 1 :] for node in other for name in node.input}
         wanted = sorted(made & (later | set(watched.values())))
+        if not wanted:  # the head alone
+            continue
         held |= dict(zip(wanted, _run(graph, nodes, held, wanted), strict=True))
         for name in made & set(watched.values()):
             found[name] = np.abs(held[name]).max((0, 1))
