@@ -181,6 +181,41 @@ def test_a_large_models_int4_has_the_products_of_the_builders_own_and_nearer_wei
     assert all(errors[0][output] < errors[1][output] for output in errors[0])
 
 
+@pytest.mark.parametrize("small_model", ["phi-3, sliding", "gemma2, every other layer sliding"], indirect=True)
+def test_the_largest_activations_are_those_of_transformers_however_the_graph_is_cut(small_model, monkeypatch):
+    import numpy as np
+    import torch
+
+    from slm.models import activations, onnx_export
+    from slm.models.onnx_graph import Graph
+
+    model, saved = small_model
+    graph = Graph(onnx_export.export(saved, "fp32", "cpu").folder)
+    seen = {}
+
+    def watch(name: str):
+        def hook(_, inputs) -> None:
+            seen[name] = inputs[0].abs().amax((0, 1)).numpy()
+
+        return hook
+
+    hooks = []
+    for number, layer in enumerate(model.model.layers):
+        for name, module in {"attn/o_proj": layer.self_attn.o_proj, "mlp/down_proj": layer.mlp.down_proj}.items():
+            hooks.append(module.register_forward_pre_hook(watch(f"/model/layers.{number}/{name}/MatMul")))
+    with torch.inference_mode():
+        model(torch.from_numpy(activations._inputs(graph)["input_ids"]))
+    for hook in hooks:
+        hook.remove()
+    for size in (activations.PART_BYTES, 200_000, 1):
+        monkeypatch.setattr(activations, "PART_BYTES", size)
+        found = activations.peaks(graph)
+        assert found.keys() == {node.input[0] for node in graph.products.values()}
+        by_name = {node.name: found[node.input[0]] for node in graph.products.values()}
+        for name, expected in seen.items():
+            np.testing.assert_allclose(by_name[name], expected, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
 def dequantized(integers, scales, zeros, facts):
     """The weights (N, K) of a MatMulNBits, as its documentation defines them."""
     import numpy as np
