@@ -47,11 +47,18 @@ def log_model(folder: Path, provider: str = "cpu") -> str:
 @contextmanager
 def server(model_uri: str, folder: str | None = None, options: tuple[str, ...] = ()):
     """The base URL of a server over the model, stopped at the end. `folder` is another working copy of the project."""
+    command = [sys.executable, "-m", "entrypoints.serve", f"--model_uri={model_uri}", *options]
+    with started(command, cwd=folder) as address:
+        yield f"{address}/v1"
+
+
+@contextmanager
+def started(command: list[str], **options):
+    """The address of a server that answers /health, stopped at the end. The command gets a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "entrypoints.serve", f"--model_uri={model_uri}", f"--port={port}", *options]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)
+    process = subprocess.Popen([*command, f"--port={port}"], stdout=subprocess.DEVNULL, **options)
     try:
         for _ in range(600):
             try:
@@ -61,10 +68,10 @@ def server(model_uri: str, folder: str | None = None, options: tuple[str, ...] =
                 if process.poll() is not None:
                     raise SystemExit("the server did not start") from None
                 time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 def main() -> None:

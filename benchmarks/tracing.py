@@ -13,14 +13,12 @@ import argparse
 import asyncio
 import os
 import re
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -28,34 +26,18 @@ from rich.table import Table
 
 from benchmarks import first_prompts
 from benchmarks.load import Measured, ask, closed, percentile
-from benchmarks.serve import log_model, server
+from benchmarks.serve import log_model, server, started
 
 GOAL = 1.02
 SHARES = (50, 95)
 
 
-@contextmanager
 def tracking_server(folder: Path):
     """The address of an MLflow server on sqlite, stopped at the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     store = f"--backend-store-uri=sqlite:///{folder}/mlflow.db", f"--artifacts-destination={folder}/store"
-    command = [sys.executable, "-m", "mlflow", "server", f"--port={port}", "--workers=1", *store]
+    command = [sys.executable, "-m", "mlflow", "server", "--workers=1", *store]
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # its workers would take the cores
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **quiet)
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait(60)
+    return started(command, cwd=folder, env=environment, stderr=subprocess.DEVNULL)
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
 """Keeps folders that are expensive to make (converted weights, exports) outside the repository. Each is made once.
 
 A folder is built under a temporary name and then renamed. If its process is killed, the next build of any folder
-removes what is left. A manifest beside it lists its files with their SHA-256. If a
-file is missing or was changed, the folder is built again with new files. No file is written in place, so a store's
-hard links keep their content. Two processes that want the same folder build it once. This module never
-removes an intact folder: docs/reproducing-a-run.md says how to empty the cache.
+removes what is left. A manifest beside the folder lists its files with their SHA-256. If a file is missing or was
+changed, the folder is built again with new files. No file is written in place, so a store's hard links keep their
+content. Two processes that want the same folder build it once. This module never removes an intact folder:
+docs/reproducing-a-run.md says how to empty the cache.
 
 A person who may write into the cache could change a file and its manifest together. Answers may be confidential. So
 the cache belongs to one user: its root has mode 0700, and its own files have 0600. Model folders have 0755 and their
@@ -20,7 +20,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,8 +124,9 @@ def folder(name: str, recipe: dict[str, str], build: Callable[[Path], None]) -> 
         manifest = _intact(target, record)
         if manifest is None:
             building = target.with_name(f"{target.name}.building")
-            shutil.rmtree(target, ignore_errors=True)
-            _remove_leftovers(building)
+            for leftover in (building, target):
+                shutil.rmtree(leftover, ignore_errors=True)
+            _remove_leftovers(building.parent)
             building.mkdir()
             build(building)
             for path in building.rglob("*"):
@@ -138,10 +139,10 @@ def folder(name: str, recipe: dict[str, str], build: Callable[[Path], None]) -> 
     return target, manifest
 
 
-def _remove_leftovers(own: Path) -> None:
-    """Removes the folders of builds whose process was killed, and `own`. A build that goes on holds its lock."""
-    for leftover in own.parent.glob("*.building"):
-        with suppress(Timeout), lock(leftover.with_suffix(".lock"), 0) if leftover != own else nullcontext():
+def _remove_leftovers(root: Path) -> None:
+    """Removes the folders of builds whose process was killed. A build that goes on holds its lock."""
+    for leftover in root.glob("*.building"):
+        with suppress(Timeout), lock(leftover.with_suffix(".lock"), 0):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

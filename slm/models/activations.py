@@ -81,11 +81,11 @@ def _run(graph: Graph, nodes: list[Any], held: dict[str, np.ndarray], wanted: li
 
     made = {name for node in nodes for name in node.output}
     used = {name for node in nodes for name in node.input if name} - made
-    weights = sorted(used & graph.tensors.keys())
-    small = [graph.tensors[name] for name in weights if graph.tensors[name].data_location == onnx.TensorProto.DEFAULT]
-    given = {name: graph.array(name) for name in weights} | {name: held[name] for name in used - graph.tensors.keys()}
-    for tensor in small:
-        del given[tensor.name]
+    weights = [graph.tensors[name] for name in sorted(used & graph.tensors.keys())]
+    external = onnx.TensorProto.EXTERNAL
+    small = [tensor for tensor in weights if tensor.data_location != external]
+    given = {tensor.name: graph.array(tensor.name) for tensor in weights if tensor.data_location == external}
+    given |= {name: held[name] for name in used - graph.tensors.keys()}
     inputs = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
         for name, array in given.items()

@@ -85,14 +85,14 @@ def quantize(graph: Graph, target: Path, precision: str, tell: Callable[[float],
             product, embed, norms = _in_blocks(graph, writer, tied)
         else:
             product, embed, norms = _in_integers(graph, writer, precision == "int4")
-        written = 0
+        written, weights = 0, _weights(graph)
         for node in graph.model.graph.node:
             if node.output[0] in embeddings:
                 embed(node, *embeddings[node.output[0]])
             elif node.output[0] in graph.products:
                 product(node)
                 written += math.prod(graph.tensors[node.input[1]].dims)
-                tell(written / _weights(graph))
+                tell(written / weights)
             elif any(taker.output[0] not in embeddings for taker in graph.consumers[node.output[0]] or [node]):
                 writer.nodes.append(node)
         for name in sorted({name for node in writer.nodes for name in node.input} & graph.tensors.keys()):

@@ -1,8 +1,8 @@
 """Rounds weights to integers of 4 or 8 bits. Weights are numpy arrays of shape (N, K): one row for each output channel.
 
-The searches run in torch, on all cores, over parts that fit in a core's cache. torch and numpy give equal integers for
-`blocks` on every machine only where no two candidates have the same error; so an export's bytes may differ between two
-kinds of CPU.
+The searches run in torch, on all cores, over parts that fit in a core's cache. Two kinds of CPU add numbers in another
+order. If two candidates have nearly the same error, each CPU may take another one. So an export's bytes may differ
+between two kinds of CPU.
 """
 
 from collections.abc import Callable, Iterator
