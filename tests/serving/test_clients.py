@@ -9,7 +9,7 @@ import hashlib
 import pytest
 from support import harness
 from support.commands import REPOSITORY, call, python_with
-from support.openai_servers import NAME, here
+from support.openai_servers import NAME, with_tools
 
 pytestmark = pytest.mark.slow
 PACKAGES = REPOSITORY / "tests" / "support" / "clients.txt"
@@ -25,12 +25,8 @@ def python():
 @pytest.fixture(scope="module")
 def address(wrapper):
     """A server over a model whose template takes tools."""
-    model = wrapper.unwrap_python_model()
-    kept = model.template, model.tool_template
-    model.template = model.tool_template = TEMPLATE.read_text(encoding="utf-8")
-    with here(model) as (address, _):
+    with with_tools(wrapper.unwrap_python_model(), TEMPLATE) as (address, _):
         yield address
-    model.template, model.tool_template = kept
 
 
 @pytest.mark.parametrize("client", ["LangChain", "instructor", "LiteLLM", "Pydantic AI"])

@@ -10,7 +10,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 from support.commands import REPOSITORY
-from support.openai_servers import NAME, here
+from support.openai_servers import NAME, with_tools
 
 TEMPLATE = REPOSITORY / "tests" / "support" / "tool_templates" / "qwen2.5.jinja"
 ASKED = [{"role": "user", "content": "What is the weather in Paris?"}]
@@ -26,12 +26,8 @@ NAMED = {"type": "function", "function": {"name": "get_weather"}}
 
 @pytest.fixture(scope="module")
 def client(wrapper):
-    model = wrapper.unwrap_python_model()
-    kept = model.template, model.tool_template
-    model.template = model.tool_template = TEMPLATE.read_text(encoding="utf-8")
-    with here(model) as (_, client):
+    with with_tools(wrapper.unwrap_python_model(), TEMPLATE) as (_, client):
         yield client
-    model.template, model.tool_template = kept
 
 
 def ask(client, **options):

@@ -5,6 +5,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import openai
 from support.commands import free_port, running_warm
@@ -23,6 +24,18 @@ def serving(store, *options, output=None, **environment):
     words = command, f"{address}/health"
     with running_warm(*words, output=output, MLFLOW_TRACKING_URI=store[0], **environment) as process:
         yield process, address
+
+
+@contextmanager
+def with_tools(model, template: Path):
+    """The server `here` over the model with another chat template, which takes tools. The model gets its own back."""
+    kept = model.template, model.tool_template
+    model.template = model.tool_template = template.read_text(encoding="utf-8")
+    try:
+        with here(model) as found:
+            yield found
+    finally:
+        model.template, model.tool_template = kept
 
 
 @contextmanager
