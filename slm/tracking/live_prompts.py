@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,10 @@ def written(given: str, folder: Path) -> tuple[Path, str]:
 
 
 def _of_traces(asked: Traces) -> tuple[list[dict[str, Any]], str]:
-    """At most `limit` rows, drawn by the seed. A trace keeps its place in the draw when others are added."""
+    """At most `limit` rows, drawn by the seed. A trace keeps its place in the draw when others are added.
+
+    A row has what people said of its conversation in any trace, drawn or not.
+    """
     client = mlflow_client.quiet_mlflow().MlflowClient()
     infos = list(_described(client, asked))
     answered = [info for info in infos if info.state == "OK" and OF_AN_EVALUATION not in info.tags]
@@ -131,6 +135,11 @@ def _of_traces(asked: Traces) -> tuple[list[dict[str, Any]], str]:
             _merge(rows[row["id"]], row)
         else:
             rows[row["id"]] = row
+    for info, inputs in _with_inputs(client, [info for info in answered[looked:] if info.assessments]):
+        with suppress(chat_requests.LeftOut):
+            row = _row(info, inputs)
+            if row["id"] in rows:
+                _merge(rows[row["id"]], row)
     failed = len(infos) - len(answered) - evaluated
     told = [f"{failed:,} failed"] if failed else []
     told += [f"{evaluated:,} of evaluations"] if evaluated else []

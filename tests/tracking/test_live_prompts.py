@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from itertools import product
 
 import mlflow
 import pytest
@@ -109,11 +110,13 @@ def rows_of(tmp_path):
 
 
 def test_a_sample_is_drawn_with_the_seed(rows_of, traffic):
-    every, _ = rows_of("traces:traffic")
-    two, told = rows_of("traces:traffic?limit=2&seed=0")
-    assert two == every[:2] and re.search(r"left out: .*\d not drawn$", told)
-    assert len({json.dumps(rows_of(f"traces:traffic?limit=2&seed={seed}")[0]) for seed in range(4)}) > 1
-    assert rows_of(f"traces:{traffic[1]}")[0] == every  # by the experiment's id
+    every = [rows_of(f"traces:traffic?seed={seed}")[0] for seed in range(6)]
+    for seed, limit in product(range(6), (1, 2, 3)):
+        found, told = rows_of(f"traces:traffic?limit={limit}&seed={seed}")
+        assert found == every[seed][:limit]  # with what people said in traces that were not drawn
+        assert re.search(r"left out: .*\d not drawn$", told)
+    assert len({json.dumps(rows) for rows in every}) > 1
+    assert rows_of(f"traces:{traffic[1]}")[0] == every[0]  # by the experiment's id
 
 
 def test_days_and_mlflows_filter_choose_traces(rows_of):
