@@ -139,8 +139,8 @@ PARAMETERS = (  # a name that means something else to `serve` has a second row
         "fidelity",
         "auto",
         ("evaluate",),
-        "compare the next-token distributions with the baseline's: auto (where both can be read) or off",
-        ("auto", "off"),
+        "compare the next-token distributions with the baseline's: auto (a sample of the answers), all, or off",
+        ("auto", "all", "off"),
     ),
     Parameter(
         "texts",

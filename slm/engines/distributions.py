@@ -1,8 +1,12 @@
 """Compares models token by token: holds the baseline's next-token distributions, and reads another model's beside them.
 
+A sample of the answers tells how far two models are apart, and reading all of a large set would take as long as
+generating it. So whole answers are compared until they have SAMPLE_TOKENS tokens and are SAMPLE_ANSWERS, unless all are
+asked for.
+
 The baseline's distributions are in a file without a name, in float32. So the space is free again when this process
 ends, however it ends. The file has at most SCRATCH_BYTES, and at most half of the free space: if the answers have more
-tokens, a fixed sample of the prompts is compared. Every model of this project can be read that has `token_scores`.
+tokens, fewer are compared. Every model of this project can be read that has `token_scores`.
 """
 
 import hashlib
@@ -22,6 +26,8 @@ from slm.verdict import fidelity
 from slm.verdict.fidelity import Fidelity, LikelyTokens, TokenFidelity
 
 SCRATCH_BYTES = 4 * 2**30
+SAMPLE_TOKENS = 4000
+SAMPLE_ANSWERS = 50
 WORST = 8  # prompts whose tokens are shown
 SHOWN_TOKENS = 256  # of one prompt
 LIKELY = 3  # tokens that are shown at one place
@@ -39,13 +45,14 @@ class Text:
 class Reference:
     """The baseline's distributions over its own answers, for the models that are compared with it."""
 
-    def __init__(self, on_texts: "Reference | None" = None) -> None:
+    def __init__(self, is_sample: bool = False, on_texts: "Reference | None" = None) -> None:
+        self.is_sample = is_sample  # whether a sample of the answers is enough
         self.on_texts = on_texts  # the same over the windows of `texts`
         self.elsewhere: Any = None  # what an engine keeps of the baseline that reads in another process
         self.reason = "the baseline has not been read"
         self._texts: tuple[Text, ...] = ()
         self._vocabulary = ""
-        self._left_out = 0
+        self._left_out, self._why_left_out = 0, ""
         self._held: np.ndarray | None = None
         self._first: dict[str, int] = {}  # prompt id -> the place of its first token in `_held`
 
@@ -64,8 +71,11 @@ class Reference:
         folder = cache.private("distributions")
         width = model.vocabulary_size()
         room = min(SCRATCH_BYTES, shutil.disk_usage(folder).free // 2) // (4 * width)
-        self._texts = _fitting(texts, room)
+        sample = _sample(texts) if self.is_sample else texts
+        self._texts = _fitting(sample, room)
         self._left_out = len(texts) - len(self._texts)
+        bounded = len(self._texts) < len(sample)
+        self._why_left_out = "the scratch space is bounded" if bounded else "fidelity=all compares all"
         if not self._texts:
             self.reason = f"there is no room for the distributions of one answer in {folder}"
             return
@@ -115,7 +125,7 @@ class Reference:
             pass
         prompts = tuple(found.values())
         worst = list(fidelity.prompt_means(prompts))[:WORST]
-        return Fidelity(prompts, self._left_out, self._likely(model, worst, found))
+        return Fidelity(prompts, self._left_out, self._why_left_out, self._likely(model, worst, found))
 
     def close(self) -> None:
         """Frees the space."""
@@ -163,10 +173,27 @@ def _likeliest(model: LoadedModel, log_probabilities: np.ndarray) -> tuple[tuple
     return tuple((model.text_of([int(token)]), float(np.exp(log_probabilities[token]))) for token in ordered)
 
 
+def _drawn(texts: list[Text]) -> list[Text]:
+    """The texts in the order of a draw. A hash of the prompt's id draws, so the order never changes."""
+    return sorted(texts, key=lambda text: hashlib.sha256(text.id.encode()).digest())
+
+
+def _sample(texts: list[Text]) -> list[Text]:
+    """The first texts of the draw, until they have SAMPLE_TOKENS tokens and are SAMPLE_ANSWERS, in their own order."""
+    kept: set[str] = set()
+    tokens = 0
+    for text in _drawn(texts):
+        if tokens >= SAMPLE_TOKENS and len(kept) >= SAMPLE_ANSWERS:
+            break
+        kept.add(text.id)
+        tokens += len(text.continuation)
+    return [text for text in texts if text.id in kept]
+
+
 def _fitting(texts: list[Text], places: int) -> tuple[Text, ...]:
-    """The texts that fit into so many places, in their order. A hash chooses them, so the choice never changes."""
+    """The texts that fit into so many places, in their own order. The first ones of the draw come first."""
     kept = set()
-    for text in sorted(texts, key=lambda text: hashlib.sha256(text.id.encode()).digest()):
+    for text in _drawn(texts):
         if len(text.continuation) <= places:
             kept.add(text.id)
             places -= len(text.continuation)

@@ -68,7 +68,7 @@ def _forecasts(args: Parameters, prompt_set: PromptSet, models: int, is_compared
     before = earlier.get("difference/score/detectable") if is_compared else None
     if prompt_set.scorer_names == frozenset() and not args.tasks:
         finds = "no difference in scores, because no row has a scorer"
-        finds += "; fidelity compares the models" if is_compared and args.fidelity == "auto" else ""
+        finds += "; fidelity compares the models" if is_compared and args.fidelity != "off" else ""
     elif before is None and len(prompt_set.prompts) < prompt_set.count:
         finds = "a difference of unknown size: the clusters are not counted before Spark's workers score"
     elif is_compared:

@@ -62,8 +62,8 @@ def score_models(
 
     The results have the order of `named`.
     """
-    compares = baseline is not None and len(named) > 1 and args.fidelity == "auto"
-    reference = Reference(Reference() if prompt_set.texts else None) if compares else None
+    compares = baseline is not None and len(named) > 1 and args.fidelity != "off"
+    reference = Reference(args.fidelity == "auto", Reference() if prompt_set.texts else None) if compares else None
     order = sorted(range(len(named)), key=lambda place: place != baseline)
     found = {
         place: score_model(*named[place], prompt_set, args, thresholds, reference, place == baseline) for place in order

@@ -205,7 +205,7 @@ def fidelity_remark(report: Report, place: int) -> list[str]:
     if kl is None or top1 is None:
         return [f"{label}: fidelity is not measured, because {scored.fidelity.reason}"]
     left = scored.fidelity.left_out
-    of = f" ({left:,} prompts are left out: the scratch space is bounded)" if left else ""
+    of = f" ({counted(left, 'answer')} left out; {scored.fidelity.why_left_out})" if left else ""
     return [
         f"{label} beside {baseline}, token by token: KL {nats(kl)} nats, {percent(top1)} of the likeliest tokens kept, "
         f"{scored.fidelity.tokens:,} tokens of {counted(kl.n, 'answer')}{of}"
@@ -230,7 +230,7 @@ def text_remarks(report: Report) -> list[str]:
         kl, top1, gap = (found.get(name) for name in perplexity.PAIRS)
         if kl and top1 and gap and texts.compared:
             left = texts.compared.left_out
-            of = f" ({counted(left, 'window')} left out: the scratch space is bounded)" if left else ""
+            of = f" ({counted(left, 'window')} left out; {texts.compared.why_left_out})" if left else ""
             told.append(
                 f"{label}, on the texts: KL {nats(kl)} nats, {percent(top1)} of the likeliest tokens kept, "
                 f"{texts.compared.tokens:,} tokens{of}"

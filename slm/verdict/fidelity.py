@@ -54,7 +54,8 @@ class Fidelity:
     """A model compared with the baseline, token by token. Without a comparison, `reason` says why."""
 
     prompts: tuple[TokenFidelity, ...] = ()
-    left_out: int = 0  # prompts that were not compared, because the scratch space is bounded
+    left_out: int = 0  # prompts that were not compared
+    why_left_out: str = ""
     worst: Mapping[str, tuple[LikelyTokens, ...]] | None = None  # by prompt id, the largest mean divergence first
     reason: str = ""
 

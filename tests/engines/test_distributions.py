@@ -50,8 +50,8 @@ def texts(own):
     ]
 
 
-def compared(baseline, model, texts):
-    reference = Reference()
+def compared(baseline, model, texts, is_sample=False):
+    reference = Reference(is_sample)
     reference.hold(baseline, texts)
     found = reference.compared(model)
     reference.close()
@@ -131,6 +131,22 @@ def test_the_space_on_the_disk_is_bounded_and_a_fixed_sample_is_compared(own, te
     kept = [{prompt.id for prompt in one.prompts} for one in found]
     assert kept[0] == kept[1] and found[0].left_out == 3 - len(kept[0]) > 0
     assert sum(tokens[id] for id in kept[0]) < whole
+    assert found[0].why_left_out == "the scratch space is bounded"
+
+
+@pytest.mark.parametrize(("tokens", "answers", "compared_answers"), [(1, 1, 1), (1, 2, 2), (15, 1, 2), (10**6, 1, 3)])
+def test_a_fixed_sample_of_whole_answers_is_compared(own, texts, monkeypatch, tokens, answers, compared_answers):
+    monkeypatch.setattr(distributions, "SAMPLE_TOKENS", tokens)
+    monkeypatch.setattr(distributions, "SAMPLE_ANSWERS", answers)
+    whole = {prompt.id: prompt.kl for prompt in compared(own["pipeline"], own["onnx int4"], texts).prompts}
+    found = [compared(own["pipeline"], own["onnx int4"], some, True) for some in (texts, texts[::-1])]
+    ids = [[prompt.id for prompt in one.prompts] for one in found]
+    assert ids[0] == ids[1][::-1] == [text.id for text in texts if text.id in ids[0]]
+    assert (len(ids[0]), found[0].left_out) == (compared_answers, 3 - compared_answers)
+    for prompt in found[0].prompts:
+        np.testing.assert_allclose(prompt.kl, whole[prompt.id], rtol=1e-2, atol=1e-5)
+    if compared_answers < 3:
+        assert found[0].why_left_out == "fidelity=all compares all"
 
 
 def test_nothing_is_left_on_the_disk(own, texts, monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.commands import REPOSITORY
@@ -11,6 +12,7 @@ from support.scored import facts, prompts, report, scored
 from entrypoints import evaluate
 from slm.base.errors import BadInput
 from slm.engines import answering
+from slm.evaluation import scoring
 from slm.report import summary
 from slm.scorers.built_in import Score
 from slm.verdict import gate
@@ -184,6 +186,19 @@ def test_fidelity_that_was_not_measured_is_inconclusive_with_the_reason():
     rules = gate.read_thresholds("fidelity/top1/mean: {min: 0.9}", "gate.yaml")
     [check] = gate.decide(rules, {"rows": 4.0}, {}, not_compared="it is an endpoint").checks
     assert (check.state, check.reason) == ("inconclusive", "not measured: it is an endpoint")
+
+
+@pytest.mark.parametrize(("word", "is_sample"), [("auto", True), ("all", False), ("off", None)])
+def test_the_word_says_how_much_is_compared_and_texts_are_compared_whole(monkeypatch, word, is_sample):
+    given = []
+    monkeypatch.setattr(scoring, "score_model", lambda *words: given.append(words[5]))
+    texts = SimpleNamespace(texts=("a text",))
+    scoring.score_models([("a", "a"), ("b", "b")], texts, SimpleNamespace(fidelity=word), (), baseline=1)
+    assert len(given) == 2 and given[0] is given[1]
+    if is_sample is None:
+        assert given[0] is None
+    else:
+        assert (given[0].is_sample, given[0].on_texts.is_sample) == (is_sample, False)
 
 
 def test_a_relative_rule_on_fidelity_is_refused():

@@ -6,12 +6,14 @@ import re
 from dataclasses import replace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from rich.console import Console
 from support.scored import prompts, report, scored
 
 from slm.report import summary
-from slm.verdict import estimation, gate, statistics
+from slm.verdict import estimation, fidelity, gate, statistics
+from slm.verdict.fidelity import Fidelity, TokenFidelity
 
 
 def test_a_single_scorer_is_told_by_its_corrected_p_and_not_by_its_own():
@@ -197,6 +199,15 @@ def test_the_remarks_tell_what_a_model_ignored_what_was_reused_and_what_is_not_l
         "m: 4 of 4,000 answers are listed, flips, tags and fidelity are of these alone; "
         "all other figures are of all answers",
     ]
+
+
+def test_the_line_on_fidelity_says_what_was_not_compared_and_why():
+    compared = Fidelity((TokenFidelity("p0", *(np.ones(9),) * 3),), 3, "fidelity=all compares all")
+    made = pair()
+    models = replace(made.models[0], fidelity=compared), made.models[1]
+    made = replace(made, models=models, changes=(fidelity.estimates(compared, {}), {}))
+    [line] = summary.fidelity_remark(made, 0)
+    assert line.endswith(", 9 tokens of 1 answer (3 answers left out; fidelity=all compares all)")
 
 
 def test_many_flips_and_a_long_id_are_cut():

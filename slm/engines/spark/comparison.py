@@ -26,9 +26,10 @@ class Baseline:
 
     job: Job
     answers: tuple[tuple[Prompt, list[int], tuple[int, ...]], ...]
+    is_sample: bool  # whether a sample of the answers is enough
 
 
-def baseline(job: Job, scored: SparkScoredModel, prompt_set: SparkPromptSet) -> Baseline:
+def baseline(job: Job, scored: SparkScoredModel, prompt_set: SparkPromptSet, is_sample: bool) -> Baseline:
     """Keeps what a comparison needs of the baseline. Failed answers are left out."""
     failed = {sample.id for sample in scored.samples if sample.error and sample.repeat == 0}
     answers = (
@@ -37,7 +38,7 @@ def baseline(job: Job, scored: SparkScoredModel, prompt_set: SparkPromptSet) -> 
         for _, ids in [scored.sent[prompt.id]]
         if ids and prompt.id not in failed
     )
-    return Baseline(job, tuple(answers))
+    return Baseline(job, tuple(answers), is_sample)
 
 
 def compared(against: Baseline, job: Job, prompt_set: SparkPromptSet) -> Fidelity:
@@ -56,7 +57,7 @@ def _compared(against: Baseline, job: Job) -> Fidelity:
     """On a worker."""
     worker.forget_model()  # two models would be in memory while one loads
     model = worker._model(against.job)[0]
-    reference = Reference()
+    reference = Reference(against.is_sample)
     try:
         reference.hold(model, _texts(model, against))
         del model

@@ -73,7 +73,7 @@ def score(request: Request, prompt_set: prompt_frame.SparkPromptSet) -> sums.Spa
         shown = f"of {rows:,} answers, samples.jsonl and the report show {len(scored.samples):,}"
         console.out.print(f"{label}: {shown}; all are in {worker.FOLDER}, and in every figure")
     if request.reference and request.is_baseline:
-        request.reference.elsewhere = comparison.baseline(task, scored, prompt_set)
+        request.reference.elsewhere = comparison.baseline(task, scored, prompt_set, request.reference.is_sample)
     elif request.reference:
         with console.step(f"Comparing {label} token by token on a worker"):
             scored = replace(scored, fidelity=comparison.compared(request.reference.elsewhere, task, prompt_set))
