@@ -26,7 +26,7 @@ from slm.verdict import fidelity
 from slm.verdict.fidelity import Fidelity, LikelyTokens, TokenFidelity
 
 SCRATCH_BYTES = 4 * 2**30
-SAMPLE_TOKENS = 4000
+SAMPLE_TOKENS = 2000
 SAMPLE_ANSWERS = 50
 WORST = 8  # prompts whose tokens are shown
 SHOWN_TOKENS = 256  # of one prompt

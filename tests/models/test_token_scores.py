@@ -15,13 +15,14 @@ CLOSE = {"pipeline": 1e-4, "onnx fp32": 1e-3, "genai fp32": 1e-3}
 @pytest.fixture(scope="module")
 def rows(models):
     """(context ids, continuation ids): rendered prompts with an answer; two of them begin alike; one goes on past an
-    end token."""
+    end token; one has many more tokens than the others."""
     wrapper = models["pipeline"].unwrap_python_model()
     prompts = read_prompt_set(REPOSITORY / "prompts" / "smoke.jsonl", "", CHECKS).prompts[:6]
     contexts = [wrapper.prepare({"messages": conversation(prompt)})[0].prompt for prompt in prompts]
     answers = [wrapper._ids(text) for text in ("The capital is Paris.", " 42", "Yes, I can do that for you.")]
     end = [2]
     found = [(context, answers[place % 3] + end) for place, context in enumerate(contexts)]
+    found.append((contexts[3], answers[2] * 4))
     return [*found, (contexts[0], answers[2]), (contexts[1], answers[0] + end + answers[1] + end), (contexts[2], [])]
 
 

@@ -11,6 +11,7 @@ from .runtime import CACHE_BYTES, LOGITS_BYTES, Runtime
 from .sampling import next_token
 
 READ_TOKENS = 2**11  # that go through transformers at once, where known tokens are read
+LEAST_TOKENS = 16  # of each row; a row that ends within them is padded
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -102,7 +103,7 @@ class TransformersRuntime:
         """Calls `Row.see` for all given tokens of the rows. Yields each row's position when the row is done.
 
         Rows with one prompt share the keys and values of all its tokens but the last. Prompts of similar length go
-        through together, and then their rows. Each row gets its logits piece by piece.
+        through together, and then their rows, piece by piece. A row that has ended leaves the batch.
         """
         waiting = sorted(range(len(rows)), key=lambda position: (len(rows[position].prompt), rows[position].prompt))
         while waiting:
@@ -118,13 +119,14 @@ class TransformersRuntime:
                 batch.append(position)
                 prompts.setdefault(tuple(row.prompt), len(prompts))
             del waiting[: len(batch)]
+            batch.sort(key=lambda position: rows[position].room, reverse=True)
             members = [rows[position] for position in batch]
             sources = [prompts[tuple(row.prompt)] for row in members]
             self._read_together(members, sources, [list(prompt) for prompt in prompts])
             yield from batch
 
     def _read_together(self, rows: list[Row], sources: list[int], prompts: list[list[int]]) -> None:
-        """Reads rows; `sources` has the place of each row's prompt in `prompts`."""
+        """Reads rows, the longest first; `sources` has the place of each row's prompt in `prompts`."""
         torch = self._torch
         from transformers import DynamicCache
 
@@ -144,10 +146,14 @@ class TransformersRuntime:
             self._thread.submit(self._select, cache, torch.tensor(sources, device=device)).result()
         mask = mask[sources]
         begun = torch.tensor([len(row.prompt) - 1 for row in rows], device=device)[:, None]
-        most = max(row.room for row in rows)
-        size = max(LOGITS_BYTES // (4 * len(rows) * self.vocabulary_size), 1)
-        for first in range(0, most, size):
-            places = range(first, min(first + size, most))
+        first = 0
+        while first < rows[0].room:
+            live = sum(row.room > first for row in rows)
+            if live < len(rows):
+                rows, mask, begun = rows[:live], mask[:live], begun[:live]
+                self._thread.submit(self._select, cache, torch.arange(live, device=device)).result()
+            end = min(max(rows[-1].room, first + LEAST_TOKENS), rows[0].room)
+            places = range(first, min(end, first + max(LOGITS_BYTES // (4 * live * self.vocabulary_size), 1)))
             given = [(row.prompt[-1:] + row.forced)[places.start : min(places.stop, row.room)] for row in rows]
             ids = torch.tensor([part + [0] * (len(places) - len(part)) for part in given], device=device)
             real = torch.tensor([[1] * len(part) + [0] * (len(places) - len(part)) for part in given], device=device)
@@ -155,8 +161,8 @@ class TransformersRuntime:
             positions = begun + torch.arange(places.start, places.stop, device=device)
             logits = self._thread.submit(self._logits, ids, mask, positions, cache, len(places)).result()
             for of_row, part, row in zip(logits, given, rows, strict=True):
-                if part:
-                    row.see(first, of_row[: len(part)].numpy())
+                row.see(first, of_row[: len(part)].numpy())
+            first = places.stop
 
     def alone_in_batch(self, prompt: list[int]) -> bool:
         return False
