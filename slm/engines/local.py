@@ -14,8 +14,8 @@ from slm.prompts import row_mapping, system_prompts, variants
 from slm.prompts.prompt_sets import PromptSet, read_prompt_set
 from slm.scorers import scorer_calls
 from slm.tracking import downloads, frozen_prompts, registry, system_text
-from slm.verdict import estimation, fidelity, perplexity
-from slm.verdict.scored_model import FIGURES, ScoredModel
+from slm.verdict import estimation
+from slm.verdict.scored_model import ScoredModel
 from slm.verdict.statistics import Difference
 
 
@@ -123,8 +123,7 @@ def with_texts(model: asking.LoadedModel, scored: ScoredModel, prompt_set: Promp
         found = texts.measured(
             model, prompt_set.texts, request.generation, request.reuse, reference, request.is_baseline
         )
-    metrics = fidelity.as_metrics(perplexity.estimates(found), FIGURES) | perplexity.plain_figures(found)
-    return replace(scored, texts=found, metrics=scored.metrics | metrics)
+    return texts.added(scored, found)
 
 
 def differences(candidate: ScoredModel, baseline: ScoredModel, prompt_set: PromptSet) -> dict[str, Difference]:

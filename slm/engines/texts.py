@@ -5,12 +5,13 @@ of lm-evaluation-harness's loglikelihood_rolling (lm_eval.utils.get_rolling_toke
 token is read once. The first window begins with the model's first token. Every further window begins with the last
 token of the window before. The last window takes so many tokens of the windows before that it is full.
 
-Not covered: engine=spark, endpoints and models of others.
+Not covered: endpoints and models of others.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import TypeVar
 
 from slm.answers import kept_answers
 from slm.answers.asking import LoadedModel, NoTokenScores
@@ -20,7 +21,11 @@ from slm.engines import answering
 from slm.engines.distributions import Reference, Text
 from slm.prompts.texts import Document, TextSet, read_texts
 from slm.tracking import downloads
+from slm.verdict import fidelity, perplexity
 from slm.verdict.perplexity import TextScores
+from slm.verdict.scored_model import FIGURES, ScoredModel
+
+Scored = TypeVar("Scored", bound=ScoredModel)
 
 WINDOW = 2048  # tokens, with those that only give context
 TOGETHER = 16  # windows that are in memory at once
@@ -85,6 +90,12 @@ def measured(
     by_id = {document.id: document.cluster or f"text {document.id}" for document in texts.documents}
     of_window = {window.id: by_id[window.id.rpartition(" window ")[0]] for window in compared.prompts}
     return replace(found, compared=compared, windows=of_window)
+
+
+def added(scored: Scored, found: TextScores) -> Scored:
+    """The scored model with what it thinks of the texts, and with the metrics of that."""
+    metrics = fidelity.as_metrics(perplexity.estimates(found), FIGURES) | perplexity.plain_figures(found)
+    return replace(scored, texts=found, metrics=scored.metrics | metrics)
 
 
 def _windows(model: LoadedModel, document: Document) -> Iterator[tuple[list[int], list[int]]]:

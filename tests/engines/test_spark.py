@@ -414,16 +414,24 @@ def test_spark_gives_the_fidelity_of_a_local_run(run, int4_export, int8_export, 
     prompts.write_text("".join(lines[:20]), "utf-8")  # two buckets
     asked = {"model_uris": uris[0], "baseline": uris[1], "prompts": prompts, "max_tokens": 8}
     asked |= {"temperature": temperature}
+    if not temperature:
+        texts = tmp_path / "texts.jsonl"
+        rows = ({"text": f"Rain falls on {place} today, and nobody minds."} for place in ("Oslo", "Lima", "Rome"))
+        texts.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        asked["texts"] = texts
+    measured = ("fidelity/", "nll/", "perplexity")
     _, _, local = run(**asked)
     for repeated in range(1 if temperature else 2):  # the second time, the answers are those of the first
         code, out, spark = run(engine="spark", **asked)
         assert code == 0, out
         assert ("answers are reused" in out) == bool(repeated), out
         ours, theirs = (
-            {name: value for name, value in found[uris[0]].data.metrics.items() if name.startswith("fidelity/")}
+            {name: value for name, value in found[uris[0]].data.metrics.items() if name.startswith(measured)}
             for found in (spark, local)
         )
-        assert len(ours) == 11 and ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+        assert len(ours) == (11 if temperature else 28) and ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+        baseline = (found[uris[1]].data.metrics.get("perplexity") for found in (spark, local))
+        assert next(baseline) == (None if temperature else pytest.approx(next(baseline), rel=1e-4))
 
 
 @pytest.mark.slow

@@ -236,14 +236,6 @@ def test_a_missing_figure_of_texts_is_inconclusive_with_its_reason():
     assert gate.decide(rules("nll/mean: {max: 3}"), {"rows": 2.0, **nll}, {}).state == "inconclusive"
 
 
-def test_spark_refuses_texts_in_one_line():
-    from slm.engines.spark import engine
-
-    args = parameters.parse("evaluate", "", ["--engine=spark", "--texts=a.txt"])
-    with pytest.raises(BadInput, match="texts: are not read by Spark's workers; leave texts empty, or engine local"):
-        engine.check(args)
-
-
 def test_the_console_says_what_was_read_and_what_was_not():
     measured_texts = TextScores("book", (10.0,), (4,), (None,))
     models = [

@@ -2,14 +2,18 @@
 
 One task loads the baseline, holds its distributions in the worker's scratch space, frees the baseline and loads the
 model. So the task needs the memory of one model, as answering does, and the driver loads no model. The prompts are
-those whose answers the driver has: all, or the sample that the report shows.
+those whose answers the driver has: all, or the sample that the report shows. `texts` are read in the same way.
 
-Not covered: `texts`, and several tasks for one comparison.
+Not covered: several tasks for one comparison.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from slm.answers import asking
+from slm.answers.kept_answers import Reuse
+from slm.engines import texts
 from slm.engines.distributions import Reference, Text, greedy
 from slm.engines.spark import worker
 from slm.engines.spark.job import Job
@@ -17,7 +21,9 @@ from slm.engines.spark.prompt_frame import SparkPromptSet
 from slm.engines.spark.spark_session import _spark_errors
 from slm.engines.spark.sums import SparkScoredModel
 from slm.prompts.prompt_rows import Prompt
+from slm.prompts.texts import TextSet
 from slm.verdict.fidelity import Fidelity
+from slm.verdict.perplexity import TextScores
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,24 @@ def compared(against: Baseline, job: Job, prompt_set: SparkPromptSet) -> Fidelit
     Raises:
         Unavailable: Spark gave up on the task.
     """
+    return _on_a_worker(prompt_set, lambda: _compared(against, job))
+
+
+def with_texts(against: Baseline | None, job: Job, prompt_set: SparkPromptSet, reuse: Reuse) -> TextScores:
+    """What the model of `job` thinks of the texts of the prompt set, beside the baseline if there is one.
+
+    Raises:
+        Unavailable: Spark gave up on the task.
+    """
+    read = prompt_set.texts
+    assert read
+    return _on_a_worker(prompt_set, lambda: _with_texts(against, job, read, reuse))
+
+
+def _on_a_worker(prompt_set: SparkPromptSet, work: Callable[[], Any]) -> Any:
     with _spark_errors():
         task = prompt_set.frame.sparkSession.sparkContext.parallelize([0], 1)
-        [found] = task.map(lambda _: _compared(against, job)).collect()
+        [found] = task.map(lambda _: work()).collect()
     return found
 
 
@@ -65,6 +86,20 @@ def _compared(against: Baseline, job: Job) -> Fidelity:
         return reference.compared(worker._model(job)[0])
     finally:
         reference.close()
+
+
+def _with_texts(against: Baseline | None, job: Job, read: TextSet, reuse: Reuse) -> TextScores:
+    """On a worker."""
+    reference = Reference() if against else None
+    try:
+        if against:
+            worker.forget_model()
+            texts.measured(worker._model(against.job)[0], read, against.job.generation, reuse, reference, True)
+            worker.forget_model()
+        return texts.measured(worker._model(job)[0], read, job.generation, reuse, reference, False)
+    finally:
+        if reference:
+            reference.close()
 
 
 def _texts(model: asking.LoadedModel, against: Baseline) -> list[Text]:

@@ -14,6 +14,7 @@ from slm.answers import endpoints
 from slm.base import console
 from slm.base.errors import BadInput
 from slm.base.parameters import Parameters
+from slm.engines import texts
 from slm.engines.engine import Request
 from slm.engines.spark import comparison, job, prompt_frame, scoring, sums, worker
 from slm.models import checkpoints
@@ -26,8 +27,6 @@ DOWNLOAD_BYTES = 16 * readers.FILE_BYTES  # of a prompt set that the driver down
 
 
 def check(args: Parameters) -> None:
-    if args.texts:
-        raise BadInput("texts: are not read by Spark's workers; leave texts empty, or engine local")
     if args.judge:
         raise BadInput("judge: is not asked from Spark's workers; leave it empty, or engine local")
     uris = [uri.strip() for uri in (*args.model_uris.split(","), args.baseline)]
@@ -72,11 +71,16 @@ def score(request: Request, prompt_set: prompt_frame.SparkPromptSet) -> sums.Spa
     if len(scored.samples) < rows:
         shown = f"of {rows:,} answers, samples.jsonl and the report show {len(scored.samples):,}"
         console.out.print(f"{label}: {shown}; all are in {worker.FOLDER}, and in every figure")
+    against = None
     if request.reference and request.is_baseline:
         request.reference.elsewhere = comparison.baseline(task, scored, prompt_set, request.reference.is_sample)
     elif request.reference:
+        against = request.reference.elsewhere
         with console.step(f"Comparing {label} token by token on a worker"):
-            scored = replace(scored, fidelity=comparison.compared(request.reference.elsewhere, task, prompt_set))
+            scored = replace(scored, fidelity=comparison.compared(against, task, prompt_set))
+    if prompt_set.texts:
+        with console.step(f"Reading texts with {label} on a worker"):
+            scored = texts.added(scored, comparison.with_texts(against, task, prompt_set, request.reuse))
     return scored
 
 
