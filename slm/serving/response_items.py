@@ -107,7 +107,13 @@ def chat_tools(tools: list[dict] | None) -> list[dict] | None:
 
 
 def chat_choice(choice: Any) -> Any:
-    """`tool_choice` in the form of the chat API."""
+    """`tool_choice` in the form of the chat API, where names and lists are in an object of their own."""
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools" and "allowed_tools" not in choice:
+        inside = {name: value for name, value in choice.items() if name != "type"}
+        listed = inside.get("tools")
+        if isinstance(listed, list):
+            inside["tools"] = [chat_choice(entry) for entry in listed]
+        return {"type": "allowed_tools", "allowed_tools": inside}
     if isinstance(choice, dict) and set(choice) == {"type", "name"}:
         return {"type": choice["type"], "function": {"name": choice["name"]}}
     return choice

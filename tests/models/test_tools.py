@@ -92,6 +92,10 @@ def named(name: str) -> dict:
     return {"type": "function", "function": {"name": name}}
 
 
+def allowed(mode: str, *tools) -> dict:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
+
+
 def check(calls) -> None:
     """Every call is one of the functions, and its arguments satisfy their schema."""
     for call in calls:
@@ -211,6 +215,16 @@ def test_whole_and_streamed_calls_are_equal_in_both_wrappers(models, name):
                 else:
                     found[call["index"]]["arguments"] += call["function"]["arguments"]
         assert found == [call["function"] for call in choice["message"].get("tool_calls", [])]
+
+
+def test_allowed_tools_hides_the_other_tools_and_may_demand_a_call(models):
+    with speaking(models["onnx int4"].unwrap_python_model(), TEMPLATES["qwen2.5"]) as wrapper:
+        [row] = wrapper.prepare(asked(tool_choice=allowed("required", named("now"), named("add"))))
+        [same] = wrapper.prepare(asked(tools=[ADD, NOW], tool_choice="required"))
+        assert row.prompt == same.prompt and row.tools.names == ("add", "now") and row.matcher
+        [free] = wrapper.prepare(asked(tool_choice=allowed("auto", named("now"))))
+        [alone] = wrapper.prepare(asked(tools=[NOW]))
+        assert free.prompt == alone.prompt and free.tools.names == ("now",) and not free.matcher
 
 
 def test_tool_choice_none_hides_the_tools(models):
@@ -365,6 +379,16 @@ def test_log_probabilities_of_a_call_are_listed_once_whole_and_streamed(models):
             {"tool_choice": "required", "tools": [tool("f", {"x": {"not": {}}})]},
             'tools[0].function.parameters: the schema can\'t be used: Unimplemented keys: ["not"]',
         ),
+        (
+            {"tool_choice": allowed("auto")},
+            "tool_choice.allowed_tools must have the mode auto or required, and tools, got {'mode': 'auto', 'tools'",
+        ),
+        ({"tool_choice": allowed("none", named("now"))}, "tool_choice.allowed_tools must have the mode auto or requ"),
+        (
+            {"tool_choice": allowed("auto", named("now"), named("ad"))},
+            "tool_choice: 'ad' is none of the functions in tools (did you mean 'add'?)",
+        ),
+        ({"tool_choice": allowed("auto", "now")}, "tool_choice.allowed_tools must have the mode auto or required, "),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls must be true or false, got 'no'"),
     ],
 )

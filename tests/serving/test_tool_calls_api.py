@@ -90,7 +90,14 @@ def respond(client, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "required",
+        {"type": "function", "name": "get_weather"},
+        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "get_weather"}]},
+    ],
+)
 def test_a_responses_call_is_the_chat_apis_whole_and_streamed(client, choice):
     options = {"tool_choice": choice, "parallel_tool_calls": False}
     named = choice if choice == "required" else NAMED

@@ -117,7 +117,9 @@ FIELDS = (
     Field("stream_options", "object", "`include_usage`, for a stream.", default={}),
     Field("tools", "list", "Functions that the model may call. The chat template must have a place for them."),
     Field(
-        "tool_choice", "any", "`none`, `auto`, or `required` or a function: a grammar holds the answer to calls of it."
+        "tool_choice",
+        "any",
+        "`none`, `auto`, or `required` or a function: a grammar holds the answer to calls of it. Or `allowed_tools`.",
     ),
     Field("parallel_tool_calls", "flag", "`false`: at most one call in an answer.", default=True),
     Field("functions", "list", "Replaced by `tools`.", refused="use tools", neutral=([],)),

@@ -3,6 +3,7 @@
 `tool_choice` none hides the tools from the model, and auto lets the model decide. With required, or the name of a
 function, a grammar holds the answer to calls whose arguments satisfy their schemas. A function with `strict: true` gets
 such a grammar with auto too: the model may answer with text, but each call to the function satisfies its schema.
+allowed_tools names the functions that the model sees, and auto or required for these.
 With `response_format`, the answer is either calls, or text that satisfies the format.
 """
 
@@ -76,6 +77,9 @@ def tools_of(request: Request) -> Tools:
     except RecursionError:
         raise Refused("tools: the functions are nested too deeply", "tools") from None
     choice = request["tool_choice"]
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        tools, choice = _allowed(choice.get("allowed_tools"), found)
+        found = Tools(tools, parallel=found.parallel)
     if choice is not None:
         found = Tools(tools, _choice(choice, found.names), found.parallel)
     return found
@@ -117,6 +121,17 @@ def _choice(choice: Any, names: tuple[str, ...]) -> str:
         raise Refused(f"tool_choice: {choice!r} needs tools", "tool_choice")
     text = f"tool_choice must be none, auto, required or a function with its name, got {choice!r:.80}"
     raise Refused(text, "tool_choice")
+
+
+def _allowed(given: Any, tools: Tools) -> tuple[tuple[dict, ...], str]:
+    """The functions that `allowed_tools` leaves, and what it says of them: auto or required."""
+    mode, listed = (given.get("mode"), given.get("tools")) if isinstance(given, dict) else ("", [])
+    listed = listed if isinstance(listed, list) else []
+    if mode not in ("auto", "required") or not listed or not all(isinstance(entry, dict) for entry in listed):
+        text = f"tool_choice.allowed_tools must have the mode auto or required, and tools, got {given!r:.80}"
+        raise Refused(text, "tool_choice")
+    names = {_choice(entry, tools.names) for entry in listed}
+    return tuple(tool for tool in tools.functions if tool["function"]["name"] in names), mode
 
 
 def tools_grammar(tools: Tools, form: Form, special: Mapping[str, int], answer: dict | None = None) -> str:
