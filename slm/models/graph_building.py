@@ -42,6 +42,7 @@ def main(precision: str, target: Path, arguments: list[str]) -> None:
     if precision == AS_BUILT:
         _run_builder([*arguments, "-o", str(target)])
         return
+    source = Path(arguments[arguments.index("-i") + 1])
     with tempfile.TemporaryDirectory(dir=target) as scratch:
         model = _built([*arguments, "-o", scratch])
         large = {
@@ -57,7 +58,7 @@ def main(precision: str, target: Path, arguments: list[str]) -> None:
             array = large[name].numpy()
             unreturned += array.nbytes
             if unreturned > PAGES_BYTES:
-                _give_back_pages()
+                _give_back_pages(source)
                 unreturned = 0
             return array
 
@@ -135,13 +136,14 @@ def _without_content(model: Any, large: dict[str, Any]) -> Any:
     return onnx_ir.to_proto(model)
 
 
-def _give_back_pages() -> None:
+def _give_back_pages(source: Path) -> None:
     """Takes the mapped pages of the checkpoint out of this process. They are read again where they are needed."""
     if not MAPS.exists():
         return
     libc = ctypes.CDLL(None)
+    files = tuple(f" {path.resolve()}" for path in source.glob("*.safetensors"))  # a hub's cache has links
     for line in MAPS.read_text(encoding="utf-8").splitlines():
-        if line.endswith(".safetensors"):
+        if files and line.endswith(files):
             begin, end = (int(part, 16) for part in line.split()[0].split("-"))
             libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 

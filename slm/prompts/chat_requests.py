@@ -3,7 +3,8 @@
 A row has the conversation alone: the model answers it with the parameters of the evaluation. Both shapes of a request
 are read: `messages` (chat completions), and `input` with `instructions` (responses). This module reads no trace.
 
-Not covered: requests with tools, images or sound, which a row can't hold. `chat` says why it leaves a request out.
+Not covered: requests with tools, images or sound, and those that go on from an earlier answer. A row can't hold them.
+`chat` says why it leaves a request out.
 """
 
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from slm.base.errors import BadInput
 from slm.base.hashing import digest
 from slm.prompts import prompt_rows
 
-NO_CHAT, TOOLS, MEDIA = "no chat", "tools", "images or sound"
+NO_CHAT, TOOLS, MEDIA, STATE = "no chat", "tools", "images or sound", "a state that the server keeps"
 UNREADABLE = "a text or schema that can't be a row"
 ROLES = {"developer": "system"} | {role: role for role in prompt_rows.ROLES}
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -39,13 +40,23 @@ def chat(request: object) -> dict[str, Any]:
         raise LeftOut(NO_CHAT)
     if request.get("tools") or request.get("functions"):
         raise LeftOut(TOOLS)
+    if request.get("previous_response_id") or request.get("conversation"):
+        raise LeftOut(STATE)
     if request.get("instructions"):
         messages = [{"role": "system", "content": request["instructions"]}, *messages]
     row: dict[str, Any] = {"messages": [_message(message) for message in messages]}
-    form = request.get("response_format")
+    text = request.get("text")
+    form = request.get("response_format") or response_format(text.get("format") if isinstance(text, dict) else None)
     if form and form != {"type": "text"}:
         row["response_format"] = form
     return row
+
+
+def response_format(given: Any) -> Any:
+    """`text.format` of a responses request in the form of a chat request, where the schema has an object of its own."""
+    if not isinstance(given, dict) or given.get("type") != "json_schema" or "json_schema" in given:
+        return given
+    return {"type": "json_schema", "json_schema": {name: value for name, value in given.items() if name != "type"}}
 
 
 def identity(row: dict[str, Any]) -> str:
@@ -59,11 +70,17 @@ def cluster(row: dict[str, Any], session: str) -> str:
     return f"session {session}" if session.strip() else f"begins {digest(first)[:12]}"
 
 
-def expected(expectations: dict[str, Any]) -> list[str]:
-    """The texts of MLflow's expectation `expected_response`, or of `expected`. Others are no answers."""
-    value = expectations.get("expected_response", expectations.get("expected"))
-    texts = value if isinstance(value, list) else [value]
-    return [text for text in texts if isinstance(text, str) and text.strip()]
+def expected(expectations: Iterable[tuple[str, Any]]) -> list[str]:
+    """The texts of MLflow's expectations `expected_response`, or else of `expected`. Others are no answers.
+
+    Several people may give one name several values. A number is a text.
+    """
+    given = list(expectations)
+    values = [value for name, value in given if name == "expected_response"]
+    values = values or [value for name, value in given if name == "expected"]
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    plain = [str(text) if isinstance(text, int | float) and not isinstance(text, bool) else text for text in texts]
+    return [text for text in plain if isinstance(text, str) and text.strip()]
 
 
 def tags(pairs: Iterable[tuple[str, object]]) -> list[str]:
@@ -95,7 +112,7 @@ def _message(message: object) -> dict[str, str]:
     if isinstance(content, list):
         if not all(isinstance(part, dict) and part.get("type") in TEXT_PARTS for part in content):
             raise LeftOut(MEDIA)
-        content = "".join(str(part.get("text", "")) for part in content)
+        content = "\n".join(str(part.get("text", "")) for part in content)  # as the model gets them
     if role is None or not isinstance(content, str):
         raise LeftOut(NO_CHAT)
     return {"role": role, "content": content}

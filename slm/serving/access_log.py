@@ -30,6 +30,7 @@ class Record:
 
     id: str
     began: float = field(default_factory=time.time)  # seconds since 1970
+    started: float = field(default_factory=time.perf_counter)
     body: bytes = b""
     status: int = 500
     version: str = ""  # name/version of the model that answers
@@ -59,7 +60,7 @@ class AccessLog:
         Raises:
             BadInput: the file can't be opened.
         """
-        self._failed = False
+        self._lost, self._said = 0, False
         try:
             self._handler: logging.Handler = (
                 logging.StreamHandler(sys.stderr)
@@ -85,14 +86,17 @@ class AccessLog:
             "output_tokens": record.output_tokens() if record.rows else None,
             "finish_reason": record.finish_reason(),
         }
+        lost = self._lost
         try:
             self._handler.handle(logging.makeLogRecord({"msg": json.dumps(line, ensure_ascii=True)}))
         except OSError:
             self._fail()
+        self._said = self._said and self._lost > lost  # a later failure is another one
 
     def _fail(self, record: logging.LogRecord | None = None) -> None:
-        if not self._failed:
-            self._failed = True
+        self._lost += 1
+        if not self._said:
+            self._said = True
             console.err.print(f"warning: access_log: {sys.exc_info()[1]}; its lines are lost", markup=False)
 
 
@@ -108,7 +112,6 @@ class Observed:
         given = dict(scope["headers"]).get(ID_HEADER.encode(), b"").decode("latin-1")
         record = Record(given if CLIENTS_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}")
         scope.setdefault("state", {})["record"] = record
-        start = time.perf_counter()
 
         async def observed(message):
             if message["type"] == "http.response.start":
@@ -121,4 +124,4 @@ class Observed:
             await self.app(scope, receive, observed)
         finally:
             if self.log is not None:
-                self.log.write(scope, record, time.perf_counter() - start)
+                self.log.write(scope, record, time.perf_counter() - record.started)

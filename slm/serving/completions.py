@@ -161,7 +161,11 @@ def endpoint(present: Present):
             return stream_of(service, events, service.traced("completion", exchange, whole))
         await exchange.finished()
         if asked.echo and asked.logprobs is not None:
-            await read_prompts(service, prompts, asked.logprobs)
+            try:
+                await read_prompts(service, prompts, asked.logprobs)
+            except ApiError as error:
+                exchange.record.outcome = error.outcome
+                raise
         content = completion(service.model, asked, prompts, head(service))
         background = service.traced("completion", exchange, lambda: content)
         return JSONResponse(content, headers=service.headers, background=background)

@@ -126,7 +126,7 @@ class Exchange:
         self.worker, self.request = worker, request
         self.record: Record = request.state.record
         self.rows: list = []
-        self.start = time.perf_counter()
+        self.start = self.record.started
         self.seconds = 0.0  # from the arrival to the end
 
     def begin(self, streamed: bool | None, client: str) -> None:
@@ -158,7 +158,7 @@ class Exchange:
             while going:
                 event = await self.ticket.events.get()
                 if isinstance(event, ApiError):
-                    outcome = {504: "timeout", 499: "cancelled"}.get(event.status, "error")
+                    outcome = event.outcome
                     raise event
                 row, text, finish_reason = event
                 if first and self.ticket.streamed:
@@ -166,8 +166,9 @@ class Exchange:
                     first = False
                 going -= bool(finish_reason)
                 yield places[id(row)], text, finish_reason
-            outcome = "ok"
-            if reason := next((row.error for row in self.rows if getattr(row, "error", "")), ""):
+            reason = next((row.error for row in self.rows if getattr(row, "error", "")), "")
+            outcome = "error" if reason else "ok"
+            if reason:
                 raise ApiError(400, reason)
         finally:
             self._timer.cancel()

@@ -43,10 +43,9 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from slm.base.errors import BadInput
 from slm.models.chat_parts.tools import ChoiceStream
 from slm.serving import completions, openapi_page, responses, tokens
-from slm.serving.access_log import AccessLog, Observed
+from slm.serving.access_log import ID_HEADER, AccessLog, Observed
 from slm.serving.exchanges import Exchange, Present, Service, read_body, server_sent_events, stream_of
 from slm.serving.keys import Keys
 from slm.serving.protocol import (
@@ -61,7 +60,7 @@ from slm.serving.protocol import (
     refused_as_error,
 )
 from slm.serving.traces import Tracer
-from slm.serving.versions import Alias, Follower, Loaded, Served
+from slm.serving.versions import Alias, Follower, Loaded, Served, check_tenants
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The application
@@ -84,8 +83,7 @@ def build(
         BadInput: the model can't keep several keys' prompts apart.
     """
     keys = keys or Keys()
-    if keys.several and not getattr(loaded.wrapper, "separates_tenants", False):
-        raise BadInput("model_uri: the model was logged by a version that serves one key alone; log the model again")
+    check_tenants(loaded, keys.several)
     served = Served(loaded, limits or Limits(), keys.several, tracer)
     if tracer:
         tracer.show(served.metrics.registry)
@@ -121,7 +119,9 @@ def build(
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception):
-        return ApiError(500, "the server failed; its log says more", "server_error").response()
+        answer = ApiError(500, "the server failed; its log says more", "server_error").response()
+        answer.headers[ID_HEADER] = request.state.record.id  # this answer does not pass `Observed`
+        return answer
 
     async def authorized(request: Request):
         tenant = keys.tenant(request.headers.get("authorization", ""))

@@ -44,6 +44,11 @@ class ApiError(Exception):
         self.status = status
         self.content = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
+    @property
+    def outcome(self) -> str:
+        """As slm_requests_total counts the request."""
+        return {504: "timeout", 499: "cancelled"}.get(self.status, "error")
+
     def response(self) -> JSONResponse:
         # the openai client repeats after 429 and 5xx. A repeat helps after a full queue, not after a timeout
         headers = {"Retry-After": "1"} if self.status == 429 else {"x-should-retry": "false"}

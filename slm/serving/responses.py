@@ -15,6 +15,8 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from slm.prompts import chat_requests
+from slm.serving.access_log import Record
 from slm.serving.exchanges import Exchange, Present, Service, server_sent_event, stream_of
 from slm.serving.protocol import ApiError, Limits, refused_as_error
 from slm.serving.response_items import Output, chat_choice, chat_tools, messages_of
@@ -112,19 +114,12 @@ class ResponsesRequest(BaseModel):
             "max_tokens": most,
             "temperature": self.temperature,
             "top_p": self.top_p,
-            "response_format": response_format(self.text.format if self.text else None),
+            "response_format": chat_requests.response_format(self.text.format if self.text else None),
             "tools": chat_tools(self.tools),
             "tool_choice": chat_choice(self.tool_choice),
             "parallel_tool_calls": self.parallel_tool_calls,
         }
         return {name: value for name, value in row.items() if value is not None}
-
-
-def response_format(given: dict | None) -> dict | None:
-    """`text.format` in the form of the chat API, where the schema has an object of its own."""
-    if not given or given.get("type") != "json_schema":
-        return given
-    return {"type": "json_schema", "json_schema": {name: value for name, value in given.items() if name != "type"}}
 
 
 def prepared(asked: ResponsesRequest, service: Service) -> list:
@@ -158,7 +153,7 @@ def endpoint(present: Present):
             asked = await service.read(request, ResponsesRequest)
             rows = await asyncio.to_thread(prepared, asked, service)
             service.begin(exchange, rows, asked.stream)
-        response = Response(service, asked, rows[0])
+        response = Response(service, asked, rows[0], exchange.record)
         if asked.stream:
             background = service.traced("response", exchange, response.content)
             return stream_of(service, response.events(exchange), background)
@@ -176,8 +171,8 @@ def endpoint(present: Present):
 class Response:
     """The answer to one request, in the form of OpenAI's Response object and its events."""
 
-    def __init__(self, service: Service, asked: ResponsesRequest, row):
-        self.service, self.asked, self.row = service, asked, row
+    def __init__(self, service: Service, asked: ResponsesRequest, row, record: Record):
+        self.service, self.asked, self.row, self.record = service, asked, row, record
         self.id, self.output = f"resp_{uuid.uuid4().hex}", Output(row, service.model.end_tokens)
         self.created = int(time.time())
         self.number = 0  # of the next event
@@ -186,6 +181,8 @@ class Response:
         """The Response object. Without `status`, it is that of the finished row."""
         row, asked = self.row, self.asked
         cut = row.finish_reason == "length"
+        if row.finish_reason == "stop" and any(item["type"] == "function_call" for item in self.output.items):
+            self.record.finish_reasons = ["tool_calls"]
         ended = not status
         status = status or ("incomplete" if cut else "completed")
         usage = {

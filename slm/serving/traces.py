@@ -69,8 +69,8 @@ def read_redact(spec: str) -> Redact | None:
     if not spec:
         return None
     function, _, _ = user_files.function_of("redact", spec)
-    if not callable(function) or isinstance(function, type):
-        raise BadInput(f"redact: {spec} is {quoted(function)}; name a function")
+    if not callable(function) or isinstance(function, type) or inspect.iscoroutinefunction(function):
+        raise BadInput(f"redact: {spec} is {quoted(function)}; name a function, and none that is async")
     try:
         inspect.signature(function).bind({})
     except (TypeError, ValueError):

@@ -112,6 +112,15 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def check_tenants(loaded: Loaded, several_keys: bool) -> None:
+    """
+    Raises:
+        BadInput: the model can't keep several keys' prompts apart.
+    """
+    if several_keys and not getattr(loaded.wrapper, "separates_tenants", False):
+        raise BadInput("model_uri: the model was logged by a version that serves one key alone; log the model again")
+
+
 def check_answer(model: wrappers.Wrapper) -> None:
     """
     Raises:
@@ -313,15 +322,20 @@ class Follower:
                 gap[0] = time.monotonic()
                 self.served.end()
 
+        loaded: Loaded | None = None
         try:
             loaded = self._load(version, make_room)
+            check_tenants(loaded, self.served.several_keys)
             check_answer(loaded.wrapper)
         except Exception as error:
+            loaded = None
             full = exhausted(error)
             if full or isinstance(error, Unavailable) or mlflow_client.is_infrastructure(error):
                 self._look_failed(f"{uri} can't be loaded yet: {full or one_line(error)}")
             else:
                 self._refuse(version, source, one_line(error))
+        if loaded is None:  # the error is gone, and with it the last hold of the refused model
+            gc.collect()
             if gap[0]:
                 self._restore()
             return

@@ -76,6 +76,8 @@ def read(given: str) -> Traces:
     found: dict[str, Any] = {}
     for option, text in parse_qsl(options, keep_blank_values=True):
         kinds = {"days": float, "limit": int, "seed": int, "filter": str}
+        if option in found:
+            raise BadInput(f"prompts: {option} of the traces is given twice")
         if option not in kinds:
             hint = did_you_mean(option, kinds)
             raise BadInput(f"prompts: traces have no option {quoted(option)}{hint}; there are {', '.join(kinds)}")
@@ -135,7 +137,7 @@ def _of_traces(asked: Traces) -> tuple[list[dict[str, Any]], str]:
             _merge(rows[row["id"]], row)
         else:
             rows[row["id"]] = row
-    for info, inputs in _with_inputs(client, [info for info in answered[looked:] if info.assessments]):
+    for info, inputs in _with_inputs(client, [info for info in answered[looked:] if any(_said(info))]):
         with suppress(chat_requests.LeftOut):
             row = _row(info, inputs)
             if row["id"] in rows:
@@ -154,11 +156,12 @@ def _of_traces(asked: Traces) -> tuple[list[dict[str, Any]], str]:
 def _described(client, asked: Traces) -> Iterator[Any]:
     """The descriptions of the traces, without their spans, the newest first."""
     rules = [asked.filter.strip()] if asked.filter.strip() else []
+    rules.append(f"timestamp_ms <= {int(time.time() * 1000)}")  # traces that arrive meanwhile would move the pages
     if math.isfinite(asked.days):
         rules.append(f"timestamp_ms > {int((time.time() - asked.days * 86400) * 1000)}")
     words = {
         "locations": [_experiment_id(client, asked.experiment)],
-        "filter_string": " AND ".join(rules) or None,
+        "filter_string": " AND ".join(rules),
         "order_by": ["timestamp_ms DESC"],
         "include_spans": False,
     }
@@ -172,9 +175,12 @@ def _described(client, asked: Traces) -> Iterator[Any]:
 
 
 def _experiment_id(client, named: str) -> str:
+    from mlflow import MlflowException
+
     found = client.get_experiment_by_name(named)
     if found is None and named.isdecimal():
-        found = next((one for one in client.search_experiments() if one.experiment_id == named), None)
+        with suppress(MlflowException):  # there is none with this id
+            found = client.get_experiment(named)
     if found is None or found.lifecycle_stage != "active":
         names = [one.name for one in client.search_experiments(max_results=1000)]
         raise BadInput(f"there is no experiment {quoted(named)}{did_you_mean(named, names)}; name one, or its id")
@@ -212,15 +218,21 @@ def _row(info, inputs: object) -> dict[str, Any]:
         asking.check_response_formats([chat_requests.checked(row)])
     except BadInput:
         raise chat_requests.LeftOut(chat_requests.UNREADABLE) from None
-    valid = [one for one in info.assessments if getattr(one, "valid", None) is not False]
-    expectations = {one.name: one.value for one in valid if one.expectation is not None}
-    people = [one for one in valid if one.feedback is not None and one.source.source_type == "HUMAN"]
+    expectations, feedback = _said(info)
     row = {"id": chat_requests.identity(row)} | row
     row["cluster"] = chat_requests.cluster(row, info.trace_metadata.get(SESSION, ""))
-    tags = chat_requests.tags((one.name, one.value) for one in people)
-    _merge(row, {"expected": chat_requests.expected(expectations), "tags": tags})
+    _merge(row, {"expected": chat_requests.expected(expectations), "tags": chat_requests.tags(feedback)})
     chat_requests.checked(row)
     return row
+
+
+def _said(info) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+    """What is expected of the answer, and what people said of it, each as (name, value). No judge's feedback."""
+    valid = [one for one in info.assessments if getattr(one, "valid", None) is not False]
+    people = [one for one in valid if one.feedback is not None and one.source.source_type == "HUMAN"]
+    return [(one.name, one.value) for one in valid if one.expectation is not None], [
+        (one.name, one.value) for one in people
+    ]
 
 
 def _merge(row: dict[str, Any], other: dict[str, Any]) -> None:
@@ -262,5 +274,6 @@ def _of_record(record: dict[str, Any]) -> dict[str, Any]:
     source = getattr(record["source"], "source_data", None) or {}
     row["cluster"] = chat_requests.cluster(row, source.get("session_id") or "")
     told = {name: value for name, value in (record["tags"] or {}).items() if not name.startswith("mlflow.")}
-    _merge(row, {"expected": chat_requests.expected(expectations), "tags": chat_requests.tags(told.items())})
+    said = chat_requests.expected(expectations.items())
+    _merge(row, {"expected": said, "tags": chat_requests.tags(told.items())})
     return row

@@ -58,7 +58,9 @@ def experiment_id(name: str = "") -> str:
     if found is not None and found.lifecycle_stage != "active":
         raise BadInput(f"trace_experiment: {name!r} was deleted; restore it, or name another one")
     if found is None:
-        mlflow_client._or_found(lambda: mlflow.create_experiment(name), "RESOURCE_ALREADY_EXISTS")
+        mlflow_client._or_found(  # another server may make it at the same time
+            lambda: mlflow.get_experiment_by_name(name) or mlflow.create_experiment(name), "RESOURCE_ALREADY_EXISTS"
+        )
     return str(mlflow.get_experiment_by_name(name).experiment_id)
 
 

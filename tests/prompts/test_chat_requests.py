@@ -3,7 +3,7 @@
 import pytest
 
 from slm.prompts import chat_requests
-from slm.prompts.chat_requests import MEDIA, NO_CHAT, TOOLS, UNREADABLE, LeftOut
+from slm.prompts.chat_requests import MEDIA, NO_CHAT, STATE, TOOLS, UNREADABLE, LeftOut
 
 HI = {"role": "user", "content": "Hi"}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
@@ -17,13 +17,18 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type":
         ({"messages": [{"role": "developer", "content": "Be brief."}, HI]},
          {"messages": [{"role": "system", "content": "Be brief."}, HI]}),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}]},
-         {"messages": [HI]}),
+         {"messages": [HI | {"content": "H\ni"}]}),
         ({"messages": [HI], "response_format": {"type": "text"}, "tools": []}, {"messages": [HI]}),
         ({"messages": [HI], "response_format": SCHEMA}, {"messages": [HI], "response_format": SCHEMA}),
         ({"input": "Hi", "instructions": "Be brief."},
          {"messages": [{"role": "system", "content": "Be brief."}, HI]}),
         ({"input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]}]},
          {"messages": [HI]}),
+        ({"input": "Hi", "text": {"format": {"type": "json_schema", **SCHEMA["json_schema"]}}},
+         {"messages": [HI], "response_format": SCHEMA}),
+        ({"input": "Hi", "text": {"format": {"type": "text"}}}, {"messages": [HI]}),
+        ({"input": "Hi", "text": {"format": {"type": "json_object"}}},
+         {"messages": [HI], "response_format": {"type": "json_object"}}),
     ],
 )  # fmt: skip
 def test_a_request_becomes_a_row(request_, row):
@@ -45,6 +50,8 @@ def test_a_request_becomes_a_row(request_, row):
         ({"messages": [HI, {"role": "tool", "content": "4"}]}, TOOLS),
         ({"input": [{"type": "function_call_output", "output": "4"}]}, TOOLS),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, MEDIA),
+        ({"input": "And then?", "previous_response_id": "resp_1"}, STATE),
+        ({"input": "And then?", "conversation": {"id": "conv_1"}}, STATE),
     ],
 )
 def test_a_request_that_a_row_cannot_hold_is_left_out(request_, why):
@@ -71,11 +78,13 @@ def test_the_turns_of_a_conversation_are_one_cluster():
 @pytest.mark.parametrize(
     ("expectations", "texts"),
     [
-        ({"expected_response": "Paris", "expected": "Lyon"}, ["Paris"]),
-        ({"expected": ["Paris", "It is Paris."]}, ["Paris", "It is Paris."]),
-        ({"expected_facts": ["Paris is a city"]}, []),
-        ({"expected_response": {"city": "Paris"}}, []),
-        ({"expected_response": " "}, []),
+        ([("expected_response", "Paris"), ("expected", "Lyon")], ["Paris"]),
+        ([("expected_response", "Paris"), ("expected_response", "Paris, France")], ["Paris", "Paris, France"]),
+        ([("expected", ["Paris", "It is Paris."])], ["Paris", "It is Paris."]),
+        ([("expected", 42), ("expected", [4.5, True])], ["42", "4.5"]),
+        ([("expected_facts", ["Paris is a city"])], []),
+        ([("expected_response", {"city": "Paris"})], []),
+        ([("expected_response", " ")], []),
     ],
 )
 def test_expectations_are_read(expectations, texts):

@@ -1,5 +1,6 @@
 """The access log: a line for each request that tells how it went, and nothing of what was said."""
 
+import asyncio
 import http.client
 import json
 import re
@@ -7,6 +8,7 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -14,7 +16,10 @@ from support.commands import free_port, in_process
 from support.openai_servers import LONG, NAME, ask, here, serving, wait_for
 from support.questions import PARIS
 
-from slm.serving.access_log import AccessLog
+from slm.serving.access_log import AccessLog, Record
+from slm.serving.batching import Metrics
+from slm.serving.exchanges import Exchange
+from slm.serving.protocol import ApiError
 
 KEY = "the-key-of-a-client"
 FIELDS = [
@@ -149,6 +154,33 @@ def test_a_log_that_cannot_be_written_costs_no_request(wrapper, capfd):
     assert capfd.readouterr().err.count(told) == 1
 
 
+def test_an_answer_that_its_grammar_breaks_off_is_counted_as_an_error():
+    metrics = Metrics()
+
+    async def outcome() -> str:
+        worker = SimpleNamespace(metrics=metrics, drop=lambda ticket: None)
+        record = Record("id")
+        exchange = Exchange(worker, SimpleNamespace(state=SimpleNamespace(record=record)))
+        row = SimpleNamespace(error="the grammar is stuck", finish_reason="error", prompt=[1], output=[])
+        exchange.rows, exchange.ticket = [row], SimpleNamespace(events=asyncio.Queue(), streamed=False)
+        exchange._timer = exchange._watch = SimpleNamespace(cancel=lambda: None)
+        exchange.ticket.events.put_nowait((row, "", "error"))
+        with pytest.raises(ApiError, match="the grammar is stuck"):
+            await exchange.finished()
+        return record.outcome
+
+    assert asyncio.run(outcome()) == "error"
+    assert metrics.registry.get_sample_value("slm_requests_total", {"outcome": "error"}) == 1
+
+
+def test_a_second_full_disk_is_told_too(capfd, tmp_path):
+    log = AccessLog(str(tmp_path / "log"))
+    for full in (True, True, False, True):
+        log._handler.emit = (lambda record: log._fail()) if full else (lambda record: None)
+        log.write({"method": "GET", "path": "/"}, Record("id"), 0.1)
+    assert capfd.readouterr().err.count("warning: access_log: ") == 2
+
+
 def test_a_bug_is_logged_as_500(wrapper, tmp_path, monkeypatch):
     from slm.serving import http_app
 
@@ -156,7 +188,7 @@ def test_a_bug_is_logged_as_500(wrapper, tmp_path, monkeypatch):
     log = tmp_path / "log"
     with here(wrapper.unwrap_python_model(), watches={"access_log": AccessLog(str(log))}) as (address, _):
         with suppress(http.client.HTTPException):
-            assert send(address, "/v1/models/x")[0] == 500
+            assert send(address, "/v1/models/x", **{"X-Request-Id": "mine"}) == (500, "mine")
         assert lines(log, 1)[-1]["status"] == 500
 
 

@@ -297,6 +297,15 @@ def test_a_version_that_gives_no_proper_answer_is_refused_once_and_tagged(follow
     assert registry.version_tags("bot", "3")[tags.SERVE_REFUSED] in err
 
 
+def test_a_version_that_mixes_tenants_is_refused_where_there_are_several_keys(follower, monkeypatch, capsys):
+    champion("2")
+    monkeypatch.setattr(follower.served, "several_keys", True)
+    monkeypatch.setattr(type(follower.served._now.model), "separates_tenants", False)
+    follower.look()
+    assert follower.served.version == "bot/1"
+    assert "version 2 is refused: model_uri: the model was logged by a version that serves" in capsys.readouterr().err
+
+
 def test_without_memory_for_two_the_old_version_ends_first(follower, monkeypatch, capsys):
     champion("2")
     monkeypatch.setattr(versions, "_free_memory", lambda: 10 * 2**20)
@@ -310,9 +319,17 @@ def test_without_memory_for_two_the_old_version_ends_first(follower, monkeypatch
 def test_a_version_that_fails_in_the_gap_gives_way_to_the_old_one(follower, monkeypatch, capsys):
     champion("3")
     monkeypatch.setattr(versions, "_free_memory", lambda: 10 * 2**20)
+    refused, left, restore = [], [], follower._restore
+
+    def refuse(model):
+        refused.append(weakref.ref(model))
+        raise BadInput("it says nothing")
+
+    monkeypatch.setattr(follower, "_restore", lambda: left.append(refused[0]()) or restore())
     with monkeypatch.context() as patch:
-        patch.setattr(versions, "check_answer", lambda model: (_ for _ in ()).throw(BadInput("it says nothing")))
+        patch.setattr(versions, "check_answer", refuse)
         follower.look()
+    assert left == [None]  # there is no memory for the refused model beside the old one
     assert follower.served.version == "bot/1"
     assert "warning: version 3 is refused: it says nothing; bot/1 goes on\n" in capsys.readouterr().err
 

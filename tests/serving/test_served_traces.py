@@ -40,6 +40,9 @@ def nothing(content):
 def unwritable(content):
     return {"set": {1}}
 
+async def later(content):
+    return content
+
 def two(content, more):
     return content
 """
@@ -322,6 +325,7 @@ def test_the_share_is_that_of_the_parameter():
         ("--redact=nowhere.py:f", "redact: 'nowhere.py' does not exist, from the repository's root or from here"),
         ("--redact={}:redactd", "redact: {} has no 'redactd' (did you mean 'redacted'?)"),
         ("--redact={}:REDACT", "redact: {} has no 'REDACT'"),
+        ("--redact={}:later", "redact: {}:later is "),
         ("--redact={}:two", "redact: {}:two must take one argument, the request or the answer as a dict"),
     ],
 )
@@ -357,6 +361,19 @@ def test_what_cannot_become_a_trace_is_dropped_and_the_next_one_is_written(trace
     assert counts(tracer) == (2, 1, {"queue": 0, "redact": 0, "store": 1, "stop": 0})
     assert trace.info.request_preview == "Hello\ufffd" and trace.data.spans[0].outputs == {"choices": []}
     assert trace.data.spans[0].inputs["messages"][0]["content"] == "Hello\0"
+
+
+def test_two_servers_may_make_the_experiment_at_once(database, monkeypatch):
+    create = mlflow.create_experiment
+
+    def too_late(name):
+        create(name)
+        return create(name)
+
+    monkeypatch.setattr(mlflow, "create_experiment", too_late)
+    with tracked(database[1]):
+        found = traces.trace_store.experiment_id("made twice")
+        assert found == mlflow.get_experiment_by_name("made twice").experiment_id
 
 
 def test_a_deleted_experiment_is_refused(database):

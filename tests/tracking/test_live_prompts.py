@@ -1,6 +1,7 @@
 """Prompt sets of traces and of MLflow's datasets, read from a real server, and frozen for the run."""
 
 import json
+import os
 import re
 import time
 from itertools import product
@@ -126,6 +127,37 @@ def test_days_and_mlflows_filter_choose_traces(rows_of):
         rows_of("traces:traffic?days=0.000001")
 
 
+def test_what_several_people_expect_of_one_trace_counts_and_a_judges_feedback_does_not(rows_of, monkeypatch):
+    experiment = mlflow.create_experiment("judged")
+    for number in range(4):
+        made = trace(experiment, {"messages": talk(f"Question {number}")})
+        mlflow.flush_trace_async_logging()
+        for name in ("ada", "ben"):
+            value = f"Paris, says {name}"
+            mlflow.log_expectation(
+                trace_id=made, name="expected_response", value=value, source=AssessmentSource("HUMAN", name)
+            )
+            if number:
+                break
+        judge = AssessmentSource("LLM_JUDGE", "a judge")
+        mlflow.log_feedback(trace_id=made, name="good", value=True, source=judge)
+        if number == 3:
+            mlflow.delete_assessment(made, mlflow.get_trace(made).info.assessments[0].assessment_id)
+    found, _ = rows_of("traces:judged")
+    by_text = {row["messages"][0]["content"]: row for row in found}
+    assert by_text["Question 0"]["expected"] == ["Paris, says ada", "Paris, says ben"]
+    assert "tags" not in by_text["Question 1"] and "expected" not in by_text["Question 3"]
+    read = []
+    inputs = live_prompts._inputs
+    monkeypatch.setattr(live_prompts, "_inputs", lambda client, id: read.append(id) or inputs(client, id))
+    monkeypatch.setattr(live_prompts, "TOGETHER", 1)
+    for seed in range(20):
+        del read[:]
+        if rows_of(f"traces:judged?limit=1&seed={seed}")[0][0]["messages"][0]["content"] == "Question 3":
+            break
+    assert len(read) == 5  # the drawn one, the next one, and the three of which a person has said something
+
+
 @pytest.mark.fault("prompt sets: a trace is deleted while traces are read")
 def test_a_trace_that_is_deleted_meanwhile_is_left_out(rows_of, monkeypatch):
     experiment = mlflow.create_experiment("cleaned")
@@ -159,6 +191,7 @@ def test_a_server_that_is_away_is_told_in_one_line(read):
         ("traces:a?days=x", "prompts: days=x of the traces is no number; write one such as 7"),
         ("traces:a?days=0", "prompts: traces take days above 0 and a limit from 1 to 100,000; not 'days=0'"),
         ("traces:a?limit=0", "prompts: traces take days above 0 and a limit from 1 to 100,000; not 'limit=0'"),
+        ("traces:a?days=7&days=1", "prompts: days of the traces is given twice"),
         ("traces:trafic", "traces:trafic can't be downloaded: there is no experiment 'trafic' "
          "(did you mean 'traffic'?); name one, or its id"),
         ("traces:traffic?filter=nonsense", "traces:traffic?filter=nonsense can't be downloaded: "
@@ -260,6 +293,12 @@ def test_a_start_after_one_that_did_not_end_takes_the_same_rows(monkeypatch, cap
     assert rows("--resume=false") == 2
     args = parameters.parse("evaluate", "", ["--prompts=traces:growing"])
     frozen_prompts.forget(args)
+    assert rows() == 2
+    with monkeypatch.context() as patch:  # another start, which takes the rows of this one and goes on after its end
+        patch.setattr(os, "getpid", lambda: 1)
+        theirs = frozen_prompts.file(args)
+    frozen_prompts.forget(args)
+    assert theirs.read_text().count("\n") == 2 and theirs.stem == "traces-growing"
     assert rows() == 2
     monkeypatch.setattr(frozen_prompts, "FRESH", -1)
     capsys.readouterr()

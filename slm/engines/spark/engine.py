@@ -49,8 +49,9 @@ def read_prompts(args: Parameters) -> prompt_frame.SparkPromptSet:
     found = prompt_frame.read_prompts(location, given, args.spark_master, args.scorers, args.repeats, mapping)
     if found.left_out:
         console.out.print(f"{found.name}: {row_mapping.left_out_note(found.left_out)}", markup=False)
-    if system and found.is_whole and (kept := system_prompts.note(found.prompts, system)):
-        console.out.print(f"{found.name}: {kept}", markup=False)
+    if system and (kept := system_prompts.note(found.prompts, system)):
+        among = "" if found.is_whole else f"of the {len(found.prompts):,} rows that the report shows, "
+        console.out.print(f"{found.name}: {among}{kept}", markup=False)
     return found
 
 

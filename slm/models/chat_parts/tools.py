@@ -89,13 +89,8 @@ def _tool(where: str, tool: Any) -> dict:
     if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
         raise Refused(f"{where} must have the type 'function' and a function, got {tool!r:.80}", "tools")
     function = tool["function"]
-    for place, entries, known in (
-        (where, tool, ("type", "function")),
-        (f"{where}.function", function, ("name", "description", "parameters", "strict", "return")),
-    ):
-        for name in entries:
-            if name not in known:
-                raise Refused(f"{place}.{name!s:.40}: there is no such field{did_you_mean(name, known)}", "tools")
+    _no_others(where, tool, ("type", "function"), "tools")
+    _no_others(f"{where}.function", function, ("name", "description", "parameters", "strict", "return"), "tools")
     name, parameters = function.get("name"), function.get("parameters", NOTHING)
     if not isinstance(name, str) or not NAME.fullmatch(name):
         text = f"{where}.function.name must have 1 to 64 letters, digits, or marks of _-. and has {name!r:.80}"
@@ -108,10 +103,18 @@ def _tool(where: str, tool: Any) -> dict:
     return {"type": "function", "function": {**function, "parameters": {"type": "object", **parameters}}}
 
 
+def _no_others(where: str, entries: dict, known: tuple[str, ...], field: str = "tool_choice") -> None:
+    for name in entries:
+        if name not in known:
+            raise Refused(f"{where}.{name!s:.40}: there is no such field{did_you_mean(name, known)}", field)
+
+
 def _choice(choice: Any, names: tuple[str, ...]) -> str:
     if choice in ("none", "auto") or (choice == "required" and names):
         return choice if names else "none"
     if isinstance(choice, dict) and choice.get("type") == "function" and isinstance(choice.get("function"), dict):
+        _no_others("tool_choice", choice, ("type", "function"))
+        _no_others("tool_choice.function", choice["function"], ("name",))
         name = choice["function"].get("name")
         if name in names:
             return name
@@ -126,6 +129,7 @@ def _choice(choice: Any, names: tuple[str, ...]) -> str:
 def _allowed(given: Any, tools: Tools) -> tuple[tuple[dict, ...], str]:
     """The functions that `allowed_tools` leaves, and what it says of them: auto or required."""
     mode, listed = (given.get("mode"), given.get("tools")) if isinstance(given, dict) else ("", [])
+    _no_others("tool_choice.allowed_tools", given if isinstance(given, dict) else {}, ("mode", "tools"))
     listed = listed if isinstance(listed, list) else []
     if mode not in ("auto", "required") or not listed or not all(isinstance(entry, dict) for entry in listed):
         text = f"tool_choice.allowed_tools must have the mode auto or required, and tools, got {given!r:.80}"
