@@ -13,12 +13,9 @@ others, and then runs the code that was logged with the model. `trust_code` must
 """
 
 import copy
-import ctypes
-import gc
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -425,9 +422,7 @@ def reset_peak_memory() -> None:
 
     What an earlier model has freed goes back to the system before: glibc keeps it otherwise, as this model's peak.
     """
-    gc.collect()
-    with suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
+    environment.return_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

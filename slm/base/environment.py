@@ -4,7 +4,9 @@ This module records the values, and slm/verdict/reproduction.py compares them. T
 load of the machine, clock rates, and accelerators that nvidia-smi does not list.
 """
 
+import ctypes
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import os
@@ -45,6 +47,13 @@ def variables(values: dict[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def return_memory() -> None:
+    """Gives the memory that was freed back to the system. glibc keeps it otherwise."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def check_cuda() -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import prometheus_client
 
+from slm.base import environment
 from slm.models import wrappers
 from slm.serving.protocol import PROMPT_TOKENS, SECONDS_PER_TOKEN, ApiError, Limits
 
@@ -22,6 +23,7 @@ MOST_BATCHES = 2  # batches that run at once for throughput
 FAIR_BATCHES = 4  # up to this number, a client without a running text may start a batch
 MOST_CACHES = 2.5  # for all batches together. One batch for throughput may take one cache
 GATHER_SECONDS = 0.01  # to wait for simultaneous requests while nothing runs. Short beside a prompt's time
+IDLE_SECONDS = 10.0  # without work, until the memory of the last texts is given back to the system
 PATIENT_SECONDS = 5.0  # without joining, a text that has waited this long starts the second batch, even a small batch
 FAIR_SECONDS = 1.0  # to gather the texts of clients without a running text. Each batch costs the others a turn
 SHORT_FACTOR = 4  # so a batch of 4096 tokens allows at most six levels of shorter batches
@@ -116,6 +118,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.workers: list[Worker] = []
+        self.versions = 0  # that are loaded
         self.registry = registry = prometheus_client.CollectorRegistry()
         buckets = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
         self.requests = prometheus_client.Counter(
@@ -141,6 +144,8 @@ class Metrics:
         generating.set_function(
             lambda: sum(batch.live() for worker in list(self.workers) for batch in list(worker.running))
         )
+        loaded = prometheus_client.Gauge("slm_loaded_versions", "Versions in the memory", registry=registry)
+        loaded.set_function(lambda: self.versions)
         self._versions = prometheus_client.Gauge(
             "slm_served_version", "1 for the version that answers", ["version"], registry=registry
         )
@@ -275,8 +280,11 @@ class Worker:
         Sleeps while there is no work. False: the worker stops.
         """
         with self._wake:
-            while not (self.waiting or self.running or self.jobs or self._stopping):
-                self._wake.wait()
+            idle = not self._wake.wait_for(self._has_work, IDLE_SECONDS)
+        if idle:
+            environment.return_memory()  # mostly the caches of the last texts
+        with self._wake:
+            self._wake.wait_for(self._has_work)
             if self._stopping:
                 return False
             self._join()
@@ -294,6 +302,9 @@ class Worker:
             self.running.append(Batch(places, steps, self._share(rows), arriving, most))
         self.metrics.batch_texts.observe(len(places))
         return True
+
+    def _has_work(self) -> bool:
+        return bool(self.waiting or self.running or self.jobs or self._stopping)
 
     def _under_way(self) -> list[Place]:
         return [place for batch in self.running for place in batch.places if not place.row.finish_reason]

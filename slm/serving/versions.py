@@ -11,7 +11,6 @@ If the memory does not hold both versions, new requests wait while the old one e
 
 import asyncio
 import base64
-import gc
 import hashlib
 import hmac
 import threading
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from slm.answers import endpoints
-from slm.base import console, model_uri
+from slm.base import console, environment, model_uri
 from slm.base.errors import BadInput, Unavailable, exhausted
 from slm.base.wording import one_line
 from slm.models import wrappers
@@ -103,6 +102,7 @@ def load(
         raise BadInput(f"model_uri: {uri} was logged by an older version of this project; log it again")
     defaults = {param.name: param.default for param in opened.description.signature.params}
     registered = model_uri.registered_version(uri)
+    environment.return_memory()  # that loading took for a while
     names = model_names(given, uri, opened.wrapper.name, served_model_name)
     named = "/".join(registered) if registered else ""
     return Loaded(opened.wrapper, defaults, names, named, uri, opened.description.model_id or "")
@@ -210,13 +210,15 @@ class Served:
         self.metrics.workers.remove(service.worker)
         self._retired.remove(service)
         del service
-        gc.collect()
+        environment.return_memory()
+        self.metrics.versions -= 1
 
     def _service(self, loaded: Loaded) -> Service:
         model = loaded.wrapper
         model.name = loaded.names[0]  # in every answer
         self.names, self.version = loaded.names, loaded.version
         worker = Worker(model, self.limits, self.metrics)
+        self.metrics.versions += 1
         most = min(loaded.defaults.get("max_tokens") or DEFAULTS["max_tokens"], self.limits.max_tokens)
         return Service(
             model,

@@ -15,7 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 from support.commands import free_port, running_warm, serving
 from support.databases import database, sqlite_store
-from support.effort import LONG
+from support.effort import LOAD_SECONDS
 from support.faulty_proxy import in_front_of
 from support.openai_servers import metric, wait_for
 from support.questions import GENERATION
@@ -115,7 +115,7 @@ def test_the_alias_moves_under_load_and_no_request_fails(tracked, int4_export, t
     champion(first)
     address = f"http://127.0.0.1:{free_port()}"
     command = ["entrypoints.serve", f"--model_uri={ALIAS}", f"--port={address.rpartition(':')[2]}", "--follow=1"]
-    part = 75 if LONG else 12  # seconds
+    part = LOAD_SECONDS / 4
     # when the alias moved, when the server had followed, and the version that answers then
     moves = [(0.0, 0.0, f"bot/{first}")]
     with (
