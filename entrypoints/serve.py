@@ -16,11 +16,9 @@ import socket
 import sys
 from contextlib import nullcontext
 
-from slm.base import model_uri, parameters
+from slm.base import parameters
 from slm.base.errors import BadInput
 from slm.tracking import lifecycle
-
-BACKLOG = 64  # connections that are accepted at once, before the first of them is counted
 
 
 def parse_args(argv: list[str] | None) -> parameters.Parameters:
@@ -44,71 +42,29 @@ def serve(args: parameters.Parameters) -> str:
         remedy = "set PHI3_MLFLOW_API_KEY, or write open_to_all=true"
         raise BadInput(f"host: {args.host} is open to others, who would need no key; {remedy}")
 
-    import uvicorn
-
     from slm.base import console, environment, stopping
-    from slm.serving import connections, http_app, traces, versions
+    from slm.serving import processes, server, traces
     from slm.serving.access_log import AccessLog
-    from slm.serving.protocol import Limits
 
     redact = traces.read_redact(args.redact)
     access_log = AccessLog(args.access_log) if args.access_log else None
-    limits = Limits(args.max_waiting, args.request_timeout, args.max_tokens)
+    processes.check(args.workers)
     if args.execution_provider == "cuda":
         environment.check_cuda()
 
+    # The model, and the server until a signal comes
     with lifecycle.run("serve", args) if "MLFLOW_RUN_ID" in os.environ else nullcontext():
-        tracer = traces.opened(args.traces, args.trace_experiment, redact)
-        # The model, and the server until a signal comes
-        with console.step(f"Loading {args.model_uri}"):
-            loaded = versions.load(args.model_uri, args.trust_code, args.served_model_name, settings=settings(args))
-        host_names = [args.host, *args.allowed_hosts.split(",")]
-        app = http_app.build(
-            loaded,
-            limits,
-            keys=api_keys,
-            host_names=host_names,
-            follows=followed(args),
-            tracer=tracer,
-            access_log=access_log,
-        )
-        config = uvicorn.Config(
-            app,
-            http=connections.Guarded,
-            ws="none",
-            backlog=BACKLOG,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=args.drain,
-        )
-        name, *others = loaded.names
-        console.out.print(f"Serving {name} at http://{args.host}:{args.port}/v1", markup=False)
-        if others:
-            console.out.print(f"A request may also name the model {', '.join(others)}", markup=False)
         stopping.allow(args.drain)
         try:
-            uvicorn.Server(config).run(sockets=[listener])
+            if args.workers > 1:
+                processes.run(args, listener)
+            else:
+                server.run(args, listener, api_keys, redact, access_log)
         except stopping.Stopped as stopped:
             if str(stopped) != "SIGTERM":
                 raise
             console.out.print("the server has stopped, after SIGTERM", markup=False)
     return "none"
-
-
-def followed(args: parameters.Parameters):
-    """What the server follows (versions.Alias), or None."""
-    from slm.serving import versions
-
-    if not (args.follow and model_uri.registered_alias(args.model_uri)):
-        return None
-    secret = os.environ.get("PHI3_MLFLOW_WEBHOOK_SECRET", "")
-    return versions.Alias(args.model_uri, args.follow, args.trust_code, args.served_model_name, secret, settings(args))
-
-
-def settings(args: parameters.Parameters) -> dict[str, int | str]:
-    """What a model is loaded with, in the place of what it was logged with. Empty values change nothing."""
-    return {name: getattr(args, name) for name in ("threads", "batch_size", "execution_provider")}
 
 
 def listen(host: str, port: int) -> socket.socket:

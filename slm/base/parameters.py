@@ -240,6 +240,7 @@ PARAMETERS = (  # a name that means something else to `serve` has a second row
         low=0.1,
         high=86400,
     ),
+    Parameter("workers", 1, ("serve",), "processes behind the port; each one loads the model", low=1, high=256),
     Parameter("threads", 0, ("serve",), "threads of the model's runtime; 0: one for each core", low=0, high=1024),
     Parameter(
         "execution_provider",
@@ -331,6 +332,7 @@ class Parameters(argparse.Namespace):
     drain: int
     max_waiting: int
     request_timeout: float
+    workers: int
     threads: int
     trace_experiment: str
     redact: str

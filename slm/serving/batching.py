@@ -5,20 +5,23 @@ a text waits for the next batch.
 """
 
 import asyncio
+import os
 import threading
 import time
 import traceback
 from collections import defaultdict, deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import prometheus_client
+from prometheus_client import multiprocess
 
 from slm.base import environment
 from slm.models import wrappers
 from slm.serving.protocol import PROMPT_TOKENS, SECONDS_PER_TOKEN, ApiError, Limits
 
+SHARED = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's variable
 MOST_BATCHES = 2  # batches that run at once for throughput
 FAIR_BATCHES = 4  # up to this number, a client without a running text may start a batch
 MOST_CACHES = 2.5  # for all batches together. One batch for throughput may take one cache
@@ -114,12 +117,17 @@ class Job:
 
 
 class Metrics:
-    """What /metrics shows, of all workers."""
+    """What /metrics shows, of all workers. With several processes, it shows the sums over them.
+
+    Then the environment's PROMETHEUS_MULTIPROC_DIR names the folder through which prometheus_client shares the values.
+    """
 
     def __init__(self) -> None:
         self.workers: list[Worker] = []
         self.versions = 0  # that are loaded
         self.registry = registry = prometheus_client.CollectorRegistry()
+        self._read: list[Callable[[], None]] = []
+        self._served: str | None = None
         buckets = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
         self.requests = prometheus_client.Counter(
             "slm_requests", "Requests for a completion, by how they ended", ["outcome"], registry=registry
@@ -138,19 +146,30 @@ class Metrics:
         self.joined = prometheus_client.Counter(
             "slm_joined_texts", "Texts that joined a running batch", registry=registry
         )
-        waiting = prometheus_client.Gauge("slm_waiting", "Texts that wait for a batch", registry=registry)
-        waiting.set_function(lambda: sum(len(worker.waiting) for worker in list(self.workers)))
-        generating = prometheus_client.Gauge("slm_generating", "Texts that are being generated", registry=registry)
-        generating.set_function(
-            lambda: sum(batch.live() for worker in list(self.workers) for batch in list(worker.running))
+        self.show(
+            "slm_waiting",
+            "Texts that wait for a batch",
+            lambda: sum(len(worker.waiting) for worker in list(self.workers)),
         )
-        loaded = prometheus_client.Gauge("slm_loaded_versions", "Versions in the memory", registry=registry)
-        loaded.set_function(lambda: self.versions)
+        self.show(
+            "slm_generating",
+            "Texts that are being generated",
+            lambda: sum(batch.live() for worker in list(self.workers) for batch in list(worker.running)),
+        )
+        self.show("slm_processes", "Processes that answer", lambda: 1)
+        self.show("slm_loaded_versions", "Versions in the memory of all processes", lambda: self.versions)
         self._versions = prometheus_client.Gauge(
-            "slm_served_version", "1 for the version that answers", ["version"], registry=registry
+            "slm_served_version",
+            "1 for the version that answers",
+            ["version"],
+            registry=registry,
+            multiprocess_mode="livemax",
         )
         looked = prometheus_client.Gauge(
-            "slm_alias_looked_seconds", "When the registry last said which version has the alias", registry=registry
+            "slm_alias_looked_seconds",
+            "When the registry last said which version has the alias",
+            registry=registry,
+            multiprocess_mode="max",
         )
         self.looked = looked.set  # seconds since 1970
         self.failed_looks = prometheus_client.Counter(
@@ -161,8 +180,31 @@ class Metrics:
         )
 
     def serve(self, version: str) -> None:
-        self._versions.clear()
+        if SHARED not in os.environ:
+            self._versions.clear()
+        elif self._served is not None:
+            self._versions.labels(self._served).set(0)  # what the processes share can't be cleared
         self._versions.labels(version).set(1)
+        self._served = version
+
+    def show(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Adds a gauge with the present value of `value`."""
+        gauge = prometheus_client.Gauge(name, text, registry=self.registry, multiprocess_mode="livesum")
+        self._read.append(lambda: gauge.set(value()))
+
+    def read(self) -> None:
+        """Sets the gauges that change by themselves."""
+        for read in self._read:
+            read()
+
+    def text(self) -> bytes:
+        """What /metrics answers."""
+        self.read()
+        registry = self.registry
+        if SHARED in os.environ:
+            registry = prometheus_client.CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry)
+        return prometheus_client.generate_latest(registry)
 
 
 class Worker:

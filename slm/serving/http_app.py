@@ -29,7 +29,9 @@ requests that name one of the server's host names.
 slm/serving/versions.py says how one version of the model replaces another, and slm/serving/traces.py how a share of
 the requests is written to MLflow.
 
-Not covered: TLS, users and quotas (use a proxy), images, more than one model or process.
+slm/serving/processes.py has several processes, each with an application of its own.
+
+Not covered: TLS, users and quotas (use a proxy), images, more than one model.
 With a runtime that does not refill, a prompt is one step of its batch.
 slm/serving/connections.py guards the sockets.
 """
@@ -38,7 +40,6 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
-import prometheus_client
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -74,6 +75,7 @@ def build(
     follows: Alias | None = None,
     tracer: Tracer | None = None,
     access_log: AccessLog | None = None,
+    follower_type: type[Follower] = Follower,
 ) -> FastAPI:
     """The application for a loaded chat model, or for the version that has the alias.
 
@@ -86,8 +88,8 @@ def build(
     check_tenants(loaded, keys.several)
     served = Served(loaded, limits or Limits(), keys.several, tracer)
     if tracer:
-        tracer.show(served.metrics.registry)
-    follower = Follower(served, follows) if follows else None
+        tracer.show(served.metrics)
+    follower = follower_type(served, follows) if follows else None
     description = openapi_page.page(served.limits, bool(keys))
 
     @asynccontextmanager
@@ -146,7 +148,7 @@ def build(
 
     @app.get("/metrics", dependencies=protected)
     async def metrics():
-        return Response(prometheus_client.generate_latest(served.metrics.registry), media_type=METRICS_TYPE)
+        return Response(served.metrics.text(), media_type=METRICS_TYPE)
 
     def card():
         told = {"version": served.version} if served.version else {}

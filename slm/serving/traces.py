@@ -25,6 +25,7 @@ import prometheus_client
 from slm.base import console, credentials, user_files
 from slm.base.errors import BadInput
 from slm.base.wording import counted, one_line, quoted
+from slm.serving.batching import Metrics
 from slm.tracking import mlflow_client, trace_store
 
 MOST_WAITING = 256  # traces in the queue
@@ -108,8 +109,9 @@ class Tracer:
         self._unsaid, self._why, self._said_at = 0, "", -LINE_SECONDS
         self._thread = threading.Thread(target=self._work, name="traces", daemon=True)
 
-    def show(self, registry: prometheus_client.CollectorRegistry) -> None:
+    def show(self, metrics: Metrics) -> None:
         """Registers the counters for /metrics."""
+        registry = metrics.registry
         self._sampled = prometheus_client.Counter(
             "slm_sampled_traces", "Answered requests that were drawn for a trace", registry=registry
         )
@@ -119,8 +121,7 @@ class Tracer:
         )
         for reason in ("queue", "redact", "store", "stop"):
             self._dropped.labels(reason)
-        waiting = prometheus_client.Gauge("slm_waiting_traces", "Traces that wait to be written", registry=registry)
-        waiting.set_function(lambda: len(self._queue) + self._writing)
+        metrics.show("slm_waiting_traces", "Traces that wait to be written", lambda: len(self._queue) + self._writing)
 
     def start(self) -> None:
         os.environ.setdefault(*RETRIES)

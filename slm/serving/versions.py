@@ -179,6 +179,10 @@ class Served:
     def is_alive(self) -> bool:
         return self._now is None or self._now.worker.is_alive()
 
+    def serves(self, version: str) -> bool:
+        """Whether all new requests get this version."""
+        return self.version == version
+
     def is_ready(self) -> bool:
         """Whether a new request is answered at once. Without memory for two versions, it waits for the next one."""
         return self._now is not None
@@ -306,45 +310,52 @@ class Follower:
             self._restore()
         if not version:
             self._say(f"{self.alias.uri} is not set any more")
-        elif f"{self.name}/{version}" == self.served.version:
+        elif self.served.serves(f"{self.name}/{version}"):
             self._said = ""
         elif (version, source) not in self._refused:
             self._move(version, source)
 
     def _move(self, version: str, source: str) -> None:
-        uri, before = f"models:/{self.name}/{version}", self.served.version
         console.out.print(f"{self.alias.uri} is version {version} now; loading it", markup=False)
-        start, gap = time.monotonic(), [0.0]
-
-        def make_room(size: int) -> None:
-            free = _free_memory()
-            if free is not None and free < ROOM * size:
-                told = f"{uri} needs about {ROOM * size / 2**20:,.0f} MB, and {free / 2**20:,.0f} MB are free"
-                console.out.print(f"{told}: {before} ends first, and requests wait", markup=False)
-                gap[0] = time.monotonic()
-                self.served.end()
-
-        loaded: Loaded | None = None
+        start, gap = time.monotonic(), None
         try:
-            loaded = self._load(version, make_room)
-            check_tenants(loaded, self.served.several_keys)
-            check_answer(loaded.wrapper)
+            gap = self.move(version)
         except Exception as error:
-            loaded = None
-            full = exhausted(error)
-            if full or isinstance(error, Unavailable) or mlflow_client.is_infrastructure(error):
-                self._look_failed(f"{uri} can't be loaded yet: {full or one_line(error)}")
+            refused, reason = judged(error)
+            if refused:
+                self._refuse(version, source, reason)
             else:
-                self._refuse(version, source, one_line(error))
-        if loaded is None:  # the error is gone, and with it the last hold of the refused model
-            gc.collect()
-            if gap[0]:
+                self._look_failed(f"models:/{self.name}/{version} can't be loaded yet: {reason}")
+        if gap is None:  # the error is gone, and with it the last hold of the refused model
+            environment.return_memory()
+            if not self.served.is_ready():
                 self._restore()
             return
-        self.served.replace(loaded)
-        waited = f"; requests waited for {time.monotonic() - gap[0]:.1f} s" if gap[0] else ""
+        waited = f"; requests waited for {gap:.1f} s" if gap else ""
         console.out.print(f"Serving version {version}, {time.monotonic() - start:.1f} s later{waited}", markup=False)
         self._said = ""
+
+    def move(self, version: str) -> float:
+        """Loads a version, checks it, and hands new requests to it. Returns the seconds that requests waited.
+
+        Raises:
+            Exception: the version can't be loaded, or it gives no proper answer. See `judged`.
+        """
+        began = 0.0
+
+        def make_room(size: int) -> None:
+            nonlocal began
+            if missing := lacks_memory(size):
+                told = f"models:/{self.name}/{version} {missing}: {self.served.version} ends first, and requests wait"
+                console.out.print(told, markup=False)
+                began = time.monotonic()
+                self.served.end()
+
+        loaded = self._load(version, make_room)
+        check_tenants(loaded, self.served.several_keys)
+        check_answer(loaded.wrapper)
+        self.served.replace(loaded)
+        return time.monotonic() - began if began else 0.0
 
     def _restore(self) -> None:
         """Loads the version again that ended before the next one could be loaded."""
@@ -374,6 +385,21 @@ class Follower:
         if text != self._said:
             self._said = text
             console.err.print(f"warning: {text}; {self.served.version or 'no version'} goes on", markup=False)
+
+
+def judged(error: Exception) -> tuple[bool, str]:
+    """Whether a version that could not be moved to is at fault, and why. Otherwise, a later try may succeed."""
+    full = exhausted(error)
+    later = full or isinstance(error, Unavailable) or mlflow_client.is_infrastructure(error)
+    return not later, full or one_line(error)
+
+
+def lacks_memory(size: int, processes: int = 1) -> str:
+    """What is missing to load a model of so many bytes, for each of these processes. "" if nothing is missing."""
+    free, needed = _free_memory(), ROOM * size * processes
+    if free is None or free >= needed:
+        return ""
+    return f"needs about {needed / 2**20:,.0f} MB, and {free / 2**20:,.0f} MB are free"
 
 
 def _free_memory() -> int | None:

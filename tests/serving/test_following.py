@@ -7,53 +7,20 @@ import tempfile
 import threading
 import time
 import weakref
-from pathlib import Path
 
 import mlflow
-import openai
 import pytest
 from fastapi.testclient import TestClient
 from support.commands import free_port, running_warm, serving
 from support.databases import database, sqlite_store
 from support.effort import LOAD_SECONDS
 from support.faulty_proxy import in_front_of
+from support.moving_alias import ALIAS, Clients, champion, damage, log, source_of
 from support.openai_servers import metric, wait_for
-from support.questions import GENERATION
 
 from slm.base.errors import BadInput
 from slm.serving import http_app, protocol, versions
 from slm.tracking import registry, tags
-
-ALIAS = "models:/bot@champion"
-
-
-def log(export, experiment: str) -> str:
-    """Logs the int4 model under the registered name `bot`, and gives its version."""
-    from slm.models import model_logging
-
-    found = mlflow.get_experiment_by_name(experiment)
-    with mlflow.start_run(experiment_id=found.experiment_id if found else mlflow.create_experiment(experiment)):
-        info = model_logging.log_onnx(export, "chat", GENERATION, "int4", registered_model_name="bot")
-    return str(info.registered_model_version)
-
-
-def champion(version: str) -> None:
-    registry.set_alias("bot", "champion", version)
-
-
-def damage(folder: Path) -> None:
-    """Exchanges a byte of a logged model's weights. Other links to the file stay as they are."""
-    [weights] = folder.rglob("model.onnx.data")
-    content = bytearray(weights.read_bytes())
-    content[len(content) // 2] ^= 255
-    weights.unlink()
-    weights.write_bytes(content)
-
-
-def source_of(version: str) -> str:
-    """The id of a version's LoggedModel."""
-    return registry.version_source(f"models:/bot/{version}").removeprefix("models:/")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Under load, on PostgreSQL
@@ -67,41 +34,6 @@ def tracked(tmp_path_factory):
         options = f"--backend-store-uri={uri}", f"--artifacts-destination={folder / 'store'}"
         with serving(folder, *options) as address:
             yield address, folder / "store"
-
-
-class Clients:
-    """So many clients of the openai library in a closed loop. Each answer is kept with its begin and its version."""
-
-    def __init__(self, address: str, number: int):
-        self.answers: list[tuple[float, str, str]] = []  # (begin, fingerprint, header)
-        self.failed: list[str] = []
-        self._ended = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(address, at)) for at in range(number)]
-
-    def __enter__(self):
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._ended.set()
-        for thread in self._threads:
-            thread.join(120)
-
-    def _ask(self, address: str, at: int) -> None:
-        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120) as client:
-            turn = 0
-            while not self._ended.is_set():
-                turn += 1
-                question = [{"role": "user", "content": f"Count from {at} to {turn}."}]
-                begin = time.time()
-                try:
-                    told = client.chat.completions.with_raw_response.create(
-                        model="bot", messages=question, max_tokens=12
-                    )
-                    self.answers.append((begin, told.parse().system_fingerprint, told.headers["x-model-version"]))
-                except openai.OpenAIError as error:
-                    self.failed.append(f"{type(error).__name__}: {error}")
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from support.questions import GENERATION, PARIS
 
 from slm.base.errors import BadInput
 from slm.serving import traces
+from slm.serving.batching import Metrics
 
 SAMPLED, LOGGED = "slm_sampled_traces_total", "slm_logged_traces_total"
 REASONS = ("queue", "redact", "store", "stop")
@@ -261,9 +262,7 @@ def drops(reason: str) -> str:
 
 
 def test_a_trace_larger_than_the_queue_is_dropped(tracer):
-    from prometheus_client import CollectorRegistry
-
-    tracer.show(CollectorRegistry())
+    tracer.show(Metrics())
     words = {"start": 0.0, "seconds": 1.0, "prompt_tokens": 1, "output_tokens": 1, "request_id": "", "model": ""}
     words |= {"model_uri": "", "model_id": "", "version": ""}
     for size in (traces.MOST_BYTES, 2):
@@ -346,9 +345,7 @@ def test_without_a_name_the_traces_belong_to_the_run(database):
 
 
 def test_what_cannot_become_a_trace_is_dropped_and_the_next_one_is_written(tracer, database, monkeypatch):
-    from prometheus_client import CollectorRegistry
-
-    tracer.show(CollectorRegistry())
+    tracer.show(Metrics())
     words = {"start": 0.0, "seconds": 1.0, "prompt_tokens": 1, "output_tokens": 1, "request_id": "", "model": ""}
     words |= {"model_uri": "", "model_id": "", "version": ""}
     for body in (b"[", b'{"messages": [{"role": "user", "content": "Hello\\u0000"}]}'):
