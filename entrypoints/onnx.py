@@ -4,8 +4,8 @@
     mlflow run . -e onnx -P model=microsoft/Phi-3-mini-4k-instruct-onnx \
         -P subfolder=cpu_and_mobile/cpu-int4-rtn-block-32-acc-level-4
 
-A ready ONNX GenAI folder is logged as it is; any other checkpoint is exported first. The run gets the logged model
-"onnx", and a child run with its scores on the prompt set.
+A ready ONNX GenAI folder is logged as it is; any other checkpoint is exported first. The run gets the logged model,
+named `CHECKPOINT-onnx-PRECISION`, and a child run with its scores on the prompt set.
 """
 
 import sys
@@ -42,7 +42,7 @@ def log_and_score(args: parameters.Parameters) -> str:
         # The ONNX GenAI folder, and the model logged from it
         with console.step(f"Fetching {source.name}"):
             checkpoint = source.fetch(onnx=True)
-        precision = "as given"
+        precision = onnx_export.AS_GIVEN
         if not checkpoint.is_onnx:
             precision = args.precision
             with console.step(f"Exporting to ONNX, {precision}") as tell:

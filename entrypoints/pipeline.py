@@ -2,7 +2,7 @@
 
     mlflow run . -e pipeline -P model=microsoft/Phi-3-mini-4k-instruct
 
-The run gets the logged model "pipeline", and a child run with its scores on the prompt set.
+The run gets the logged model, named `CHECKPOINT-pipeline`, and a child run with its scores on the prompt set.
 """
 
 import sys

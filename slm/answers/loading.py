@@ -26,7 +26,7 @@ from slm.base import cache, console, environment, model_uri
 from slm.base.errors import BadInput, exhausted
 from slm.base.hashing import digest
 from slm.base.wording import one_line
-from slm.models import chat_model, manifest, model_logging, wrappers
+from slm.models import chat_model, manifest, model_logging, onnx_export, wrappers
 
 
 class NotRead:
@@ -362,7 +362,7 @@ def _record(opened: wrappers.Opened) -> dict:
     metadata, wrapper = opened.description.metadata, opened.wrapper
     files = {name: record.sha256 for name, record in opened.manifest.weights.items()}
     weights = {name: sha256 for name, sha256 in files.items() if name not in model_logging.TOKENIZER_FILES}
-    precision = metadata.get("precision") or "as given"
+    precision = metadata.get("precision") or onnx_export.AS_GIVEN
     used = _used(opened, precision)
     return {
         "model": {

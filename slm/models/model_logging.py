@@ -13,6 +13,7 @@ the model, write its weights again in fp32, and request a model card from the hu
 import functools
 import importlib.metadata
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -30,7 +31,7 @@ from mlflow.types.schema import AnyType, Array
 from mlflow.utils.uri import is_databricks_unity_catalog_uri, is_oss_unity_catalog_uri
 
 from slm.base import cache, environment
-from slm.models import chat_model, manifest, wrappers
+from slm.models import chat_model, manifest, onnx_export, wrappers
 from slm.models.checkpoints import Checkpoint
 
 PACKAGES = {
@@ -51,11 +52,12 @@ SETTINGS = {  # 0 and "": the wrapper chooses
     "pipeline": {"batch_size": 0, "threads": 0, "dtype": "auto", "device": "auto"},
     "onnx": {"batch_size": 0, "threads": 0, "execution_provider": "", "runtime": "auto"},
 }
+NAME = 100  # characters of a checkpoint's name in the name of a logged model
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
 def log_pipeline(checkpoint: Checkpoint, generation: dict, save_weights: bool = True, **log) -> ModelInfo:
-    """Logs a checkpoint as a transformers chat model (task llm/v1/chat) named "pipeline".
+    """Logs a checkpoint as a transformers chat model (task llm/v1/chat). `logged_name` names it.
 
     `generation` holds the defaults of temperature, top_p, seed and stop. It may hold batch_size, threads, dtype and
     device. The default of max_tokens is the wrapper's: an evaluation's limit would cut the answers of a served model.
@@ -64,14 +66,24 @@ def log_pipeline(checkpoint: Checkpoint, generation: dict, save_weights: bool = 
 
 
 def log_onnx(export: Checkpoint, schema: str, generation: dict, precision: str, **log) -> ModelInfo:
-    """Logs an ONNX GenAI folder as a pyfunc model named "onnx", with the `prompt` or the `chat` schema.
+    """Logs an ONNX GenAI folder as a pyfunc model, with the `prompt` or the `chat` schema. `logged_name` names it.
 
     `generation` is as in `log_pipeline`, with execution_provider and runtime in the place of dtype and device.
     """
     return _log("onnx", export, schema, generation, metadata={"precision": precision}, **log)
 
 
-def _log(name, checkpoint, schema, generation, *, metadata=None, save_weights=True, registered_model_name=""):
+def logged_name(checkpoint: str, wrapper: str, precision: str = "") -> str:
+    """The name of a logged model: `Phi-3-mini-4k-instruct-onnx-int4`, or `…-pipeline`.
+
+    `checkpoint` is the checkpoint's name. MLflow allows no `/ : . % ' "` in a name. The precision of a ready ONNX
+    folder is unknown.
+    """
+    told = [checkpoint[:NAME], wrapper, *([precision] if precision not in ("", onnx_export.AS_GIVEN) else [])]
+    return re.sub(r"[^\w-]+", "-", "-".join(told))
+
+
+def _log(wrapper, checkpoint, schema, generation, *, metadata=None, save_weights=True, registered_model_name=""):
     template, special_tokens = checkpoint.chat_template
     facts = {
         "source": checkpoint.source,
@@ -84,22 +96,22 @@ def _log(name, checkpoint, schema, generation, *, metadata=None, save_weights=Tr
     } | ({"task": "llm/v1/chat"} if schema == "chat" else {})
     metadata = facts | (metadata or {})
     if registered_model_name:
-        settings = _settings(name, checkpoint, schema, generation, save_weights)
+        settings = _settings(wrapper, checkpoint, schema, generation, save_weights)
         left = _left_behind(registered_model_name, metadata, signature(schema, generation), settings)
         if left:
             return left
     return Model.log(
         artifact_path=None,
-        name=name,
+        name=logged_name(checkpoint.name, wrapper, metadata.get("precision", "")),
         flavor=sys.modules[__name__],
-        flavor_name="transformers" if name == "pipeline" else "pyfunc",
+        flavor_name="transformers" if wrapper == "pipeline" else "pyfunc",
         registered_model_name=registered_model_name or None,
         metadata=metadata,
         params={"model": checkpoint.name, "precision": metadata.get("precision", ""), "schema": schema}
         | ({"revision": checkpoint.revision} if checkpoint.revision else {}),
         validate_serving_input=False,  # the next step loads and scores the model
         checkpoint=checkpoint,
-        wrapper=name,
+        wrapper=wrapper,
         schema=schema,
         generation=generation,
         save_weights=save_weights,

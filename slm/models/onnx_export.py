@@ -27,6 +27,7 @@ K_QUANT = {"algo_config": "k_quant_mixed"}
 ALWAYS = {"windowed_kv_cache": "false"}
 # no fp32 for cuda: the builder (0.18) writes attention without caches, and no runtime loads that graph
 PRECISIONS = {"cpu": ("int4", "int8", "fp32"), "cuda": ("int4", "int8", "fp16", "bf16")}
+AS_GIVEN = "as given"  # the precision of a ready ONNX folder
 QUANTIZED = {"cpu": ("int4", "int8")}  # by slm/models/graph_building.py
 # mixtures of experts and quantized checkpoints get the builder's own precision
 BUILDERS_OWN = {"num_local_experts", "num_experts", "quantization_config"}

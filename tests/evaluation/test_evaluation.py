@@ -433,4 +433,5 @@ def test_a_model_that_was_logged_twice_is_one_and_another_precision_is_another(i
     assert not registry.have_same_files(first.model_uri, prompt.model_uri)  # the same weights, asked in another form
     found = tracking.search_logged_models(filter_string="params.precision = 'int8'", output_format="list")
     assert [model.model_id for model in found] == [other.model_id]
+    assert (found[0].name, prompt.name) == ("smollm2-135m-instruct-onnx-int8", "smollm2-135m-instruct-onnx-int4")
     assert found[0].params.items() >= {"model": "smollm2-135m-instruct", "schema": "chat"}.items()

@@ -380,3 +380,22 @@ def test_memory_stays_flat_over_calls(models, name):
 
     # a leak grows every time; the keys and values of one call take about 2 MB
     assert any(growth_bytes(models[name], calls=25, first=5) < 8e6 for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("Phi-3.5-mini", "onnx", "int4"), "Phi-3-5-mini-onnx-int4"),
+        (("Phi-3.5-mini", "pipeline"), "Phi-3-5-mini-pipeline"),
+        (("phi-3", "onnx", "as given"), "phi-3-onnx"),  # a ready folder
+        (("50 % \"off\":it's/a\nname", "onnx", "fp32"), "50-off-it-s-a-name-onnx-fp32"),
+        (("x" * 500, "pipeline"), "x" * 100 + "-pipeline"),
+    ],
+)
+def test_a_logged_model_is_named_by_checkpoint_form_and_precision(words, named):
+    from mlflow.utils.validation import _validate_logged_model_name
+
+    from slm.models import model_logging
+
+    assert model_logging.logged_name(*words) == named
+    _validate_logged_model_name(named)

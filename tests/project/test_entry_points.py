@@ -52,7 +52,7 @@ def test_pipeline_from_a_git_url(git_server, tracking_server, server, tmp_path):
     assert parent.data.params["model"] == "smollm2-135m-instruct" and "cfg.model" not in parent.data.params
     assert parent.data.params.get("cfg.stop", parent.data.params["stop"]) == ""
     logged, _ = check_child(server, children["pipeline"])
-    assert (logged.name, logged.source_run_id) == ("pipeline", parent.info.run_id)
+    assert (logged.name, logged.source_run_id) == ("smollm2-135m-instruct-pipeline", parent.info.run_id)
     assert logged.status == "READY"
     version = server.get_model_version("from-git", "1")
     assert version.source == logged.model_uri
@@ -72,7 +72,7 @@ def test_onnx_from_a_git_url(git_server, tracking_server, server, tmp_path):
     parent, children = parent_and_children(server, experiment)
     assert parent.data.params["cfg.stop"] == 'it\'s a "$(test)"'
     logged, samples = check_child(server, children["onnx int4"])
-    assert (logged.name, logged.source_run_id) == ("onnx", parent.info.run_id)
+    assert (logged.name, logged.source_run_id) == ("smollm2-135m-instruct-onnx-int4", parent.info.run_id)
     assert {sample["finish_reason"] for sample in samples} <= {"stop", "length"}
     assert all(sample["output_tokens"] > 0 for sample in samples)
 
