@@ -54,9 +54,8 @@ def evaluate(args: parameters.Parameters) -> str:
         if source is None:
             named, baseline, _ = resolved(args, uris)
         else:
-            named = [(f"onnx {args.precision} of {source.name}", ""), (f"pipeline of {source.name}", "")]
-            baseline = 1
-        forecast.show(args, prompt_set, thresholds, named, baseline)
+            named, baseline = [(f"onnx {args.precision}", ""), ("pipeline", "")], 1
+        forecast.show(args, prompt_set, thresholds, named, baseline, source.name if source else "")
         return "none"
 
     with schedule.run("evaluate", args) as settled:
@@ -80,7 +79,7 @@ def evaluate(args: parameters.Parameters) -> str:
             return settled
 
         # Each scored as logged, compared, gated
-        forecast.tell(args, prompt_set, len(named), baseline is not None)
+        forecast.tell(args, prompt_set, thresholds, named, baseline is not None)
         before = promotion.alias_version(named[0][1], args.alias)
         results = scoring.score_models(named, prompt_set, args, thresholds, baseline)
         verdict = conclusion.finish(subject, results, args, prompt_set, thresholds, baseline, is_first)

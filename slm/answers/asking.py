@@ -158,8 +158,13 @@ def questions(
             row = row_of(model.facts, prompt, repeat, generation)
             if repeat == 0:
                 text, token_ids = (f"refused: {row['refused']}", None) if "refused" in row else model.sent(row)
-            found.append(Question(prompt, repeat, row, digest([row, repeat]), text, token_ids))
+            found.append(Question(prompt, repeat, row, key_of(row, repeat), text, token_ids))
     return found
+
+
+def key_of(row: dict[str, Any], repeat: int) -> str:
+    """The key that finds the kept answer to a row."""
+    return digest([row, repeat])
 
 
 def answers(model: LoadedModel, asked: list[Question], batch_size: int = 0) -> Iterator[tuple[Question, Answer]]:

@@ -110,6 +110,12 @@ def opened(identity: object, reuse: Reuse) -> Iterator[Answers]:
         lock.release()
 
 
+def count(identity: object, asked: Iterable[str]) -> int:
+    """How many of the questions with these keys have a kept answer. Changes nothing."""
+    kept = {line.get("asked") for line in _read(cache.private("answers") / f"{digest(identity)}.jsonl")}
+    return len(kept.intersection(asked))
+
+
 def _read(path: Path) -> list[dict]:
     """The lines of a file, up to the first line that is incomplete or has another format."""
     lines = []

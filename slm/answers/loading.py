@@ -295,6 +295,33 @@ def load(
     return OwnModel(facts, wrapper, row_timeout, opened.unchanged)
 
 
+def facts_before_loading(label: str, uri: str) -> ModelFacts | None:
+    """What the logged description says of a model of this project: enough to find its kept answers.
+
+    None for a model of others and for an endpoint. The wrapper is taken to be the one of this repository.
+    """
+    import mlflow
+
+    if endpoints.is_endpoint(uri):
+        return None
+    description = mlflow.models.get_model_info(uri)
+    if not wrappers.is_ours(description):
+        return None
+    code_sha256, registered = wrappers.own_sha256(), model_uri.registered_version(uri)
+    config = description.flavors["python_function"].get("config") or {}
+    metadata = description.metadata or {}
+    return ModelFacts(
+        label=label,
+        uri=uri,
+        name=registered[0] if registered else f"{config.get('model_name', '')}, {label}",
+        form=forms.form_of(uri, description, None),
+        load_seconds=0.0,
+        identity=identity(description, code_sha256),
+        sha256=metadata.get("model.sha256", ""),
+        code_sha256=code_sha256,
+    )
+
+
 def _load_others(
     label: str, uri: str, folder: Path, description, recorded: Iterable[str], row_timeout: float
 ) -> OthersModel:

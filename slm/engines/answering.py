@@ -5,10 +5,10 @@ module calls no MLflow and loads no model.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from slm.answers import kept_answers, loading
-from slm.answers.asking import Answer, LoadedModel, ModelFacts, Question, answers
+from slm.answers.asking import Answer, LoadedModel, ModelFacts, Question, answers, key_of, row_of
 from slm.base import environment
 from slm.prompts.prompt_rows import Prompt, ScorerCall, conversation
 from slm.prompts.prompt_sets import PromptSet
@@ -94,6 +94,14 @@ def score(
     return ScoredModel(
         facts, samples, estimates, metrics, reused, sent=sent, generated=generated, unmeasured=unmeasured
     )
+
+
+def count_kept(facts: ModelFacts, prompts: Iterable[Prompt], generation: dict, repeats: int) -> int:
+    """How many answers of earlier runs `score` takes with `reuse="all"`."""
+    keys = (
+        key_of(row_of(facts, prompt, repeat, generation), repeat) for prompt in prompts for repeat in range(repeats)
+    )
+    return kept_answers.count(identity(facts, generation), keys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

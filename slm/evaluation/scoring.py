@@ -101,7 +101,7 @@ def score_model(
             cut=args.cut,
             scorers=scorers,
             record=asked,
-            reuse=_reuse(args.resume, thresholds),
+            reuse=reuse(args.resume, thresholds),
             resume=args.resume,
             row_timeout=args.row_timeout,
             trust_code=args.trust_code,
@@ -134,6 +134,6 @@ def score_model(
     return Result(replace(scored, record=record), run_id)
 
 
-def _reuse(resume: bool, thresholds: tuple[gate.Threshold, ...]) -> Reuse:
+def reuse(resume: bool, thresholds: tuple[gate.Threshold, ...]) -> Reuse:
     """Which kept answers may be used. A gate on speed or memory measures all answers now, the baseline's too."""
     return "none" if not resume or any(rule.metric.startswith(MEASURED) for rule in thresholds) else "all"

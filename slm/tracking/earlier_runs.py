@@ -6,7 +6,7 @@ from slm.tracking import tags
 from slm.tracking.mlflow_client import quiet_mlflow
 
 HISTORY = 50  # the most earlier runs that a report shows
-SPEED = "output_tokens_per_second"
+NEWEST = 20  # the most earlier runs that a forecast reads
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,36 @@ def history(prompts_sha256: str, model_name: str, names) -> dict[str, tuple]:
     return found
 
 
-def newest(prompts_sha256: str) -> dict[str, float]:
-    """The metrics of the newest finished runs on these prompts, in the experiment of the active run or of the
-    environment.
+@dataclass(frozen=True)
+class Pace:
+    """How long a model's answers were in an earlier run, and how fast they came."""
 
-    Of two runs with the same metric, the newer one counts. Of SPEED, the slowest counts: the models of a run differ.
-    """
+    model_uri: str
+    model_name: str  # as in ModelFacts
+    tokens: float  # of an answer
+    speed: float  # tokens per second
+
+    def seconds(self, max_tokens: int) -> float:
+        """The seconds for an answer of at most `max_tokens`."""
+        return min(self.tokens, max_tokens) / self.speed
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What the newest finished runs of an experiment have measured."""
+
+    detectable: float | None  # a difference of the overall score on these prompts; None: no run compared two models
+    paces: tuple[Pace, ...]  # the newest first; those on these prompts before those on other prompts
+
+    def pace(self, uri: str, name: str) -> Pace | None:
+        """The likely pace of a model: its own, or of a model of its name, or of another model. None if unknown."""
+        own = [pace for pace in self.paces if pace.model_uri == uri]
+        named = [pace for pace in self.paces if pace.model_name == name]
+        return next(iter((*own, *named, *self.paces)), None)
+
+
+def newest(prompts_sha256: str) -> Earlier:
+    """The figures of earlier runs, in the experiment of the active run or of the environment."""
     import os
 
     mlflow = quiet_mlflow()
@@ -69,13 +93,22 @@ def newest(prompts_sha256: str) -> dict[str, float]:
     else:
         experiment = os.environ.get("MLFLOW_EXPERIMENT_ID") or (found.experiment_id if found else "" if name else "0")
     if not experiment:
-        return {}
-    runs = client.search_runs(
-        [experiment],
-        f"tags.`{tags.PROMPTS_SHA256}` = '{prompts_sha256}' and status = 'FINISHED'",
-        max_results=10,
-        order_by=["attributes.start_time DESC"],
+        return Earlier(None, ())
+
+    def finished(comparison: str) -> list:
+        query, order = f"tags.`{tags.PROMPTS_SHA256}` {comparison} and status = 'FINISHED'", ["start_time DESC"]
+        return client.search_runs([experiment], query, max_results=NEWEST, order_by=order)
+
+    runs, others = finished(f"= '{prompts_sha256}'"), finished(f"!= '{prompts_sha256}'")
+    detectable = [run.data.metrics.get("difference/score/detectable") for run in runs]
+    return Earlier(
+        next((figure for figure in detectable if figure is not None), None),
+        tuple(pace for run in (*runs, *others) if (pace := _pace(run))),
     )
-    metrics = {key: value for run in reversed(runs) for key, value in run.data.metrics.items()}
-    speeds = [run.data.metrics[SPEED] for run in runs if SPEED in run.data.metrics]
-    return metrics | ({SPEED: min(speeds)} if speeds else {})
+
+
+def _pace(run) -> Pace | None:
+    tokens, speed = (run.data.metrics.get(f"output_tokens{figure}") for figure in ("/mean", "_per_second"))
+    if not tokens or not speed:
+        return None
+    return Pace(run.data.tags.get(tags.MODEL_URI, ""), run.data.tags.get(tags.MODEL_NAME, ""), tokens, speed)

@@ -21,6 +21,7 @@ PLAIN = (  # the metrics of a scored model that are single figures
     "rows_unscored",
     "rows_cut",
     "rows_cut/share",
+    "output_tokens/mean",
     "output_tokens_per_second",
     "latency_seconds/p50",
     "latency_seconds/p95",
@@ -102,6 +103,9 @@ def metrics_of(
     if model.bytes:  # the size of an endpoint's model is unknown
         metrics["model_bytes"] = model.bytes
     metrics |= figures
+    tokens = [sample.output_tokens for sample in answered if sample.output_tokens is not None]
+    if tokens and len(tokens) == len(answered):  # a model of others may not count tokens
+        metrics["output_tokens/mean"] = sum(tokens) / len(tokens)
     if latencies and seconds:
         metrics |= {f"latency_seconds/p{q}": statistics.percentile(seconds, q) for q in (50, 95)}
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}

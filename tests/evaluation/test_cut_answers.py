@@ -1,6 +1,7 @@
 """An evaluation of two logged wrappers whose answers are cut, and which are compared token by token."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +64,40 @@ def evaluated(wrappers, tmp_path_factory):
         place = client.download_artifacts(parent.info.run_id, "evaluation", str(folder))
         mlflow.set_tracking_uri(None)
     return code, printed.getvalue(), parent, child, traces, place
+
+
+def test_the_time_to_generate_does_not_count_answers_that_are_reused(
+    evaluated, wrappers, tmp_path, monkeypatch, capsys
+):
+    """Each check is of models whose answers to these prompts, but for one, are kept."""
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", wrappers[0])
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "cut answers")
+    cache = Path(evaluated[-1]).parent
+    monkeypatch.setenv("PHI3_MLFLOW_CACHE", str(cache / "cache"))
+    mlflow.set_tracking_uri(wrappers[0])
+
+    def takes(**options):
+        options = {
+            "model_uris": wrappers[1]["onnx int4"],
+            "baseline": wrappers[1]["onnx int8"],
+            "prompts": str(cache / "problems.jsonl"),
+            "max_tokens": 12,
+            "check": "true",
+        } | options
+        assert evaluate.main([f"--{name}={value}" for name, value in options.items()]) == 0
+        return next(line[10:] for line in capsys.readouterr().out.splitlines() if line.startswith("takes"))
+
+    assert takes() == "0 s: all 8 answers are reused"
+    some = re.fullmatch(r"about \d+ s, as in earlier runs; 8 of 16 answers are reused", takes(repeats=2))
+    assert some
+    assert re.fullmatch(r"about \d+ s, as in earlier runs", takes(resume="false"))
+    assert re.fullmatch(r"about \d+ s, as in earlier runs", takes(thresholds="gates/default.yaml"))  # measures all
+    assert re.fullmatch(
+        r"about \d+ s, as in earlier runs; 4 of 8 answers are reused", takes(model_uris=wrappers[1]["onnx fp32"])
+    )
+    mlflow.set_tracking_uri(None)
 
 
 def test_cut_answers_are_a_metric_of_each_model_and_of_the_run(evaluated):

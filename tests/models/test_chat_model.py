@@ -388,7 +388,7 @@ def test_memory_stays_flat_over_calls(models, name):
         (("Phi-3.5-mini", "onnx", "int4"), "Phi-3-5-mini-onnx-int4"),
         (("Phi-3.5-mini", "pipeline"), "Phi-3-5-mini-pipeline"),
         (("phi-3", "onnx", "as given"), "phi-3-onnx"),  # a ready folder
-        (("50 % \"off\":it's/a\nname", "onnx", "fp32"), "50-off-it-s-a-name-onnx-fp32"),
+        (('50 % "off":it\'s/a\nname', "onnx", "fp32"), "50-off-it-s-a-name-onnx-fp32"),
         (("x" * 500, "pipeline"), "x" * 100 + "-pipeline"),
     ],
 )

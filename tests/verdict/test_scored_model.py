@@ -39,6 +39,7 @@ def test_failed_and_unscored_rows_are_counted_and_latencies_are_of_answers():
         "rows_unscored": 1,
         "rows_cut": 0,
         "rows_cut/share": 0,
+        "output_tokens/mean": 1,
         "model_load_seconds": 2,
         "model_bytes": 7,
     }
@@ -56,8 +57,10 @@ def test_the_overall_score_comes_first():
 def test_what_is_unknown_or_not_wanted_is_left_out():
     metrics = scored_model.metrics_of(replace(facts(), bytes=0), SAMPLES, {}, latencies=False)
     assert set(metrics) == {
-        "rows", "rows_failed", "rows_unscored", "rows_cut", "rows_cut/share", "model_load_seconds"
+        "rows", "rows_failed", "rows_unscored", "rows_cut", "rows_cut/share", "output_tokens/mean", "model_load_seconds"
     }  # fmt: skip
+    silent = replace(SAMPLES[0], output_tokens=None)  # a model of others may not count tokens
+    assert "output_tokens/mean" not in scored_model.metrics_of(facts(), (silent, *SAMPLES), {})
     metrics = scored_model.metrics_of(facts(), (), {"s": statistics.mean_estimate([])})
     assert not [name for name in metrics if name.startswith(("s/", "latency"))]  # NaN
 

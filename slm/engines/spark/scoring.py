@@ -83,6 +83,9 @@ def score(
         metrics = scored_model.metrics_of(model, samples, estimates) | latencies
         metrics |= {name: float(sum(marker[name] for marker in markers)) for name in COUNTS}
         metrics["rows_cut/share"] = metrics["rows_cut"] / metrics["rows"]
+        if "output_tokens/mean" in metrics:  # of the listed answers
+            answered = max(metrics["rows"] - metrics["rows_failed"], 1.0)
+            metrics["output_tokens/mean"] = sum(marker["output_tokens"] for marker in markers) / answered
     metrics["model_load_seconds"] = max(marker["model_load_seconds"] for marker in markers)
     metrics["peak_memory_bytes"] = max(marker["peak_memory_bytes"] for marker in markers)
     spent = [(marker["output_tokens"], marker["elapsed"]) for marker in markers if marker["elapsed"]]
