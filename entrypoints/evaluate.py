@@ -1,8 +1,8 @@
 """Scores a prompt set against logged models, compares them, and gates.
 
-    mlflow run .
-    mlflow run . -P prompts=prompts/general.jsonl -P model_uris=models:/phi3/7 -P baseline=models:/phi3@champion \
-        -P thresholds=gates/default.yaml -P alias=champion
+    mlflow run . --env-manager local
+    mlflow run . --env-manager local -P prompts=prompts/general.jsonl -P model_uris=models:/phi3/7 \
+        -P baseline=models:/phi3@champion -P thresholds=gates/default.yaml -P alias=champion
 
 With no `model_uris`, both wrappers of `model` are logged, and the ONNX one is compared with the pipeline. Each scored
 model gets a child run; the run itself gets the comparison and the verdict.

@@ -1,7 +1,7 @@
 """Logs a model as a pyfunc over onnxruntime-genai, and scores it as logged.
 
-    mlflow run . -e onnx -P model=microsoft/Phi-3-mini-4k-instruct
-    mlflow run . -e onnx -P model=microsoft/Phi-3-mini-4k-instruct-onnx \
+    mlflow run . --env-manager local -e onnx -P model=microsoft/Phi-3-mini-4k-instruct
+    mlflow run . --env-manager local -e onnx -P model=microsoft/Phi-3-mini-4k-instruct-onnx \
         -P subfolder=cpu_and_mobile/cpu-int4-rtn-block-32-acc-level-4
 
 A ready ONNX GenAI folder is logged as it is; any other checkpoint is exported first. The run gets the logged model,

@@ -1,6 +1,6 @@
 """Logs a Hugging Face model as an MLflow transformers chat model (llm/v1/chat), and scores it as logged.
 
-    mlflow run . -e pipeline -P model=microsoft/Phi-3-mini-4k-instruct
+    mlflow run . --env-manager local -e pipeline -P model=microsoft/Phi-3-mini-4k-instruct
 
 The run gets the logged model, named `CHECKPOINT-pipeline`, and a child run with its scores on the prompt set.
 """

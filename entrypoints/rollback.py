@@ -1,7 +1,7 @@
 """Moves a registry alias back, to the version that had it before or to a version that is named.
 
-    mlflow run . -e rollback -P model_uri=models:/phi3@champion
-    mlflow run . -e rollback -P model_uri=models:/phi3@champion -P version=3
+    mlflow run . --env-manager local -e rollback -P model_uri=models:/phi3@champion
+    mlflow run . --env-manager local -e rollback -P model_uri=models:/phi3@champion -P version=3
 
 `evaluate` notes which version had the alias when it moves one. Nothing is scored.
 """

@@ -1,6 +1,6 @@
 """Serves a logged chat model over OpenAI's API: /v1/chat/completions (streams too), /v1/models, /health, /metrics.
 
-    mlflow run . -e serve -P model_uri=models:/phi3@champion
+    mlflow run . --env-manager local -e serve -P model_uri=models:/phi3@champion
     PHI3_MLFLOW_API_KEY=… python -m entrypoints.serve --model_uri=models:/phi3@champion
 
 Keys are read from the environment, or from the file that PHI3_MLFLOW_API_KEY_FILE names, since MLflow logs parameters.

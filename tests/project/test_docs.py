@@ -63,7 +63,11 @@ def test_every_command_names_entry_points_and_parameters_that_exist():
     lines = [line.strip() for text in TEXTS.values() for block in blocks(text, "sh") for line in block.splitlines()]
     runs = [line for line in lines if line.startswith("mlflow run ")]
     assert len(runs) >= 20
+    for entry_point in (REPOSITORY / "entrypoints").glob("*.py"):  # `--help` shows these
+        text = entry_point.read_text("utf-8").replace("\\\n", "")
+        runs += [line.strip() for line in text.splitlines() if line.startswith("    mlflow run ")]
     for line in runs:
+        assert "--env-manager" in line, line  # MLflow's default is conda
         words = shlex.split(line)
         assert {words[at + 1] for at, word in enumerate(words) if word == "-e"} <= {*ENTRY_POINTS, "main"}, line
         assert {words[at + 1].split("=")[0] for at, word in enumerate(words) if word == "-P"} <= names, line
