@@ -177,6 +177,8 @@ def again(
         chosen["model_uris"] = ",".join(uri for place, uri in enumerate(uris) if place != baseline)
         if baseline is not None:
             chosen["baseline"] = uris[baseline]
+        elif chosen.pop("baseline", ""):  # a first champion had none, and is the champion now
+            chosen.pop("thresholds", None)  # its rules against a baseline can't be decided
     elif str(records[0]["known_as"].get("source")).startswith("hf:"):
         chosen["revision"] = records[0]["known_as"]["revision"]
     if "resume" in given:

@@ -227,6 +227,12 @@ def test_an_evaluations_record_has_its_models_and_its_gate():
             "mlflow run . --env-manager local -e evaluate -P model_uris=models:/a/1,models:/b/2",
         ),
         (
+            {"mlflow.source.name": "entrypoints/evaluate.py"},
+            {"model_uris": "models:/a/1", "baseline": "models:/a@champion", "thresholds": "gate.yaml"},
+            [{"uri": "models:/a/1"}],  # the first champion
+            "mlflow run . --env-manager local -e evaluate -P model_uris=models:/a/1",
+        ),
+        (
             {"mlflow.source.git.repoURL": "git://host/p"},
             {},
             [{}],
