@@ -26,6 +26,11 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
+def part_of(number: int, whole: int, what: str) -> str:
+    """`1 of 24 answers is`, `1,200 of 2,400 answers are`: the beginning of a sentence."""
+    return f"{number:,} of {counted(whole, what)} {'is' if number == 1 else 'are'}"
+
+
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest known name, or nothing."""
     near = difflib.get_close_matches(str(word)[:100].lower(), list(known), n=1)

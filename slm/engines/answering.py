@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from slm.answers import kept_answers, loading
 from slm.answers.asking import Answer, LoadedModel, ModelFacts, Question, answers, key_of, row_of
 from slm.base import environment
+from slm.base.wording import part_of
 from slm.prompts.prompt_rows import Prompt, ScorerCall, conversation
 from slm.prompts.prompt_sets import PromptSet
 from slm.scorers import confined
@@ -86,7 +87,7 @@ def score(
             metrics["output_tokens_per_second"] = sum(count for count in tokens if count) / measured.seconds
     else:
         unmeasured = (
-            f"{reused} of {len(asked)} answers are reused" if missing else "no one run gave exactly these answers"
+            f"{part_of(reused, len(asked), 'answer')} reused" if missing else "no one run gave exactly these answers"
         )
     sent = {question.prompt.id: (question.text, question.token_ids) for question in asked if question.repeat == 0}
     first = {question.prompt.id: answered[question.prompt.id, 0] for question in asked if question.repeat == 0}

@@ -10,7 +10,7 @@ from slm.base.errors import BadInput
 from slm.base.parameters import HARDWARE, Parameters
 from slm.engines import answering, distributions, texts
 from slm.engines.engine import Request
-from slm.prompts import row_mapping, system_prompts, variants
+from slm.prompts import prompt_sets, row_mapping, system_prompts, variants
 from slm.prompts.prompt_sets import PromptSet, read_prompt_set
 from slm.scorers import scorer_calls
 from slm.tracking import downloads, frozen_prompts, registry, system_text
@@ -50,9 +50,8 @@ def read_prompts(args: Parameters) -> PromptSet:
         asked = scorer_calls.read(args.scorers, args.judge)
         found = scorer_calls.add(asked, read_prompt_set(path, given, scorer_calls.IN_ROWS, mapping))
     asking.check_response_formats(found.prompts)
-    if found.unnamed:
-        rows = "1 row names" if found.unnamed == 1 else f"{found.unnamed} rows name"
-        console.out.print(f"{found.name}: {rows} no scorer, and get `contains`", markup=False)
+    if told := prompt_sets.unnamed_note(found.unnamed):
+        console.out.print(f"{found.name}: {told}", markup=False)
     if found.left_out:
         console.out.print(f"{found.name}: {row_mapping.left_out_note(found.left_out)}", markup=False)
     if system and (kept := system_prompts.note(found.prompts, system)):

@@ -13,7 +13,7 @@ from collections import Counter
 from slm.answers import endpoints, loading
 from slm.base import console
 from slm.base.parameters import Parameters
-from slm.base.wording import counted
+from slm.base.wording import counted, part_of
 from slm.engines import answering
 from slm.evaluation import promotion, requests, scoring
 from slm.prompts.prompt_sets import PromptSet
@@ -142,11 +142,10 @@ def _takes(
                 return "unknown: no earlier run of this experiment has measured a speed"
             seconds += (rows - kept) * pace.seconds(args.max_tokens)
     total = rows * len(named)
-    of = f"{reused:,} of {total:,}" if reused < total else f"all {total:,}"
+    taken = f"{part_of(reused, total, 'answer')} reused"
     if reused == total:
-        return f"0 s: {of} answers are reused"
-    taken = f"; {of} answers are reused" if reused else ""
-    return f"{at_most}about {console.duration(seconds)}, as in earlier runs{taken}"
+        return f"0 s: {taken}"
+    return f"{at_most}about {console.duration(seconds)}, as in earlier runs" + (f"; {taken}" if reused else "")
 
 
 def _line(name: str, text: str) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from slm.answers.kept_answers import Reuse
 from slm.base import console, environment
 from slm.base.parameters import Parameters
+from slm.base.wording import part_of
 from slm.engines import engine
 from slm.engines.distributions import Reference
 from slm.evaluation import requests
@@ -117,7 +118,7 @@ def score_model(
             rows = int(scored.metrics["rows"])
             whole = scored.reused == rows and not scored.unmeasured
             measured = "; speed, latency and memory were measured when they were generated" if whole else ""
-            console.out.print(f"{label}: {scored.reused} of {rows} answers are reused (resume=true){measured}")
+            console.out.print(f"{label}: {part_of(scored.reused, rows, 'answer')} reused (resume=true){measured}")
         found = {
             tags.PROMPTS_SHA256: prompt_set.sha256,
             **run_records.system_prompt(prompt_set),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slm.base.errors import BadInput
-from slm.base.wording import quoted
+from slm.base.wording import counted, quoted
 from slm.prompts import row_mapping
 from slm.prompts.prompt_rows import KnownScorers, Prompt, ScorerCall, _canonical_json, canonical_rows, read_row
 from slm.prompts.readers import READERS, Reader, reader, text_of
@@ -90,7 +90,7 @@ def read_prompt_set(
             problem = f"`id` {quoted(prompt.id)} is already used in {places[prompt.id]}"
             raise BadInput(f"{path.name} {place}: {problem}; {remedy}")
         places[prompt.id] = place
-        unnamed += bool(prompt.expected) and isinstance(row, dict) and "scorers" not in row
+        unnamed += gets_contains(row, prompt)
         prompts.append(prompt)
         if len(prompts) > ROWS:
             raise BadInput(f"{path.name}: has more than {ROWS:,} rows; split it, or draw a sample")
@@ -98,6 +98,20 @@ def read_prompt_set(
         raise BadInput(f"{path.name}: no rows; write at least one prompt")
     row_mapping.check_expected(mapping, any(prompt.expected for prompt in prompts), path.name)
     return replace(_prompt_set(path.stem, source, prompts), unnamed=unnamed, left_out=left_out, system=mapping.system)
+
+
+def gets_contains(row: object, prompt: Prompt) -> bool:
+    """Whether a row expects a text and names no scorer. `prompt` was read from the row."""
+    return bool(prompt.expected) and isinstance(row, dict) and "scorers" not in row
+
+
+def unnamed_note(rows: int) -> str:
+    """What a run says of the rows that get `contains`. "" if there are none."""
+    if not rows:
+        return ""
+    return (
+        f"{counted(rows, 'row')} {'names no scorer, and gets' if rows == 1 else 'name no scorer, and get'} `contains`"
+    )
 
 
 def with_scorers(prompt_set: PromptSet, calls: Iterable[ScorerCall]) -> PromptSet:

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from slm.base.wording import counted
+from slm.base.wording import counted, part_of
 from slm.report.chart_data import (
     DASHES,
     GATE_SHAPES,
@@ -127,7 +127,7 @@ def headline(report: Report) -> str:
     """The verdict in words. Without a gate, the first finding. It says if answers are cut."""
     cut = sum(int(model.metrics.get("rows_cut", 0)) for model in report.models)
     rows = sum(int(model.metrics.get("rows", 0)) for model in report.models)
-    return _verdict(report) + (f"; {cut:,} of {rows:,} answers are cut at max_tokens" if cut else "")
+    return _verdict(report) + (f"; {part_of(cut, rows, 'answer')} cut at max_tokens" if cut else "")
 
 
 def _verdict(report: Report) -> str:

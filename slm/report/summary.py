@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 from rich.table import Table
 from rich.text import Text
 
-from slm.base.wording import counted
+from slm.base.wording import counted, part_of
 from slm.prompts.prompt_sets import PromptSet
 from slm.tracking.earlier_runs import Point
 from slm.verdict import estimation, perplexity, reproduction
@@ -142,7 +142,7 @@ def _remarks(report: Report) -> list[str]:
         rows, shown = int(model.metrics.get("rows", 0)), len(model.samples)
         if shown < rows:
             told.append(
-                f"{model.model.label}: {shown:,} of {rows:,} answers are listed, flips, tags and fidelity are "
+                f"{model.model.label}: {part_of(shown, rows, 'answer')} listed, flips, tags and fidelity are "
                 "of these alone; all other figures are of all answers"
             )
     told += text_remarks(report)
@@ -283,11 +283,8 @@ def cut_remarks(report: Report) -> list[str]:
         if asked.get("tasks"):
             limit, remedy = "the task's max_gen_toks", "set it higher in the task's file"
         counts = f", and {COUNTS_AS[asked.get('cut', 'score')]}" if OVERALL in model.estimates else ""
-        verb = "is" if cut == 1 else "are"
-        told.append(
-            f"warning: {model.model.label}: {cut:,} of {counted(rows, 'answer')} {verb} cut at {limit}{counts}; "
-            f"{remedy}"
-        )
+        cut_off = f"{part_of(cut, rows, 'answer')} cut at {limit}"
+        told.append(f"warning: {model.model.label}: {cut_off}{counts}; {remedy}")
     if report.baseline is not None:
         theirs = shares[report.baseline]
         for place in report.candidates:
@@ -366,7 +363,8 @@ def junit(report: Report) -> str:
         failed = max(len(listed), int(model.metrics.get("rows_failed", 0)))  # a sample may list none
         if failed:
             text = "; ".join(f"{sample.id}: {(sample.error or {}).get('message')}" for sample in listed[:20])
-            ElementTree.SubElement(case, "error", type="rows_failed", message=_plain(f"{failed} rows: {text}"))
+            message = _plain(f"{counted(failed, 'row')}: {text}")
+            ElementTree.SubElement(case, "error", type="rows_failed", message=message)
         suite.set("tests", str(len(verdict.checks) + 1))
         suite.set("failures", str(sum(check.state not in ("pass", "none") for check in verdict.checks)))
         suite.set("errors", str(int(bool(failed))))

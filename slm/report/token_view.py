@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from slm.base.wording import counted
 from slm.report.summary import Report, nats, percent
 from slm.verdict import statistics
 from slm.verdict.fidelity import LikelyTokens, TokenFidelity
@@ -74,7 +75,7 @@ def _figures(found: dict[str, Estimate], tokens: int) -> tuple[tuple[str, str], 
     ]
     words = {"answers_changed": "other text", "flips/worse": "score fell", "flips/better": "score rose"}
     told += [(word, f"{percent(found[name])} of the prompts") for name, word in words.items() if name in found]
-    return (*told, ("compared", f"{tokens:,} tokens of {found['fidelity/kl'].n:,} answers"))
+    return (*told, ("compared", f"{tokens:,} tokens of {counted(found['fidelity/kl'].n, 'answer')}"))
 
 
 def _answer(prompt: TokenFidelity, tokens: tuple[LikelyTokens, ...]) -> AnswerRow:

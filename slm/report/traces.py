@@ -38,7 +38,7 @@ class Logged:
 
     def __str__(self) -> str:
         left_out = f"; {self.total - self.rows} left out: {self.reason}" if self.reason else ""
-        return f"evaluation view: {self.rows} of {self.total} rows in {self.seconds:.1f} s{left_out}"
+        return f"evaluation view: {self.rows:,} of {counted(self.total, 'row')} in {self.seconds:.1f} s{left_out}"
 
 
 def log(

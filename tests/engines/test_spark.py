@@ -287,6 +287,7 @@ def test_mapped_columns_and_the_kept_part_are_those_of_a_local_run(session, tmp_
     local = prompt_sets.read_prompt_set(tmp_path / "local.jsonl", "", scorer_calls.IN_ROWS, mapping)
     found = read(file, mapping=mapping)
     assert (found.sha256, found.prompts, found.left_out) == (local.sha256, local.prompts, ("file_path",))
+    assert found.unnamed == local.unnamed == 40  # these get `contains`, and a run says so
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,18 @@ def test_the_start_of_a_run_names_what_is_left_out_and_hints_at_variants_once(tm
     ]
 
 
+@pytest.mark.parametrize(
+    ("unnamed", "told"), [(0, []), (1, ["1 row names no scorer, and gets"]), (2, ["2 rows name no scorer, and get"])]
+)
+def test_rows_that_get_contains_are_told_at_the_start_of_a_run(tmp_path, capsys, unnamed, told):
+    file = tmp_path / "set.jsonl"
+    rows = [{"prompt": "b", "expected": "c", "scorers": ["exact_match"]}, {"prompt": "nothing is expected"}]
+    rows += [{"prompt": f"{n}?", "expected": "x"} for n in range(unnamed)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    local.read_prompts(parameters.parse("evaluate", "", [f"--prompts={file}"]))
+    assert capsys.readouterr().out.splitlines() == [f"set: {rows} `contains`" for rows in told]
+
+
 # The part of `expected` to keep ---------------------------------------------------------------------------------------
 
 

@@ -247,7 +247,7 @@ def test_junit_names_the_rows_that_failed():
     failed = replace(two.samples[0], error={"type": "refused", "message": "too long"})
     model = replace(two, samples=(failed, two.samples[1]), metrics=two.metrics | {"rows_failed": 1.0})
     text = summary.junit(report([model], prompts(2), gate.Verdict("none", ())))
-    assert '<error type="rows_failed" message="1 rows: p0: too long" />' in text and 'errors="1"' in text
+    assert '<error type="rows_failed" message="1 row: p0: too long" />' in text and 'errors="1"' in text
     unlisted = replace(two, metrics=two.metrics | {"rows_failed": 30.0})
     assert 'message="30 rows: "' in summary.junit(report([unlisted], prompts(2), gate.Verdict("none", ())))
 

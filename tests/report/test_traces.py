@@ -56,7 +56,7 @@ def complete(logged, found, count: int) -> bool:
 
 def test_a_trace_holds_the_conversation_the_scores_and_what_it_belongs_to(tracking):
     logged, [trace] = write(tracking, [SAMPLE], [PROMPT], model_id="m-1")
-    assert str(logged) == f"evaluation view: 1 of 1 rows in {logged.seconds:.1f} s"
+    assert str(logged) == f"evaluation view: 1 of 1 row in {logged.seconds:.1f} s"
     info, [span] = trace.info, trace.data.spans
     assert (info.request_preview, info.response_preview) == ("The capital of France?", "It is Paris.")
     assert (info.state.value, info.execution_duration) == ("OK", 1500)

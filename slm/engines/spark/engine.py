@@ -18,7 +18,7 @@ from slm.engines import texts
 from slm.engines.engine import Request
 from slm.engines.spark import comparison, job, prompt_frame, scoring, sums, worker
 from slm.models import checkpoints
-from slm.prompts import readers, row_mapping, system_prompts
+from slm.prompts import prompt_sets, readers, row_mapping, system_prompts
 from slm.tracking import downloads, frozen_prompts, run_records, system_text, tags
 from slm.verdict import reproduction
 from slm.verdict.statistics import Difference
@@ -47,6 +47,8 @@ def read_prompts(args: Parameters) -> prompt_frame.SparkPromptSet:
     elif "://" not in given:
         location = f"file://{checkpoints.existing('prompts', given).resolve()}"
     found = prompt_frame.read_prompts(location, given, args.spark_master, args.scorers, args.repeats, mapping)
+    if told := prompt_sets.unnamed_note(found.unnamed):
+        console.out.print(f"{found.name}: {told}", markup=False)
     if found.left_out:
         console.out.print(f"{found.name}: {row_mapping.left_out_note(found.left_out)}", markup=False)
     if system and (kept := system_prompts.note(found.prompts, system)):

@@ -29,7 +29,7 @@ MOST_BUCKETS = 1000
 PART_BYTES = 4 * 2**20  # of the prompt set: what goes through the driver at once, which hashes it in its order
 
 VALIDATED = (
-    "file string, row long, where string, id string, own_id boolean, hash long, canonical string, "
+    "file string, row long, where string, id string, own_id boolean, hash long, canonical string, unnamed boolean, "
     "unscorable array<struct<scorer: string, reason: string>>, seen array<struct<kind: string, name: string>>, "
     "error string"
 )
@@ -94,7 +94,8 @@ def read_prompts(
         checked.unpersist()  # the session may hold older content of this path
         checked.persist()
         left_out = _left_out(checked, mapping, name)
-        parts = -(-_refuse(checked, asked, name, title) // PART_BYTES)
+        size, unnamed = _refuse(checked, asked, name, title)
+        parts = -(-size // PART_BYTES)
         digest, rows, kept = hashlib.sha256(b"["), 0, []
         most = max(SHOWN // repeats, 1)
         lines = checked.select("file", "row", "canonical").repartitionByRange(parts, "file", "row")
@@ -125,6 +126,7 @@ def read_prompts(
         buckets,
         last,
         spec,
+        unnamed=unnamed,
         left_out=left_out,
         system=mapping.system,
     )
@@ -163,17 +165,18 @@ def _raw(spark, location: str, given: str, kind: str):
     return lines.select(F.col("value").cast("binary").alias("value"), *place), before
 
 
-def _refuse(checked, asked: scorer_calls.Asked, name: str, title: str) -> int:
+def _refuse(checked, asked: scorer_calls.Asked, name: str, title: str) -> tuple[int, int]:
     """Raises BadInput for the first wrong row, for an id that is there twice, and for a set without rows.
 
-    Gives the set's size, in bytes.
+    Gives the set's size in bytes, and how many rows expect a text and name no scorer.
     """
     from pyspark.sql import functions as F
 
     wrong = checked.filter("error is not null").orderBy("file", "row").select("error").head()
     if wrong is not None:
         raise BadInput(wrong.error)
-    rows, size = checked.agg(F.count("*"), F.sum(F.octet_length("canonical"))).head()
+    unnamed = F.count_if("unnamed")
+    rows, size, unnamed = checked.agg(F.count("*"), F.sum(F.octet_length("canonical")), unnamed).head()
     if not rows:
         raise BadInput(f"{name}: no rows; write at least one prompt")
     places = F.array_sort(F.collect_list(F.struct("file", "row", "where", "own_id")))
@@ -189,7 +192,7 @@ def _refuse(checked, asked: scorer_calls.Asked, name: str, title: str) -> int:
         for found in unscorable.agg(F.count("*").alias("rows"), F.first("pair.reason").alias("reason")).collect():
             if found.rows == rows:
                 raise BadInput(found.reason)
-    return size
+    return size, unnamed
 
 
 def _left_out(checked, mapping: RowMapping, name: str) -> tuple[str, ...]:
@@ -214,7 +217,7 @@ def _validated(batches: Iterable, kind: str, before: dict, spec: tuple, title: s
 
     asked, text = _asked(spec), pyarrow.string()
     fields = {"file": text, "row": pyarrow.int64(), "where": text, "id": text, "own_id": pyarrow.bool_()}
-    fields |= {"hash": pyarrow.int64(), "canonical": text}
+    fields |= {"hash": pyarrow.int64(), "canonical": text, "unnamed": pyarrow.bool_()}
     fields |= {"unscorable": pyarrow.list_(pyarrow.struct({"scorer": text, "reason": text}))}
     fields |= {"seen": pyarrow.list_(pyarrow.struct({"kind": text, "name": text})), "error": text}
     schema = pyarrow.schema(fields)
@@ -322,6 +325,7 @@ def _checked(
         "hash": int(hashlib.sha256(prompt.id.encode()).hexdigest()[:12], 16),
         "canonical": json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False),
         "unscorable": unscorable,
+        "unnamed": prompt_sets.gets_contains(row, prompt),
     }
 
 

@@ -14,6 +14,7 @@ from slm.answers import asking, endpoints, kept_answers, loading
 from slm.base import console
 from slm.base.errors import BadInput
 from slm.base.parameters import DEFAULTS, HARDWARE, Parameters
+from slm.base.wording import part_of
 from slm.engines import answering, local
 from slm.engines.engine import Request
 from slm.engines.tasks import reading
@@ -109,7 +110,7 @@ def score(request: Request, prompt_set: PromptSet) -> ScoredModel:
             asks.reused,
             sent={prompt.id: by_id[prompt.id].sent for prompt in prompt_set.prompts},
             generated={prompt.id: by_id[prompt.id].generated for prompt in prompt_set.prompts},
-            unmeasured=f"{asks.reused} of {total} requests are reused" if asks.reused else "",
+            unmeasured=f"{part_of(asks.reused, total, 'request')} reused" if asks.reused else "",
             figures=reasons,
         )
         if request.reference:
