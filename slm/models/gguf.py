@@ -5,9 +5,13 @@
 slm/models/checkpoints.py runs this module as a process, and keeps the folder in the cache.
 """
 
+import importlib
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 END_OF_TURN = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>")  # the same list as in llama.cpp
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")  # names of Llama 3's tokenizer in tokenizer.ggml.pre
@@ -23,11 +27,14 @@ def convert(file: Path, target: Path) -> None:
     Raises:
         ValueError: the file has a long rotation, which transformers would leave out without an error.
     """
+    with _read_once(file) as content:
+        _convert(file, target, content)
+
+
+def _convert(file: Path, target: Path, content: Any) -> None:
     import torch
-    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM
 
-    content = GGUFReader(file)
     if any(tensor.name.startswith("rope_factors_long") for tensor in content.tensors):
         raise ValueError("long rotation (rope_factors_long) can't be read from GGUF; give the safetensors checkpoint")
     tokenizer = save_tokenizer(file, target)
@@ -61,12 +68,12 @@ def save_tokenizer(file: Path, target: Path):
     - Llama 3: a word that is in the vocabulary is one token, whatever the merges give.
     - Phi-3: the special tokens absorb the white space after them.
     """
-    from gguf import GGUFReader
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    with _read_once(file) as content:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        fields = content.fields
     tokenizer.save_pretrained(target)
-    fields = GGUFReader(file).fields
     architecture, kind, rules = (
         fields[name].contents() if name in fields else ""
         for name in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
@@ -86,6 +93,22 @@ def save_tokenizer(file: Path, target: Path):
         return tokenizer
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     return AutoTokenizer.from_pretrained(target)
+
+
+@contextmanager
+def _read_once(file: Path) -> Iterator[Any]:
+    """The file's GGUFReader, which transformers takes too while the block lasts.
+
+    transformers reads the file again for the configuration, the tokenizer and the weights. Each reading of a vocabulary
+    of 128,000 tokens takes seconds.
+    """
+    library: Any = importlib.import_module("gguf")
+    usual, content = library.GGUFReader, library.GGUFReader(file)
+    library.GGUFReader = lambda path: content
+    try:
+        yield content
+    finally:
+        library.GGUFReader = usual
 
 
 if __name__ == "__main__":
