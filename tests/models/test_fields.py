@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from support.commands import REPOSITORY
 
 from slm.models import chat_model
 from slm.models.chat_parts import fields, structured, templates
@@ -31,10 +32,11 @@ def test_every_field_of_openais_client_is_in_the_table():
 
 
 def test_the_documentation_has_the_table():
-    from docs import fields as documented
+    from docs import tables
 
-    assert documented.PAGE.read_text(encoding="utf-8") == documented.page(), "run python -m docs.fields --write"
-    assert all(f"| `{entry.name}` |" in documented.page() for entry in fields.FIELDS)
+    page = (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert page == tables.page("serving.md"), "run python -m docs.tables"
+    assert all(f"| `{entry.name}` |" in page for entry in fields.FIELDS)
 
 
 @pytest.mark.parametrize(

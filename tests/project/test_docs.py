@@ -4,7 +4,6 @@ import inspect
 import json
 import re
 import shlex
-import subprocess
 import sys
 
 import pytest
@@ -89,9 +88,9 @@ def test_the_parameter_table_has_each_parameter_with_its_default(parameter):
 
 
 def test_the_parameter_page_is_what_its_script_writes():
-    command = [sys.executable, "-m", "docs.parameters"]
-    printed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    assert printed == PAGES["parameters.md"]
+    from docs import tables
+
+    assert tables.page("parameters.md") == PAGES["parameters.md"], "run python -m docs.tables"
 
 
 def test_every_scorer_is_described():
@@ -182,8 +181,10 @@ def test_the_sizes_of_the_rooms_are_those_of_today():
             room: int(lines.replace(",", "")) for room, lines in re.findall(r"\| `(\w+)` \| \d+ \| ([\d,]+) \|", text)
         }
 
-    made = call(sys.executable, "-c", "from docs import sizes; print(sizes.table())")
-    assert totals(PAGES["architecture.md"]) == pytest.approx(totals(made.out), rel=0.1) and totals(made.out)
+    from docs import tables
+
+    today = totals(tables.sizes())
+    assert totals(PAGES["architecture.md"]) == pytest.approx(today, rel=0.1) and today, "run python -m docs.tables"
 
 
 def test_the_pages_build_as_a_site_without_a_warning(tmp_path):
