@@ -132,13 +132,13 @@ class Writer:
         if factor is not None:
             self.node("Div", [found, self.tensor(f"{inputs[0]}_factor", factor)], output)
 
-    def blocks(self, name: str, rows: Callable[[], np.ndarray], bits: int, *factors: np.ndarray | None) -> list[str]:
+    def blocks(self, name: str, rows: Callable[[], np.ndarray], bits: int, *facts: np.ndarray | None) -> list[str]:
         """The names of a product's weights in blocks, their scales and their zero points. Each is written only once.
 
-        `factors` are those of `rounding.blocks`.
+        `facts` are the other arguments of `rounding.blocks`.
         """
         names = [f"{name}_{part}" for part in (f"Q{bits}", "scales", "zeros")]
         if names[0] not in self.tensors:
-            for part, array in zip(names, rounding.blocks(rows(), bits, *factors), strict=True):
+            for part, array in zip(names, rounding.blocks(rows(), bits, *facts), strict=True):
                 self.tensor(part, array)
         return names

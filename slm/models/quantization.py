@@ -10,7 +10,7 @@ Activations have one scale for each row:
 A scale holds from end to end of a sum, so the whole sum of a row is integer arithmetic. The scale belongs to the row,
 so the row's numbers don't depend on the batch. SmoothQuant (arXiv:2211.10438) spreads the loss from outliers among the
 activations. It divides the norm or the projection before a product by a factor for each channel. It multiplies the
-product's weights by the same factor. The factors come from the largest values over a short conversation, and from the
+product's weights by the same factor. The factors come from the largest values over short conversations, and from the
 largest weights.
 
 The weights are signed. On x86 with VNNI, unsigned weights take up to 1.9 times as long. On x86 without VNNI,
@@ -28,7 +28,8 @@ block's step and offset are integers in units of its output channel's scale, so 
 
 is int8 without rounding. This value is constant: onnxruntime computes it when it loads the graph. The file holds 4 bits
 for each weight. In a large model, the time to read the weights is the limit. So its weights have 4 bits in memory too.
-Its products are MatMulNBits, where each block has a scale and a zero point (`rounding.blocks`).
+Its products are MatMulNBits, where each block has a scale and a zero point (`rounding.blocks`). In both, columns take
+each other's rounding errors, so that a product's results change less (slm/models/error_feedback.py).
 
 Embeddings have 8 bits. If the checkpoint ties the head to them, they are the head's weights too. Products that are no
 MatMul with constant weights (mixtures of experts) stay in fp32.
@@ -45,12 +46,12 @@ from pathlib import Path
 import numpy as np
 
 from slm.models import rounding
-from slm.models.activations import peaks
+from slm.models.activations import Activations, activations
 from slm.models.chat_parts.continuous_runtime import LANE_BYTES
 from slm.models.chat_parts.runtime import EXACT_INTEGERS
 from slm.models.onnx_graph import Graph, Writer
 
-RECIPE = "4"  # change this whenever the written files change
+RECIPE = "5"  # change this whenever the written files change
 ALPHA = 0.5  # the share of the activations' range that goes to the weights
 INT8 = 3  # of onnx.TensorProto
 NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
@@ -135,7 +136,8 @@ def _weights(graph: Graph) -> int:
 
 
 def _in_blocks(graph: Graph, writer: Writer, tied: set[str]) -> tuple[Callable, Callable, dict]:
-    balance = balanced(graph, peaks(graph))
+    found = activations(graph, moments=True)
+    balance = balanced(graph, found)
     layers = graph.facts["num_hidden_layers"]
 
     def product(node) -> None:
@@ -144,7 +146,8 @@ def _in_blocks(graph: Graph, writer: Writer, tied: set[str]) -> tuple[Callable, 
         bits = 8 if name in tied or sensitive(node.name, layers) else 4
         facts = {"N": width, "K": depth, "bits": bits, "block_size": rounding.BLOCK, "accuracy_level": 4}
         factors = balance.inputs.get(given), balance.outputs.get(node.output[0])
-        inputs = [given, *writer.blocks(name, lambda: graph.array(name).T, bits, *factors)]
+        moments = found[given].moments if bits == 4 else None
+        inputs = [given, *writer.blocks(name, lambda: graph.array(name).T, bits, *factors, moments)]
         writer.node("MatMulNBits", inputs, node.output[0], domain="com.microsoft", **facts)
 
     def embed(node, name: str, transposed: bool) -> None:
@@ -176,7 +179,8 @@ def sensitive(name: str, layers: int) -> bool:
 
 
 def _in_integers(graph: Graph, writer: Writer, narrow: bool) -> tuple[Callable, Callable, dict]:
-    balance = balanced(graph, peaks(graph))
+    found = activations(graph, moments=narrow)
+    balance = balanced(graph, found)
     unit = writer.tensor("int8.unit", np.float32(1 / 127))
     zero, last = writer.tensor("int8.zero", np.uint8(128)), writer.tensor("int8.last", np.array([-1]))
     layers = graph.facts["num_hidden_layers"]
@@ -201,7 +205,7 @@ def _in_integers(graph: Graph, writer: Writer, narrow: bool) -> tuple[Callable, 
         rows = graph.array(name).T
         factors = balance.inputs.get(node.input[0]), balance.outputs.get(node.output[0])
         if narrow and not sensitive(node.name, layers) and rows.shape[1] % rounding.BLOCK == 0:
-            fours, steps, offsets, scales = rounding.nibbles(rows, *factors)
+            fours, steps, offsets, scales = rounding.nibbles(rows, *factors, found[node.input[0]].moments)
             wide = writer.node("Cast", [writer.fours(f"{name}_W4", fours)], f"{name}/wide", to=INT8)
             spread = writer.node("Mul", [wide, writer.tensor(f"{name}_steps", steps)], f"{name}/spread")
             moved = writer.node("Add", [spread, writer.tensor(f"{name}_offsets", offsets)], f"{name}/moved")
@@ -229,13 +233,13 @@ def _in_integers(graph: Graph, writer: Writer, narrow: bool) -> tuple[Callable, 
     return product, embed, balance.norms
 
 
-def balanced(graph: Graph, peaks: dict[str, np.ndarray]) -> Balance:
+def balanced(graph: Graph, found: dict[str, Activations]) -> Balance:
     """The factors for every product that directly follows a norm, or a Mul of another product and a gate.
 
-    `peaks` holds, by the name of a product's input, the largest magnitude of each channel.
+    `found` holds the activations by the name of a product's input.
     """
     balance = Balance({}, {}, {})
-    for name, peak in peaks.items():
+    for name, (peak, _) in found.items():
         takers = [node for node in graph.products.values() if node.input[0] == name]
         largest = np.max([np.abs(graph.array(node.input[1])).max(1) for node in takers], 0)
         factor = np.maximum(peak, rounding.SMALLEST) ** ALPHA / np.maximum(largest, rounding.SMALLEST) ** (1 - ALPHA)

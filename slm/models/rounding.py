@@ -13,16 +13,22 @@ from typing import Any
 import numpy as np
 
 from slm.models.chat_parts.runtime import physical_cores
+from slm.models.error_feedback import BLOCK, Feedback
 
-BLOCK = 32
 SMALLEST = 1e-5  # of a channel's largest value
 PAIR = 128  # the largest sum of two neighbours of one sign: 255 * 128 < 2**15
 SLICE = 2**18  # weights that are rounded at once: they fit in a core's cache
+LANES = 2**20  # weights that are rounded at once with feedback: enough for each of its small steps
+FEWER = (-2.0, -1.0, 0.0)  # the same with feedback, where more of them gain nothing measurable
 WIDER = {4: (-2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5), 8: (0.0,)}  # steps that are tried, by bits; see `blocks`
 
 
 def blocks(
-    rows: np.ndarray, bits: int, inputs: np.ndarray | None = None, outputs: np.ndarray | None = None
+    rows: np.ndarray,
+    bits: int,
+    inputs: np.ndarray | None = None,
+    outputs: np.ndarray | None = None,
+    moments: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weights (N, K), multiplied by `inputs` (K,) and divided by `outputs` (N,), as blocks along K.
 
@@ -35,26 +41,54 @@ def blocks(
     searches a real minimum, and rounds it to a zero point afterwards. Here, each candidate has a whole zero point, and
     the scale with the least error follows from the integers. A candidate divides the block's range into
     2**bits - 1 + WIDER steps. A negative WIDER clips the block's outermost weights.
+
+    With `moments`, of the product's inputs before they are divided by `inputs`, columns take each other's errors
+    (slm/models/error_feedback.py). An error then counts as much as later columns leave of it.
     """
     count = -(-rows.shape[1] // BLOCK)
+    last = 2**bits - 1
+    feedback = _feedback(moments, inputs)
 
     def part(begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         import torch
 
         values = np.zeros((end - begin, count * BLOCK), np.float32)
         values[:, : rows.shape[1]] = _scaled(rows, begin, end, inputs, outputs)
-        found = _nearest(torch.from_numpy(values).reshape(-1, BLOCK).t().contiguous(), 2**bits - 1, WIDER[bits])
-        integers = found[0].t().contiguous().numpy().reshape(end - begin, count, BLOCK)
-        scales, zeros = (array.numpy().reshape(end - begin, count) for array in found[1:])
+        if feedback:
+            found: list[tuple[Any, Any]] = []
+
+            def fit(block, importance):
+                found.append(_nearest(block.clone(), last, FEWER, importance))
+                scales, zeros = found[-1]
+                return scales, -zeros, last - zeros
+
+            integers = feedback.rounded(values, fit)[:, : count * BLOCK]
+            scales, zeros = (feedback.of_blocks(arrays)[:, :count] for arrays in zip(*found, strict=True))
+            integers = integers.reshape(end - begin, count, BLOCK) + zeros[..., None]
+        else:
+            own = torch.from_numpy(values).reshape(-1, BLOCK).t().contiguous()
+            scales, zeros = _nearest(own.clone(), last, WIDER[bits])
+            own.mul_(1 / scales).round_().clamp_(-zeros, last - zeros).add_(zeros)
+            integers = own.t().reshape(end - begin, count, BLOCK).numpy()
+            scales, zeros = (array.numpy().reshape(end - begin, count) for array in (scales, zeros))
+        integers, zeros = (array.astype(np.uint8) for array in (integers, zeros))
         if bits == 4:
             integers, zeros = (pairs(array) for array in (integers, np.pad(zeros, ((0, 0), (0, count % 2)))))
         return integers, scales, zeros
 
-    return _in_parts(part, rows)
+    return _in_parts(part, rows, SLICE if moments is None else LANES)
 
 
-def _nearest(values, last: int, wider: tuple[float, ...]):
-    """The integers, scales and zero points of blocks. `values` (BLOCK, blocks) is float32, and is overwritten."""
+def _feedback(moments: np.ndarray | None, inputs: np.ndarray | None) -> Feedback | None:
+    with _one_thread_each():  # more threads cost more than such small matrices take
+        return None if moments is None else Feedback(moments, inputs)
+
+
+def _nearest(values, last: int, wider: tuple[float, ...], importance=None):
+    """The scales and zero points of blocks. `values` (BLOCK, blocks) is float32, and is overwritten.
+
+    `importance`, of the same shape, multiplies the errors of weights.
+    """
     import torch
 
     # each block's range holds 0, which the zero point stands for; the range becomes 1, so that no square overflows
@@ -64,6 +98,8 @@ def _nearest(values, last: int, wider: tuple[float, ...]):
     low /= span
     weights = values.abs()
     weights += values.square().mean(0).sqrt_()
+    if importance is not None:
+        weights *= importance
     weighted = weights * values
     integers, scratch = torch.empty_like(values), torch.empty_like(values)
     scales, zeros = torch.full_like(span, 1 / last), torch.zeros_like(span)
@@ -84,9 +120,7 @@ def _nearest(values, last: int, wider: tuple[float, ...]):
         steps = last + more
         consider(steps, torch.round(-low * steps).clamp_(0, last))
     consider(1 / scales, zeros.clone())
-    torch.clamp(torch.mul(values, 1 / scales, out=integers).round_(), -zeros, last - zeros, out=integers)
-    integers += zeros
-    return integers.to(torch.uint8), scales.mul_(span), zeros.to(torch.uint8)
+    return scales.mul_(span), zeros
 
 
 def pairs(array: np.ndarray) -> np.ndarray:
@@ -94,12 +128,12 @@ def pairs(array: np.ndarray) -> np.ndarray:
     return array[..., ::2] | array[..., 1::2] << 4
 
 
-def _in_parts(work: Callable, rows: np.ndarray) -> Any:
-    """Calls `work` for parts of the rows, on all cores, and joins the arrays that it gives.
+def _in_parts(work: Callable, rows: np.ndarray, weights: int = SLICE) -> Any:
+    """Calls `work` for parts of the rows with so many `weights`, on all cores, and joins the arrays that it gives.
 
     `work` takes the first row of a part, and the row after its last row.
     """
-    step = max(SLICE // rows.shape[1], 1)
+    step = max(weights // rows.shape[1], 1)
     begins = range(0, len(rows), step)
     with _one_thread_each(), ThreadPoolExecutor(physical_cores()) as pool:
         parts = pool.map(work, begins, [min(begin + step, len(rows)) for begin in begins])
@@ -131,7 +165,7 @@ def channels(rows: np.ndarray, inputs: np.ndarray | None, outputs: np.ndarray | 
 
 
 def nibbles(
-    rows: np.ndarray, inputs: np.ndarray | None, outputs: np.ndarray | None
+    rows: np.ndarray, inputs: np.ndarray | None, outputs: np.ndarray | None, moments: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Weights (N, K), multiplied by `inputs` (K,) and divided by `outputs` (N,), as blocks along K.
 
@@ -140,8 +174,10 @@ def nibbles(
     weights are int8.
 
     For each block, 25 pairs of a step and an offset are tried, near the pair that covers the block. The pair with the
-    least squared error is taken. Large weights count more, as in llama.cpp's Q4_1.
+    least squared error is taken. Large weights count more, as in llama.cpp's Q4_1. `moments` are those of `blocks`.
     """
+    count = rows.shape[1] // BLOCK
+    feedback = _feedback(moments, inputs)
 
     def part(begin: int, end: int) -> tuple[np.ndarray, ...]:
         import torch
@@ -151,38 +187,63 @@ def nibbles(
         width = plain.max(2) - plain.min(2)
         scales = np.maximum(scales, width.max(1) / (15 * 15))[:, None]  # at most 15 steps of 15
         plain /= scales[..., None]
-        values = torch.from_numpy(plain).permute(2, 0, 1).contiguous()  # (BLOCK, rows, blocks): sums are of whole rows
-        low, high = values.amin(0), values.amax(0)
-        importance = values.abs()
-        importance += values.square().mean(0).sqrt_()
-        integers, error = torch.empty_like(values), torch.empty_like(values)
-        least = torch.full_like(low, torch.inf)
-        steps, offsets = torch.zeros_like(low), torch.zeros_like(low)
+        if feedback:
+            found: list[tuple[Any, Any]] = []
 
-        def rounded(step, offset):
-            first = torch.ceil((-127 - offset) / step).clamp_(min=-8)
-            last = torch.floor((127 - offset) / step).clamp_(max=7)
-            torch.sub(values, offset, out=integers).div_(step).round_()
-            return torch.clamp(integers, first, last, out=integers)
+            def fit(block, importance):
+                found.append(_step_and_offset(block, importance))
+                steps, offsets = found[-1]
+                block -= offsets
+                return steps, *_ends(steps, offsets)
 
-        for more in (-3, -2, -1, 0, 1):
-            step = (torch.ceil((high - low) / 15) + more).clamp_(1, 15)
-            for shift in (-0.5, -0.25, 0, 0.25, 0.5):
-                offset = torch.round((low + high + step) / 2 + shift * step).clamp_(-127, 127)
-                torch.mul(rounded(step, offset), step, out=error).add_(offset).sub_(values).square_()
-                found = error.mul_(importance).sum(0)
-                better = found < least
-                torch.where(better, step, steps, out=steps)
-                torch.where(better, offset, offsets, out=offsets)
-                torch.where(better, found, least, out=least)
-        taken = [rounded(steps, offsets).permute(1, 2, 0), steps[..., None], offsets[..., None]]
-        taken = [array.to(torch.int8).contiguous().numpy() for array in taken]
+            integers = feedback.rounded(plain.reshape(end - begin, -1), fit)[:, : count * BLOCK].reshape(plain.shape)
+            steps, offsets = (feedback.of_blocks(arrays)[:, :count] for arrays in zip(*found, strict=True))
+        else:
+            values = (
+                torch.from_numpy(plain).permute(2, 0, 1).contiguous()
+            )  # (BLOCK, rows, blocks): sums are of whole rows
+            steps, offsets = _step_and_offset(values)
+            values.sub_(offsets).div_(steps).round_().clamp_(*_ends(steps, offsets))
+            integers, steps, offsets = values.permute(1, 2, 0).numpy(), steps.numpy(), offsets.numpy()
+        taken = [np.ascontiguousarray(a, np.int8) for a in (integers, steps[..., None], offsets[..., None])]
         _ease(plain, *taken)
         return *taken, scales.reshape(-1).astype(np.float32)
 
-    integers, steps, offsets, scales = _in_parts(part, rows)
+    integers, steps, offsets, scales = _in_parts(part, rows, SLICE if moments is None else LANES)
     integers, steps, offsets = (array.transpose(1, 2, 0) for array in (integers, steps, offsets))
     return integers, steps, offsets, scales
+
+
+def _step_and_offset(values, importance=None):
+    """The step and the offset of each block of weights (BLOCK, ...), which are in units of their channel's scale."""
+    import torch
+
+    low, high = values.amin(0), values.amax(0)
+    weights = values.abs()
+    weights += values.square().mean(0).sqrt_()
+    if importance is not None:
+        weights *= importance
+    error = torch.empty_like(values)
+    least = torch.full_like(low, torch.inf)
+    steps, offsets = torch.zeros_like(low), torch.zeros_like(low)
+    for more in (-3, -2, -1, 0, 1):
+        step = (torch.ceil((high - low) / 15) + more).clamp_(1, 15)
+        for shift in (-0.5, -0.25, 0, 0.25, 0.5):
+            offset = torch.round((low + high + step) / 2 + shift * step).clamp_(-127, 127)
+            torch.sub(values, offset, out=error).div_(step).round_().clamp_(*_ends(step, offset))
+            found = error.mul_(step).add_(offset).sub_(values).square_().mul_(weights).sum(0)
+            better = found < least
+            torch.where(better, step, steps, out=steps)
+            torch.where(better, offset, offsets, out=offsets)
+            torch.where(better, found, least, out=least)
+    return steps, offsets
+
+
+def _ends(step, offset):
+    """The smallest and the largest integer of 4 bits whose weight has 8 bits."""
+    import torch
+
+    return torch.ceil((-127 - offset) / step).clamp_(min=-8), torch.floor((127 - offset) / step).clamp_(max=7)
 
 
 def _channel_scales(values: np.ndarray) -> np.ndarray:

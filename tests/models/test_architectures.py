@@ -164,6 +164,7 @@ def test_a_large_models_int4_has_the_products_of_the_builders_own_and_nearer_wei
     _, saved = small_model
     monkeypatch.setattr(quantization, "LANE_BYTES", 0)
     monkeypatch.setattr(quantization, "balanced", lambda *_: quantization.Balance({}, {}, {}))  # else other weights
+    without_feedback(monkeypatch)  # else other weights
     whole = onnx_export.export(saved, "fp32", "cpu").folder
     quantization.quantize(Graph(whole), tmp_path, "int4")
     theirs = onnx_export.export(saved, "int4", "cpu", onnx_export.OPTIONS | onnx_export.K_QUANT).folder
@@ -182,7 +183,7 @@ def test_a_large_models_int4_has_the_products_of_the_builders_own_and_nearer_wei
 
 
 @pytest.mark.parametrize("small_model", ["phi-3, sliding", "gemma2, every other layer sliding"], indirect=True)
-def test_the_largest_activations_are_those_of_transformers_however_the_graph_is_cut(small_model, monkeypatch):
+def test_activations_are_those_of_transformers_however_the_graph_is_cut(small_model, monkeypatch):
     import numpy as np
     import torch
 
@@ -195,7 +196,7 @@ def test_the_largest_activations_are_those_of_transformers_however_the_graph_is_
 
     def watch(name: str):
         def hook(_, inputs) -> None:
-            seen[name] = inputs[0].abs().amax((0, 1)).numpy()
+            seen[name] = inputs[0].flatten(0, 1).numpy()
 
         return hook
 
@@ -209,11 +210,45 @@ def test_the_largest_activations_are_those_of_transformers_however_the_graph_is_
         hook.remove()
     for size in (activations.PART_BYTES, 200_000, 1):
         monkeypatch.setattr(activations, "PART_BYTES", size)
-        found = activations.peaks(graph)
+        found = activations.activations(graph, moments=True)
         assert found.keys() == {node.input[0] for node in graph.products.values()}
         by_name = {node.name: found[node.input[0]] for node in graph.products.values()}
-        for name, expected in seen.items():
-            np.testing.assert_allclose(by_name[name], expected, rtol=1e-3, atol=1e-4, err_msg=name)
+        for name, rows in seen.items():
+            peaks, moments = by_name[name]
+            np.testing.assert_allclose(peaks, np.abs(rows).max(0), rtol=1e-3, atol=1e-4, err_msg=name)
+            expected = rows.T @ rows / len(rows)
+            assert moments.shape == (1, *expected.shape)  # one group
+            np.testing.assert_allclose(moments[0], expected, rtol=1e-3, atol=1e-3 * expected.max(), err_msg=name)
+
+
+@pytest.mark.parametrize("small_model", ["qwen2"], indirect=True)
+def test_calibration_leaves_out_token_ids_beyond_the_models_vocabulary(small_model, tmp_path):
+    import shutil
+
+    from slm.models import activations, onnx_export
+    from slm.models.onnx_graph import Graph
+
+    _, saved = small_model
+    folder = shutil.copytree(onnx_export.export(saved, "fp32", "cpu").folder, tmp_path / "fp32")
+    file = folder / "genai_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    before = activations._inputs(Graph(folder))["input_ids"]
+    for most in (int(before.max()), 1):  # the second leaves nothing of the text
+        config["model"]["vocab_size"] = most
+        file.write_text(json.dumps(config), encoding="utf-8")
+        ids = activations._inputs(Graph(folder))["input_ids"]
+        assert ids.shape[0] == len(activations.CONVERSATIONS) and ids.shape[1] >= 1
+        assert 0 <= ids.min() <= ids.max() < most
+
+
+def without_feedback(monkeypatch) -> None:
+    from slm.models import quantization
+
+    def plain(graph, moments):
+        return {name: one._replace(moments=None) for name, one in original(graph, moments).items()}
+
+    original = quantization.activations
+    monkeypatch.setattr(quantization, "activations", plain)
 
 
 def dequantized(integers, scales, zeros, facts):

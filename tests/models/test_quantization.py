@@ -16,6 +16,7 @@ from support.token_ids import greedy, next_tokens
 from slm.models import chat_model, quantization, rounding
 from slm.models.chat_model import ContinuousRuntime, OnnxRuntime
 from slm.models.chat_parts import runtime
+from slm.models.error_feedback import second_moments
 from slm.models.onnx_graph import Graph
 from slm.prompts.prompt_sets import read_prompt_set
 from slm.scorers.confined import CHECKS
@@ -189,9 +190,11 @@ def of_four_bits(rows: np.ndarray, most: int = 128) -> tuple[np.ndarray, float]:
     return found, float(scales.max())
 
 
-def from_blocks(rows: np.ndarray, bits: int) -> np.ndarray:
+def from_blocks(
+    rows: np.ndarray, inputs: np.ndarray | None = None, moments: np.ndarray | None = None, bits: int = 4
+) -> np.ndarray:
     """The weights that `blocks` stands for."""
-    integers, scales, zeros = rounding.blocks(rows.astype(np.float32), bits)
+    integers, scales, zeros = rounding.blocks(rows.astype(np.float32), bits, inputs, None, moments)
     if bits == 4:
         integers, zeros = (np.stack([array & 15, array >> 4], -1).reshape(len(rows), -1) for array in (integers, zeros))
     integers = integers.reshape(*scales.shape, 32).astype(np.float64)
@@ -213,7 +216,7 @@ def test_blocks_are_nearer_than_onnxruntimes_k_quant(rows, bits):
 
     theirs, step, zero = quant_tensor_k_quant_cpu(rows.astype(np.float32), bits, 32)
     theirs = ((theirs.reshape(-1, 32) - zero.astype(np.float64)) * step).reshape(rows.shape)
-    assert 0 < weighted_error(rows, from_blocks(rows, bits)) < weighted_error(rows, theirs)
+    assert 0 < weighted_error(rows, from_blocks(rows, bits=bits)) < weighted_error(rows, theirs)
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
@@ -227,14 +230,14 @@ def test_blocks_of_four_bits_are_nearly_the_best_of_all_scales_and_zero_points(r
         for zero in range(16):
             found = (np.clip(np.rint(own / scale) + zero, 0, 15) - zero) * scale
             best = np.minimum(best, (importance * np.square(found - own)).sum(1))
-    found = from_blocks(own, 4).reshape(own.shape)
+    found = from_blocks(own).reshape(own.shape)
     assert (importance * np.square(found - own)).sum() < 1.02 * best.sum()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", (ROWS | STRANGE).values(), ids=ROWS | STRANGE)
 def test_no_weight_of_a_block_is_far_off(rows, bits):
-    found = from_blocks(rows, bits)
+    found = from_blocks(rows, bits=bits)
     blocks, own = rows.reshape(-1, 32), found.reshape(-1, 32)
     width = np.maximum(blocks.max(1), 0) - np.minimum(blocks.min(1), 0)
     assert (np.abs(own - blocks).max(1) <= 1.6 * width / (2**bits - 1)).all()  # a clipped weight: 1.25 and a half
@@ -295,6 +298,56 @@ def test_factors_are_taken_into_the_weights_of_four_bits():
     expected = rounding.nibbles(rows * inputs / outputs[:, None], None, None)
     for found, other in zip(rounding.nibbles(rows, inputs, outputs), expected, strict=True):
         assert np.array_equal(found, other)
+
+
+def correlated(tokens: int, columns: int, seed: int) -> np.ndarray:
+    """Inputs of a product: channels of very different sizes that go together."""
+    mixing = np.random.default_rng(1).normal(size=(columns // 4, columns)) * np.geomspace(0.1, 3, columns)
+    random = np.random.default_rng(seed)
+    return (random.normal(size=(tokens, columns // 4)) @ mixing + random.normal(size=(tokens, columns))).astype(
+        np.float32
+    )
+
+
+def from_nibbles(rows: np.ndarray, inputs: np.ndarray | None, moments: np.ndarray | None) -> np.ndarray:
+    integers, steps, offsets, scales = rounding.nibbles(rows, inputs, None, moments)
+    weights = steps.astype(int) * integers + offsets
+    assert np.abs(weights).max() <= 127 and largest_sum(weights.reshape(-1, len(rows))) <= 128
+    return weights.transpose(2, 0, 1).reshape(rows.shape) * scales[:, None]
+
+
+@pytest.mark.parametrize("rounded", [from_blocks, from_nibbles])
+@pytest.mark.parametrize("columns", [96, 320])  # one group, and three with empty columns in the last one
+def test_the_errors_of_weights_make_up_for_each_other_in_texts_that_calibration_did_not_see(rounded, columns):
+    rows = np.random.default_rng(0).normal(size=(24, columns)).astype(np.float32)
+    other = correlated(1000, columns, 3)
+    factors = np.geomspace(2, 0.5, columns).astype(np.float32)
+    moments = second_moments(correlated(1000, columns, 2))
+
+    def error(inputs: np.ndarray | None, moments: np.ndarray | None) -> float:
+        found = rounded(rows, inputs, moments) / (1 if inputs is None else inputs)
+        return float(np.square(other @ (found - rows).T).mean())
+
+    for inputs in (None, factors):
+        assert error(inputs, moments) < 0.9 * error(inputs, None)
+
+
+@pytest.mark.parametrize("rounded", [from_blocks, from_nibbles])
+@pytest.mark.parametrize("value", [0, np.inf, np.nan, 1e30])
+def test_inputs_that_say_nothing_leave_weights_as_near_as_without_them(rounded, value):
+    rows = RANDOM.normal(size=(24, 96)).astype(np.float32)
+    found = rounded(rows, None, second_moments(np.full((50, 96), value, np.float32)))
+    plain = rounded(rows, None, None)
+    assert np.square(found - rows).mean() < 1.2 * np.square(plain - rows).mean()
+
+
+def test_four_bits_are_nearer_to_fp32_with_feedback(reference, int4, beginnings, fp32_export, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        quantization, "activations", lambda graph, moments, find=quantization.activations: find(graph, False)
+    )
+    quantization.quantize(Graph(fp32_export.folder), tmp_path, "int4")
+    without = divergence(reference, next_tokens(tmp_path, beginnings))
+    assert divergence(reference, int4) < 0.95 * without
 
 
 @pytest.mark.parametrize(
