@@ -130,16 +130,18 @@ class Clients:
 
     def _ask(self, address: str, seed: int) -> None:
         draws = random.Random(seed)
-        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120) as client:
-            kinds = [*KINDS[seed:], *KINDS[:seed]]  # each kind is asked, also by a server that is slow
-            while self._go.wait() and not self._ended.is_set():
-                kind = kinds.pop() if kinds else draws.choice(KINDS)
-                text = f"Plan {draws.randrange(10**6)}. " + "We go on by train. " * draws.choice((0, 2, 20))
-                try:
-                    kind(client, {"model": "bot", "messages": [{"role": "user", "content": f"{text}Where to?"}]})
-                    self.done[kind.__name__] += 1
-                except Exception as error:
-                    self.failed.append(f"{kind.__name__}: {type(error).__name__}: {error}")
+        kinds = [*KINDS[seed:], *KINDS[:seed]]  # each kind is asked, also by a server that is slow
+        while self._go.wait() and not self._ended.is_set():
+            # the server closes a connection that has waited for ten seconds, perhaps while a request is on its way
+            with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120) as client:
+                while self._go.is_set() and not self._ended.is_set():
+                    kind = kinds.pop() if kinds else draws.choice(KINDS)
+                    text = f"Plan {draws.randrange(10**6)}. " + "We go on by train. " * draws.choice((0, 2, 20))
+                    try:
+                        kind(client, {"model": "bot", "messages": [{"role": "user", "content": f"{text}Where to?"}]})
+                        self.done[kind.__name__] += 1
+                    except Exception as error:
+                        self.failed.append(f"{kind.__name__}: {type(error).__name__}: {error}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
