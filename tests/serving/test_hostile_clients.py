@@ -251,8 +251,11 @@ UNREAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Leng
 
 
 @pytest.mark.fault("serving: headers that never end")
-def test_connections_whose_headers_never_end_are_ended(store):
-    with serving(store) as (_, address):
+def test_connections_whose_headers_never_end_are_ended(model, monkeypatch):
+    from slm.serving import connections as bounded
+
+    monkeypatch.setattr(bounded, "HEADER_SECONDS", 1.0)  # the next test waits for a server as it comes
+    with here(model, http=bounded.Guarded) as (address, _):
         connections = [connect(address, begun) for begun in (b"", HEAD, GET + HEAD, UNREAD)]
         assert all_end(connections, b"x: y\r\n", address)
 

@@ -60,10 +60,10 @@ def here(model, api_key="", host_names=(), http="auto", defaults=(), key_file=""
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        for _ in range(100):
+        for _ in range(1000):
             if server.started:
                 break
-            time.sleep(0.1)
+            time.sleep(0.01)
         address = f"http://127.0.0.1:{port}"
         key = api_key.split(",")[0] or "none"
         with openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=60) as client:
