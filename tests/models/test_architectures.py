@@ -288,18 +288,23 @@ def test_an_export_has_the_same_bytes_every_time(small_model, tmp_path):
     from slm.base import cache
     from slm.models import onnx_export
 
-    for precision in ("int4", "int8"):
-        made = []
-        for seed in "12":  # the order of sets of names
-            target = tmp_path / f"{precision}-{seed}"
-            target.mkdir()
-            command = [sys.executable, "-m", "slm.models.graph_building", precision, str(target)]
-            command += ["-i", str(small_model[1].folder), "-c", str(tmp_path / "scratch"), "-p", "fp32", "-e", "cpu"]
-            environment = os.environ | onnx_export.SETTINGS | {"PYTHONHASHSEED": seed}
-            subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
-            made.append(cache.manifest_of(target))
-        assert made[0] == made[1]
-        assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"} <= made[0].keys()
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom slm.models import graph_building\n"
+        "_, folder, *words = sys.argv\n"
+        "for precision in ('int4', 'int8'): graph_building.main(precision, Path(folder, precision), words)"
+    )
+    made = {}
+    for seed in "12":  # the order of sets of names
+        for precision in ("int4", "int8"):
+            (tmp_path / seed / precision).mkdir(parents=True)
+        command = [sys.executable, "-c", code, str(tmp_path / seed), "-i", str(small_model[1].folder)]
+        command += ["-c", str(tmp_path / "scratch"), "-p", "fp32", "-e", "cpu"]
+        environment = os.environ | onnx_export.SETTINGS | {"PYTHONHASHSEED": seed}
+        subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
+        made[seed] = {folder.name: cache.manifest_of(folder) for folder in (tmp_path / seed).iterdir()}
+    assert made["1"] == made["2"] and made["1"]["int4"] != made["1"]["int8"]
+    for files in made["1"].values():
+        assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"} <= files.keys()
 
 
 @pytest.mark.parametrize("small_model", ["qwen2"], indirect=True)

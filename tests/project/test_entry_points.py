@@ -8,7 +8,7 @@ import time
 
 import pytest
 from support.commands import entry_point, in_process, mlflow_command, started
-from support.project_runs import check_child, parent_and_children, run_from_git
+from support.project_runs import check_child, few_prompts, parent_and_children, run_from_git
 from support.questions import GENERATION
 
 pytestmark = pytest.mark.slow
@@ -41,17 +41,18 @@ def server(tracking_server):
 def test_pipeline_from_a_git_url(git_server, tracking_server, server, tmp_path):
     import mlflow
 
+    prompts = f"prompts={few_prompts(tmp_path)}"
     done, experiment = run_from_git(
-        git_server, tracking_server, tmp_path, "pipeline", "registered_model_name=from-git", "max_tokens=16"
+        git_server, tracking_server, tmp_path, "pipeline", "registered_model_name=from-git", "max_tokens=16", prompts
     )
     assert done.code == 0, done.err
-    assert "score, over all (24)" in done.out
+    assert "score, over all (8)" in done.out
     parent, children = parent_and_children(server, experiment)
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["mlflow.source.git.commit"] == git_server.commit
     assert parent.data.params["model"] == "smollm2-135m-instruct" and "cfg.model" not in parent.data.params
     assert parent.data.params.get("cfg.stop", parent.data.params["stop"]) == ""
-    logged, _ = check_child(server, children["pipeline"])
+    logged, _ = check_child(server, children["pipeline"], prompts=8)
     assert (logged.name, logged.source_run_id) == ("smollm2-135m-instruct-pipeline", parent.info.run_id)
     assert logged.status == "READY"
     version = server.get_model_version("from-git", "1")
@@ -80,10 +81,9 @@ def test_onnx_from_a_git_url(git_server, tracking_server, server, tmp_path):
 @pytest.fixture(scope="module")
 def evaluated(git_server, tracking_server, tmp_path_factory):
     """`mlflow run GIT-URL -e evaluate`: what was printed, and the name of its experiment."""
-    parameters = ("max_tokens=16", 'stop=it\'s "two words"', "resume=false")
-    done, experiment = run_from_git(
-        git_server, tracking_server, tmp_path_factory.mktemp("evaluated"), "evaluate", *parameters
-    )
+    folder = tmp_path_factory.mktemp("evaluated")
+    parameters = (f"prompts={few_prompts(folder)}", "max_tokens=16", 'stop=it\'s "two words"', "resume=false")
+    done, experiment = run_from_git(git_server, tracking_server, folder, "evaluate", *parameters)
     assert done.code == 0, done.err
     return done.out, experiment
 
@@ -95,9 +95,9 @@ def test_evaluate_from_a_git_url_scores_both_wrappers_side_by_side(evaluated, tr
     parent, children = parent_and_children(server, experiment)
     assert set(children) == {"onnx int4", "pipeline"}
     assert not parent.outputs.model_outputs  # MLflow's page of evaluations leaves out runs that logged models
-    assert "| score, over all (24) |" in parent.data.tags["mlflow.note.content"]
+    assert "| score, over all (8) |" in parent.data.tags["mlflow.note.content"]
     for child in children.values():
-        check_child(server, child)
+        check_child(server, child, prompts=8)
     difference = children["onnx int4"].data.metrics
     assert {f"difference/score/{field}" for field in ("mean", "ci95_low", "ci95_high", "p_value", "detectable")} <= (
         difference.keys()
@@ -109,18 +109,13 @@ def test_evaluate_from_a_git_url_scores_both_wrappers_side_by_side(evaluated, tr
     uris = [children[name].data.tags["model.uri"] for name in ("onnx int4", "pipeline")]
     gate = tmp_path / "gate.yaml"
     gate.write_text("rows_failed: {max: 0}\nscore/mean: {max_drop: 0.9}\n")
-    done = entry_point(
-        "evaluate",
-        f"--model_uris={uris[0]}",
-        f"--baseline={uris[1]}",
-        f"--thresholds={gate}",
-        "--max_tokens=8",
-        MLFLOW_TRACKING_URI=tracking_server,
-    )
+    options = [f"--model_uris={uris[0]}", f"--prompts={few_prompts(tmp_path)}"]
+    options += [f"--thresholds={gate}", "--max_tokens=8"]
+    baseline = (f"--baseline={uris[1]}", "--fidelity=off")
+    done = entry_point("evaluate", *options, *baseline, MLFLOW_TRACKING_URI=tracking_server)
     assert done.code == 0, done.err
     assert "gate: pass" in done.out
     gate.write_text("score/mean: {min: 0.99}\n")
-    options = (f"--model_uris={uris[0]}", f"--thresholds={gate}", "--max_tokens=8")
     done = entry_point("evaluate", *options, MLFLOW_TRACKING_URI=tracking_server)
     assert done.code == 3 and "gate: regress" in done.out
 
@@ -151,11 +146,11 @@ def test_a_run_from_a_git_url_is_done_again_by_its_recorded_command_to_the_byte(
             for run in (child, replays[name])
         ]
         kept = [re.sub(r'"latency_seconds": [\d.e-]+, |"model": "[^"]+", ', "", text) for text in texts]
-        assert kept[0] == kept[1] and kept[0].count("\n") == 24
+        assert kept[0] == kept[1] and kept[0].count("\n") == 8
     ids = (first.info.run_id, second.info.run_id)
     done = entry_point("compare", *ids, MLFLOW_TRACKING_URI=tracking_server)
     assert done.code == 0, done.err
-    told = f"24 answers: the fingerprints are equal ({children['pipeline'].data.tags['fingerprint'][:12]}), "
+    told = f"8 answers: the fingerprints are equal ({children['pipeline'].data.tags['fingerprint'][:12]}), "
     assert f"pipeline, {told}and the answers and scores are byte-identical" in done.out
     assert len(done.out.splitlines()) == 2  # no table: nothing differs
 

@@ -9,9 +9,9 @@ import sys
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from support.commands import REPOSITORY, call, entry_point, free_port, serving
+from support.commands import LINKS, REPOSITORY, call, entry_point, free_port, serving
 from support.databases import database, sqlite_store, stopped_after, until
-from support.project_runs import check_child, parent_and_children, run_from_git
+from support.project_runs import check_child, few_prompts, parent_and_children, run_from_git
 
 pytestmark = pytest.mark.slow
 
@@ -119,14 +119,16 @@ def test_a_run_from_a_git_url_is_read_back_whole(request, tracking_uri, git_serv
     kind = request.node.callspec.params["tracking_uri"]
     name, folder = f"model-{kind}", tmp_path / kind
     folder.mkdir()
-    options = ("schema=chat", "max_tokens=8", f"registered_model_name={name}")
+    prompts = few_prompts(tmp_path)
+    options = ("schema=chat", "max_tokens=8", f"prompts={prompts}", f"registered_model_name={name}")
     done, experiment = run_from_git(git_server, tracking_uri, folder, "onnx", *options)
     assert done.code == 0, done.err
 
     uri = tracking_uri or f"sqlite:///{folder}/mlflow.db"
     gate = tmp_path / "gate.yaml"
     gate.write_text("rows_failed: {max: 0}\n")
-    options = (f"--model_uris=models:/{name}/1", f"--thresholds={gate}", "--alias=champion", "--max_tokens=8")
+    options = (f"--model_uris=models:/{name}/1", f"--prompts={prompts}", f"--thresholds={gate}", "--alias=champion")
+    options += ("--max_tokens=8",)
     passed = entry_point("evaluate", *options, MLFLOW_TRACKING_URI=uri, MLFLOW_EXPERIMENT_NAME=f"{experiment}-gate")
     assert passed.code == 0, passed.err
     assert f"{name}@champion is now version 1" in passed.out
@@ -138,7 +140,7 @@ def test_a_run_from_a_git_url_is_read_back_whole(request, tracking_uri, git_serv
     assert (parent.info.status, children["onnx int4"].info.status) == ("FINISHED", "FINISHED")
     assert parent.data.tags["mlflow.source.git.commit"] == git_server.commit
     assert parent.data.params["max_tokens"] == "8"
-    logged, samples = check_child(client, children["onnx int4"])  # metrics, tags, dataset, LoggedModel, artifacts
+    logged, samples = check_child(client, children["onnx int4"], 8)  # metrics, tags, dataset, LoggedModel, artifacts
     version = client.get_model_version_by_alias(name, "champion")
     assert (str(version.version), version.source) == ("1", logged.model_uri)
     assert version.tags["model.sha256"] == children["onnx int4"].data.tags["model.sha256"]
@@ -194,7 +196,8 @@ def test_no_line_shows_the_password_of_an_address():
 
 def test_azure_mls_address_is_taken_by_its_plugin_beside_our_mlflow(tmp_path):
     needs = REPOSITORY / "requirements-azureml.txt"
-    installed = call(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path, "-r", needs)
+    install = (sys.executable, "-m", "uv", "pip", "install", "-q", "--no-deps", "--target", tmp_path, "-r", needs)
+    installed = call(*install, **LINKS)
     assert installed.code == 0, installed.err
     ask = "from mlflow.tracking._tracking_service.utils import _get_store as s; print(type(s()).__module__)"
     done = call(sys.executable, "-c", ask, PYTHONPATH=str(tmp_path), MLFLOW_TRACKING_URI=AZURE)
