@@ -2,7 +2,9 @@
 
 uvicorn waits forever for a request's headers. It accepts connections until the process has no descriptor left.
 `Guarded` is uvicorn's own protocol over h11 with three bounds, for `uvicorn.Config(http=Guarded)`:
-- A request's headers must be complete within HEADER_SECONDS from the connection, or from the last answer.
+- A request's headers must be complete within HEADER_SECONDS from the connection, or from their first byte. A connection
+  that waits for its next request is closed after KEEP_ALIVE_SECONDS, by uvicorn. Clients' pools let go earlier than
+  that, so they never send a request into a connection that is being closed.
 - A client that reads nothing of its answer for READER_SECONDS loses its connection.
 - At most `most_connections()` connections are served. A further connection closes the connection that has waited
   longest for its client. If no connection waits for its client, ROOM further connections are accepted. They get
@@ -17,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from slm.serving.protocol import ApiError
 
 HEADER_SECONDS = 10.0
+KEEP_ALIVE_SECONDS = 75  # as nginx has it; uvicorn's 5 are those of httpx's pool too
 READER_SECONDS = 30.0
 MOST_CONNECTIONS = 512
 ROOM = 16  # connections beyond the limit, so that a probe gets an answer
@@ -66,15 +69,21 @@ class Guarded(H11Protocol):
         """Whether the server waits for the client: for a request, or for the rest of a request."""
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
+    def data_received(self, data: bytes) -> None:
+        if self._headers_due is None and (self.cycle is None or self.cycle.response_complete):
+            self._wait_for_headers()
+        super().data_received(data)
+
     def handle_events(self) -> None:
         super().handle_events()
         if self.cycle is not None and not self.cycle.response_complete:
-            _cancel(self._headers_due)
+            self._have_headers()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.cycle.response_complete:  # else the next request is already here
-            self._wait_for_headers()
+            self._have_headers()
+            self.since = self.loop.time()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -88,6 +97,10 @@ class Guarded(H11Protocol):
         _cancel(self._headers_due)
         self.since = self.loop.time()
         self._headers_due = self.loop.call_later(HEADER_SECONDS, self._without_headers)
+
+    def _have_headers(self) -> None:
+        _cancel(self._headers_due)
+        self._headers_due = None
 
     def _without_headers(self) -> None:
         if self.transport.get_write_buffer_size():  # the last answer is still being read

@@ -93,6 +93,7 @@ def answer(app: FastAPI, listener: socket.socket, drain: int, started: Callable[
         loop="asyncio" if started else "auto",
         ws="none",
         backlog=1 if started else BACKLOG,  # asyncio also takes so many connections at once
+        timeout_keep_alive=connections.KEEP_ALIVE_SECONDS,
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -260,6 +260,21 @@ def test_connections_whose_headers_never_end_are_ended(model, monkeypatch):
         assert all_end(connections, b"x: y\r\n", address)
 
 
+def test_a_connection_that_waits_for_its_next_request_stays_open(model, monkeypatch):
+    from slm.serving import connections as bounded
+
+    monkeypatch.setattr(bounded, "HEADER_SECONDS", 0.3)
+    with here(model, http=bounded.Guarded) as (address, _):
+        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+        connection.request("GET", "/health")
+        assert connection.getresponse().read()
+        opened = connection.sock
+        time.sleep(1)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200 and connection.sock is opened
+        connection.close()
+
+
 BODY = HEAD + b"Content-Type: application/json\r\nContent-Length: 100000\r\n\r\n{"
 
 
