@@ -126,10 +126,11 @@ def asked(request, models):
     served = TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SERVING, "true")  # so that what MLflow sets is undone here
+        patch.setenv("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", "600")  # a busy machine takes more than the usual 60 s
         scoring = TestClient(scoring_server.init(model), raise_server_exceptions=False)
 
     def ask(way, fields):
-        body = {"messages": PARIS, "max_tokens": 5} | fields
+        body = {"messages": PARIS, "max_tokens": 3} | fields
         if way == "/invocations":
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv(SERVING, "true")

@@ -12,6 +12,7 @@ from pathlib import Path
 import openai
 import pytest
 from support.commands import REPOSITORY, entry_point, free_port, running_warm
+from support.effort import LONG as MANY
 from support.openai_servers import LONG, NAME, ask, content, here, metric, serving, wait_for
 from support.questions import PARIS, some_questions
 
@@ -155,19 +156,20 @@ def test_the_model_is_listed_and_another_is_not_found(client):
 
 
 @pytest.mark.slow
-def test_200_requests_of_8_threads_are_answered_as_one_by_one(client, address):
+def test_requests_of_8_threads_are_answered_as_one_by_one(client, address):
+    count = 200 if MANY else 80
     questions = [question["messages"] for question in some_questions(20)]
     alone = [content(ask(client, question, max_tokens=6)) for question in questions]
     names = ('slm_requests_total{outcome="ok"}', "slm_output_tokens_total", "slm_batch_texts_count")
     before = [metric(address, name) for name in names]
     with ThreadPoolExecutor(8) as pool:
-        wanted = [place % len(questions) for place in range(200)]
+        wanted = [place % len(questions) for place in range(count)]
         answers = list(pool.map(lambda place: ask(client, questions[place], max_tokens=6), wanted))
     assert [content(answer) for answer in answers] == [alone[place] for place in wanted]
     requests, tokens, batches = (metric(address, name) - was for name, was in zip(names, before, strict=True))
-    assert requests == 200
+    assert requests == count
     assert tokens == sum(answer.usage.completion_tokens for answer in answers)
-    assert batches < 150  # they were generated together
+    assert batches < 0.75 * count  # they were generated together
 
 
 @pytest.mark.slow
