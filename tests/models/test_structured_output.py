@@ -5,6 +5,7 @@ import shutil
 
 import jsonschema
 import pytest
+from support.effort import some
 from support.questions import PARIS, some_questions
 from support.schemas import SCHEMAS
 
@@ -77,11 +78,14 @@ def test_there_are_fifty_schemas_and_each_can_be_satisfied():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("drawn", [{}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "drawn"])
-def test_every_finished_answer_satisfies_its_schema_in_one_batch(wrapper, drawn):
-    rows = [asked(schema, **drawn) for schema in SCHEMAS.values()]
+def test_every_finished_answer_satisfies_its_schema_in_one_batch(request, wrapper, drawn):
+    schemas = dict(SCHEMAS)
+    if drawn and request.node.callspec.params["wrapper"] == "real weights":  # they generate for seconds
+        schemas = dict(some([*SCHEMAS.items()], 18))
+    rows = [asked(schema, **drawn) for schema in schemas.values()]
     answers = {index: answer for index, [answer] in wrapper.answers(rows)}
     finished = 0
-    for index, (name, schema) in enumerate(SCHEMAS.items()):
+    for index, (name, schema) in enumerate(schemas.items()):
         answer = answers[index]
         assert answer.finish_reason in ("stop", "length") and not answer.error, (name, answer)
         if answer.finish_reason == "stop":
@@ -92,7 +96,7 @@ def test_every_finished_answer_satisfies_its_schema_in_one_batch(wrapper, drawn)
                 pytest.fail(f"{name}: {answer.text!r}: {error}")
         else:
             assert answer.output_tokens == 160
-    assert finished >= 0.9 * len(SCHEMAS)
+    assert finished >= 0.9 * len(schemas)
 
 
 OPEN = "start: /(.|\\n)*/"

@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 from mlflow.exceptions import MlflowException
 from support.commands import REPOSITORY
+from support.effort import LONG
 from support.questions import PARIS
 
 from slm.models import chat_model
@@ -77,9 +78,17 @@ def random_model(checkpoint, tmp_path_factory):
     return model
 
 
-@pytest.fixture(scope="module", params=["real weights", "random weights"])
+REAL, RANDOM = WEIGHTS = ("real weights", "random weights")
+FORM_OF = {"qwen2.5": "tagged", "phi4-mini": "listed", "llama3": "bare"}  # a template for each form of calls
+# Real weights generate for seconds, and templates of one form have the same grammar
+WEIGHTS_AND_TEMPLATES = [
+    (weights, name) for weights in WEIGHTS for name in TEMPLATES if LONG or weights == RANDOM or name in FORM_OF
+]
+
+
+@pytest.fixture(scope="module", params=WEIGHTS)
 def wrapper(request):
-    if request.param == "random weights":
+    if request.param == RANDOM:
         return request.getfixturevalue("random_model")
     return request.getfixturevalue("models")["onnx int4"].unwrap_python_model()
 
@@ -103,7 +112,7 @@ def check(calls) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(("wrapper", "name"), WEIGHTS_AND_TEMPLATES, indirect=["wrapper"])
 def test_required_and_named_calls_have_valid_arguments_in_one_batch(wrapper, name):
     choices = ["required", "required", *map(named, SCHEMAS)]
     rows = [asked(tool_choice=choice) for choice in choices]
@@ -123,7 +132,7 @@ def test_required_and_named_calls_have_valid_arguments_in_one_batch(wrapper, nam
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2.5", "phi4-mini", "llama3"])
+@pytest.mark.parametrize("name", FORM_OF)
 def test_one_call_at_most_where_the_request_says_so(wrapper, name):
     row = asked(tool_choice="required", parallel_tool_calls=False, temperature=1.0)
     with speaking(wrapper, TEMPLATES[name]):
@@ -256,8 +265,8 @@ def test_a_strict_function_is_held_to_its_schema_although_the_model_may_answer_w
     from llguidance import LLMatcher
 
     strict = tool("add", ADD["function"]["parameters"]["properties"], strict=True)
-    for name in ("qwen2.5", "phi4-mini", "llama3"):
-        form = FORMS[{"qwen2.5": "tagged", "phi4-mini": "listed", "llama3": "bare"}[name]]
+    for name in FORM_OF.values():
+        form = FORMS[name]
         request = chat_model.checked({"tools": [strict, NOW]})
         grammar = tools.tools_grammar(tools.tools_of(request), form, wrapper._added_ids)
 
@@ -285,7 +294,7 @@ IN_JSON = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2.5", "phi4-mini", "llama3"])
+@pytest.mark.parametrize("name", FORM_OF)
 def test_with_a_response_format_an_answer_is_valid_calls_or_valid_json(wrapper, name):
     row = asked(response_format=IN_JSON, max_tokens=60)
     rows = [row, row | {"tool_choice": "required"}, *(row | {"temperature": 1.0, "seed": seed} for seed in range(4))]
@@ -306,11 +315,11 @@ def test_with_a_response_format_an_answer_is_valid_calls_or_valid_json(wrapper, 
             assert all(call.name in SCHEMAS for call in answer.calls) and not (answer.calls and answer.text)
 
 
-@pytest.mark.parametrize("name", ["qwen2.5", "phi4-mini", "llama3"])
+@pytest.mark.parametrize("name", FORM_OF)
 def test_with_a_response_format_no_text_stands_beside_calls(wrapper, name):
     from llguidance import LLMatcher
 
-    form = FORMS[{"qwen2.5": "tagged", "phi4-mini": "listed", "llama3": "bare"}[name]]
+    form = FORMS[FORM_OF[name]]
     request = chat_model.checked({"tools": [WEATHER, NOW]})
     grammar = tools.tools_grammar(tools.tools_of(request), form, wrapper._added_ids, CITY)
 
