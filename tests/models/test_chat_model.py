@@ -135,8 +135,8 @@ def test_a_stream_says_the_same_as_the_whole_answer(models, name):
 @pytest.mark.parametrize("name", ["pipeline", "onnx fp32", "onnx int8", "onnx int4"])
 def test_batched_greedy_text_equals_one_by_one(models, name):
     wrapper = models[name].unwrap_python_model()
-    questions = some_questions(10)
-    batched = {index: answer for index, [answer] in wrapper.answers(questions, batch_size=8)}
+    questions = some_questions(6)
+    batched = {index: answer for index, [answer] in wrapper.answers(questions, batch_size=4)}
     for index, question in enumerate(questions):
         [(_, [alone])] = wrapper.answers([question], batch_size=1)
         assert batched[index].text == alone.text
@@ -163,7 +163,7 @@ def test_the_pipeline_gives_the_text_that_transformers_generate_gives(models, ch
 @pytest.mark.slow
 def test_in_fp32_both_wrappers_give_the_same_greedy_text(models):
     prompt_set = read_prompt_set(REPOSITORY / "prompts" / "general.jsonl", "", CHECKS)
-    prompts = some(prompt_set.prompts[:150], 50)
+    prompts = some(prompt_set.prompts[:150], 25)
     rows = [{"messages": list(prompt.messages), "max_tokens": 24} for prompt in prompts]
     ours, theirs = models["pipeline"].predict(rows), models["onnx fp32"].predict(rows)
     differ = [prompt.id for prompt, a, b in zip(prompts, ours, theirs, strict=True) if text(a) != text(b)]
