@@ -32,7 +32,7 @@ BUILDER = "onnxruntime_genai.models.builder"
 AS_BUILT = "as-built"
 SHARE = "written: "
 SMALL = 256  # elements; smaller tensors are kept in the graph
-PAGES_BYTES = 2**29  # that are read before pages are given back
+PAGES_BYTES = 2**28  # that are read before pages are given back
 SET_PARENT_DEATH_SIGNAL = 1  # linux/prctl.h
 MAPS = Path("/proc/self/maps")
 
