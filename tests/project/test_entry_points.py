@@ -224,8 +224,8 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_bytes_of_one_that_was_not(
         environment = {"MLFLOW_TRACKING_URI": tracking_server, "PHI3_MLFLOW_CACHE": str(tmp_path)}
         done = entry_point("evaluate", *options, **environment)
         assert done.code == 0, done.err
-        told = done.out.split(" of 24 answers are reused")
-        return int(told[0].split()[-1]) if len(told) > 1 else 0, samples_of(server, done)
+        told = re.search(r": (\d+) of 24 answers (?:is|are) reused \(resume=true\)", done.out)
+        return int(told[1]) if told else 0, samples_of(server, done)
 
     reused, resumed = evaluate()
     assert 0 < reused < 24
