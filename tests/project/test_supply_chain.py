@@ -77,9 +77,16 @@ def test_every_command_that_installs_the_project_requires_hashes():
     found = []
     for path in files:
         lines = path.read_text(encoding="utf-8").splitlines()
-        found += [line for line in lines if re.search(r"pip install .*-r (requirements|locked)(-test)?\.txt", line)]
-    assert len(found) == 10
-    assert [line for line in found if "--require-hashes -r locked" not in line] == []
+        installs = r'pip install .*-r (<\(|"\$wanted"|(requirements|locked)(-test)?\.txt)'
+        found += [line for line in lines if re.search(installs, line)]
+    assert len(found) == 13
+    allowed = r'--require-hashes (.* )?-r (locked|"\$wanted"|<\((awk .*|\.ci/cpu) locked(-test)?\.txt\))'
+    assert [line for line in found if not re.search(allowed, line)] == []
+    gate = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert [line.strip() for line in gate if re.search(r'"\$wanted"$', line) and "install" not in line] == [
+        '.ci/cpu locked-test.txt >"$wanted"',
+        'cp locked-test.txt "$wanted"',
+    ]
     assert "- -r locked.txt" in (REPOSITORY / "conda.yaml").read_text(encoding="utf-8")
 
 
