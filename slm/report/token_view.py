@@ -36,7 +36,8 @@ class AnswerRow:
     kept: str
     tokens: tuple[TokenRow, ...]
     left_out: int  # tokens at the end that are not shown
-    farthest: tuple[tuple[str, str, str, str], ...]  # token, divergence, the baseline's likeliest, the model's
+    # token, divergence, the baseline's likeliest tokens, the model's
+    farthest: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ModelRow:
 
     place: int
     figures: tuple[tuple[str, str], ...]
-    answers: tuple[AnswerRow, ...]
+    answers: tuple[AnswerRow, ...]  # those without any divergence are left out
     reason: str  # why nothing was compared; "" otherwise
 
 
@@ -61,7 +62,9 @@ def token_rows(report: Report) -> list[ModelRow]:
             rows.append(ModelRow(place, (), (), compared.reason or "no answer has a token"))
             continue
         by_id = {prompt.id: prompt for prompt in compared.prompts}
-        answers = tuple(_answer(by_id[id], tokens) for id, tokens in (compared.worst or {}).items())
+        answers = tuple(
+            _answer(by_id[id], tokens) for id, tokens in (compared.worst or {}).items() if by_id[id].kl.any()
+        )
         rows.append(ModelRow(place, _figures(found, compared.tokens), answers, ""))
     return rows
 
@@ -96,5 +99,5 @@ def _nats(kl: float) -> str:
     return f"{kl:.2f}" if kl >= 0.01 else f"{kl:.1g}"
 
 
-def _likely(tokens: tuple[tuple[str, float], ...]) -> str:
-    return ", ".join(f"{text!r} {probability:.0%}" for text, probability in tokens)
+def _likely(tokens: tuple[tuple[str, float], ...]) -> tuple[str, ...]:
+    return tuple(f"{text!r} {probability:.0%}" for text, probability in tokens)

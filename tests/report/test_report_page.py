@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from slm.answers import forms
@@ -22,7 +23,8 @@ from slm.prompts.prompt_sets import PromptSet
 from slm.report import chart_data, html_page, plots, summary
 from slm.report.summary import Report
 from slm.tracking.earlier_runs import Point
-from slm.verdict import estimation, gate, scored_model
+from slm.verdict import estimation, fidelity, gate, scored_model
+from slm.verdict.fidelity import Fidelity, LikelyTokens, TokenFidelity
 from slm.verdict.statistics import Difference, Estimate
 
 SCRIPT = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=2><!--"
@@ -361,6 +363,46 @@ def test_where_answers_are_too_many_the_flipped_and_wrong_are_kept_and_the_rest_
     assert data["left_out"] == 66 - len(data["answers"]) > 0
     assert f"{data['left_out']} answers are left out of this page" in words(page)
     assert "samples.jsonl has all" in words(page)
+
+
+def compared_report(*answers: tuple[float, ...]) -> Report:
+    """A candidate beside a baseline, with the divergence of each token of each answer."""
+    made = report(FEW, FEW)
+    likely = ((" Burk", 0.83), (" the", 0.04), (" Bur", 0.02))
+    found = Fidelity(
+        tuple(
+            TokenFidelity(f"id-{place}", np.array(kl), np.ones(len(kl), bool), np.zeros(len(kl)))
+            for place, kl in enumerate(answers)
+        ),
+        worst={
+            f"id-{place}": tuple(LikelyTokens(f" returns{at}", value, likely, likely) for at, value in enumerate(kl))
+            for place, kl in enumerate(answers)
+        },
+    )
+    models = replace(made.models[0], fidelity=found), made.models[1]
+    return replace(made, models=models, changes=(fidelity.estimates(found, {}), {}))
+
+
+def test_the_answers_that_differ_the_most_have_the_likeliest_tokens_of_both_models():
+    page = words(html_page.render(compared_report((0.49, 0.0), (0.0, 1.2, 0.001))))
+    assert "id-0 KL" in page and "id-1 KL" in page
+    assert "returns1 1.20 ' Burk' 83%, ' the' 4%, ' Bur' 2% ' Burk' 83%, ' the' 4%, ' Bur' 2%" in page
+
+
+def test_an_answer_without_any_divergence_is_not_among_those_that_differ_the_most():
+    page = words(html_page.render(compared_report((0.49, 0.0), (0.0, 0.0))))
+    assert "id-0 KL" in page and "id-1 KL" not in page
+    page = words(html_page.render(compared_report((0.0, 0.0), (0.0, 0.0))))
+    assert "Both models have the same distribution at each token." in page
+    assert " KL " not in page and "largest mean divergence" not in page
+
+
+def test_each_link_to_a_section_has_the_name_of_its_heading():
+    made = report(FEW_WORSE, FEW, history=({"score": history(0.4, 0.5)}, {}))
+    page = html_page.render(replace(made, changes=compared_report((0.49, 0.0)).changes))
+    links = dict(re.findall('<a href="#([a-z]+)">([^<]+)</a>', page))
+    headings = dict(re.findall('<h2 id="([a-z]+)-title">([^<]+)</h2>', page))
+    assert links == headings and len(links) >= 6
 
 
 def history(*means: float) -> tuple[Point, ...]:
@@ -774,6 +816,78 @@ def test_the_page_is_dark_where_that_is_preferred_fits_a_phone_and_prints(opened
         emulate(page)
     printed = page.execute_cdp_cmd("Page.printToPDF", {})
     assert base64.b64decode(printed["data"]).startswith(b"%PDF")
+
+
+@pytest.fixture
+def sized(browser):
+    """Sets the width of the page; afterwards, it is the window's again."""
+
+    def set_width(width: int) -> None:
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+    yield set_width
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+AMOUNT_ENDS = """
+const end = (cell) => {
+  const range = document.createRange();
+  range.selectNode(cell.firstChild);
+  return Math.round(range.getBoundingClientRect().right);
+};
+const rows = [...document.querySelectorAll(".costs tbody")];
+return rows.map((row) => [...row.querySelectorAll(".numbers")].map(end));
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [500, 800, 1200])
+def test_the_costs_of_the_models_end_under_one_another(opened, sized, width):
+    made = report(FEW, FEW)
+    costs = ({"output_tokens_per_second": 1453.1, "model_bytes": 104e6}, {"output_tokens_per_second": 9.4})
+    sized(width)
+    page = opened(
+        replace(made, models=tuple(replace(m, metrics=m.metrics | c) for m, c in zip(made.models, costs, strict=True)))
+    )
+    ends = page.execute_script(AMOUNT_ENDS)
+    assert ends and all(len(set(row)) == 1 for row in ends), ends
+
+
+@pytest.mark.slow
+def test_the_table_of_tokens_breaks_no_word_and_no_number_on_a_narrow_page(opened, sized):
+    sized(500)
+    page = opened(compared_report((0.49, 0.001, 0.02)))
+    rows = """
+    const range = document.createRange(), heights = (cell) => {
+      range.selectNodeContents(cell);
+      return new Set([...range.getClientRects()].map((box) => Math.round(box.bottom))).size;
+    };
+    return [...document.querySelectorAll(arguments[0])].map(heights);
+    """
+    for cells in (".farthest .number", ".farthest .token", ".farthest .whole"):
+        found = page.execute_script(rows, cells)
+        assert found and set(found) == {1}, cells
+    assert page.execute_script("return document.documentElement.scrollWidth") <= 500
+
+
+@pytest.mark.slow
+def test_a_closed_answer_of_the_tokens_shows_that_it_opens(opened):
+    page = opened(compared_report((0.49, 0.0), (0.2, 0.1)))
+    signs = (
+        "return [...document.querySelectorAll('#tokens summary')].map((s) => getComputedStyle(s, '::before').content)"
+    )
+    assert page.execute_script(signs) == ['"\u25be"', '"\u25b8"']
+
+
+@pytest.mark.slow
+def test_pages_of_answers_are_turned_only_where_there_are_several(opened):
+    page = opened(report(values(*[1, 0] * 30)))
+    until(page, "60 of 60 answers")
+    assert page.find_element("id", "next").is_displayed()
+    choose(page, "state", "wrong")
+    until(page, "30 of 60 answers")
+    assert not page.find_element("id", "next").is_displayed()
 
 
 @pytest.mark.slow
