@@ -45,6 +45,7 @@ def serve(args: parameters.Parameters) -> str:
     from slm.base import console, environment, stopping
     from slm.serving import processes, server, traces
     from slm.serving.access_log import AccessLog
+    from slm.tracking import run_records
 
     redact = traces.read_redact(args.redact)
     access_log = AccessLog(args.access_log) if args.access_log else None
@@ -53,7 +54,10 @@ def serve(args: parameters.Parameters) -> str:
         environment.check_cuda()
 
     # The model, and the server until a signal comes
-    with lifecycle.run("serve", args) if "MLFLOW_RUN_ID" in os.environ else nullcontext():
+    with lifecycle.run("serve", args) if "MLFLOW_RUN_ID" in os.environ else nullcontext() as run:
+        if run:
+            name = f"serve {args.model_uri.removeprefix('models:/')}"
+            run_records.name_run_under_way(run.info.run_id, name)
         stopping.allow(args.drain)
         try:
             if args.workers > 1:
@@ -64,6 +68,8 @@ def serve(args: parameters.Parameters) -> str:
             if str(stopped) != "SIGTERM":
                 raise
             console.out.print("the server has stopped, after SIGTERM", markup=False)
+            if run:
+                lifecycle.name_end(run.info.run_id, "stopped by SIGTERM")
     return "none"
 
 

@@ -400,6 +400,11 @@ def parse(entry_point: str, description: str, argv: list[str] | None) -> Paramet
     return args
 
 
+def written(value: str | int | float | bool) -> str:
+    """The value as it is stored and given: `true`, not Python's `True`."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _value(parameter: Parameter, given: Any) -> str | int | float | bool:
     kind = type(parameter.default)
     if credentials.held_by(str(given)):

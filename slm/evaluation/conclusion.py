@@ -183,7 +183,7 @@ def record_run(
         given["system_prompt"] = system.source
         if system.source.startswith(system_text.REGISTRY):
             mlflow.MlflowClient().link_prompt_version_to_run(run_id, system.source)
-    defaults = {name: str(default) for name, default in parameters.DEFAULTS.items()}
+    defaults = {name: parameters.written(default) for name, default in parameters.DEFAULTS.items()}
     whole["again"] = reproduction.again(started.tags, given, defaults, records, report.baseline)
     found = {tags.GATE: report.verdict.state, tags.PROMPTS_SHA256: report.prompt_set.sha256}
     found |= run_records.system_prompt(report.prompt_set)
@@ -208,7 +208,10 @@ def put_headline(report: summary.Report) -> None:
 
 
 def upload_reports(report: summary.Report, child_runs: Sequence[str]) -> None:
-    """Uploads report.md, report.html and junit.xml into every run. The active run also gets plots and a description."""
+    """Uploads report.md, report.html and junit.xml into every run, and describes it. The active run also gets plots.
+
+    `child_runs` has the order of the models.
+    """
     from slm.report import html_page, plots
 
     mlflow = mlflow_client.quiet_mlflow()
@@ -218,7 +221,10 @@ def upload_reports(report: summary.Report, child_runs: Sequence[str]) -> None:
         "junit.xml": summary.junit(report),
     }
     description = f"**{summary.escaped(html_page.headline(report))}.**\n\n{artifacts['report.md']}"
-    mlflow.set_tag("mlflow.note.content", description)  # on the run's page
+    mlflow.set_tag(tags.NOTE, description)
+    for place, run_id in enumerate(child_runs):
+        told = f"**{summary.escaped(html_page.model_headline(report, place))}.**"
+        mlflow.MlflowClient().set_tag(run_id, tags.NOTE, told)
     for run_id in (mlflow.active_run().info.run_id, *child_runs):
         for name, text in artifacts.items():
             mlflow.MlflowClient().log_text(run_id, text, f"evaluation/{name}")

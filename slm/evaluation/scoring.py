@@ -28,12 +28,18 @@ class Result(NamedTuple):
 
 
 def scored_uri(logged, checkpoint: checkpoints.Checkpoint, registered_model_name: str, precision: str = "") -> str:
-    """The URI of a model that was just logged. A registered version gets tags and a description, and is the URI.
+    """The URI of a model that was just logged. The model gets a description.
 
-    `logged` is MLflow's ModelInfo. Without a registered name, the URI is the logged model's.
+    `logged` is MLflow's ModelInfo. A registered version gets tags and the same description, and is the URI. Without a
+    registered name, the URI is the logged model's.
     """
     from slm.report import summary
 
+    words = [f"{checkpoint.name}, as {'a transformers pipeline' if not precision else f'ONNX, {precision}'}."]
+    revision = checkpoint.revision if len(checkpoint.revision) < 40 else checkpoint.revision[:12]  # a hash has 40 or 64
+    words += [f"From {checkpoint.source} at {revision}." if revision else f"From {checkpoint.source}."]
+    description = summary.escaped(" ".join(words))
+    registry.describe_model(logged.model_id, description)
     if not registered_model_name:
         return logged.model_uri
     version = str(logged.registered_model_version)
@@ -45,10 +51,8 @@ def scored_uri(logged, checkpoint: checkpoints.Checkpoint, registered_model_name
         tags.GIT_COMMIT: environment.describe()["git_commit"],
         manifest.TAG: next(iter(registry.recorded_manifests(logged.model_uri)), ""),
     }
-    words = [f"{checkpoint.name}, as {'a transformers pipeline' if not precision else f'ONNX, {precision}'}."]
-    words += [f"From {checkpoint.source}" + (f" at {checkpoint.revision}." if checkpoint.revision else ".")]
     found = {name: value for name, value in found.items() if value}
-    registry.tag_version(registered_model_name, version, found, summary.escaped(" ".join(words)))
+    registry.tag_version(registered_model_name, version, found, description)
     return f"models:/{registered_model_name}/{version}"
 
 

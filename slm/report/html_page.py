@@ -130,6 +130,14 @@ def headline(report: Report) -> str:
     return _verdict(report) + (f"; {part_of(cut, rows, 'answer')} cut at max_tokens" if cut else "")
 
 
+def model_headline(report: Report, place: int) -> str:
+    """The verdict on one model and its score, in words. It says if its answers are cut."""
+    model, state = report.models[place], report.verdicts[place].state
+    first = "Baseline" if place == report.baseline else "No gate" if state == "none" else state.capitalize()
+    cut, rows = (int(model.metrics.get(name, 0)) for name in ("rows_cut", "rows"))
+    return f"{first}. {_alone(model)}" + (f"; {part_of(cut, rows, 'answer')} cut at max_tokens" if cut else "")
+
+
 def _verdict(report: Report) -> str:
     state, judged = report.verdict.state, checks(report)
     concerned = [(place, check) for place, check in judged if check.state == state]

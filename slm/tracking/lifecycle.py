@@ -13,7 +13,7 @@ from typing import Any
 
 from slm.base import cache, console, credentials, environment, stopping
 from slm.base.errors import BadInput, Unavailable, exhausted
-from slm.base.parameters import Parameters
+from slm.base.parameters import Parameters, written
 from slm.base.stopping import Stopped
 from slm.base.wording import one_line
 from slm.tracking import frozen_prompts, run_records, runs, store, tags
@@ -73,7 +73,7 @@ def run(name: str, args: Parameters) -> Iterator[Any]:
         opened = client.get_run(active.info.run_id)
         _scrub(client, opened)
         known = opened.data.params
-        plain = {name: str(value) for name, value in vars(args).items()}
+        plain = {name: written(value) for name, value in vars(args).items()}
         mlflow.log_params({name: value for name, value in plain.items() if name not in known})
         # `mlflow run` logs a text as the shell gets it, in quotes
         mlflow.log_params({f"cfg.{name}": value for name, value in plain.items() if known.get(name, value) != value})
@@ -87,6 +87,12 @@ def child_run(name: str) -> Iterator[Any]:
     """A child run of the active run, for one scored model."""
     with _ending(quiet_mlflow().start_run(run_name=name, nested=True, tags=runs.process_tags())) as active:
         yield active
+
+
+def name_end(run_id: str, name: str) -> None:
+    """Names how a run ends. A store that does not answer keeps no process."""
+    with environment.variables(PATIENCE), suppress(Exception):
+        run_records.name_run(run_id, name)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from slm.base.errors import BadInput, exhausted
 from slm.base.model_uri import registered_alias, registered_version
 from slm.base.wording import one_line
 from slm.tracking.mlflow_client import download, is_infrastructure, quiet_mlflow
+from slm.tracking.tags import NOTE
 
 
 @contextmanager
@@ -193,6 +194,11 @@ def tag_version(
         client.set_model_version_tag(name, version, key, value)
     if description:
         client.update_model_version(name, version, description)
+
+
+def describe_model(model_id: str, description: str) -> None:
+    """Sets the description of a logged model."""
+    quiet_mlflow().MlflowClient().set_logged_model_tags(model_id, {NOTE: description})
 
 
 def set_alias(name: str, alias: str, version: str) -> None:

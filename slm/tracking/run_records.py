@@ -7,10 +7,12 @@ from slm.base.parameters import ENTRY_POINTS
 from slm.tracking import live_prompts
 from slm.tracking.earlier_runs import HISTORY
 from slm.tracking.mlflow_client import _or_found, quiet_mlflow
-from slm.tracking.tags import PARENT, SKIPPED, SYSTEM_PROMPT, SYSTEM_PROMPT_SHA256
+from slm.tracking.tags import NOTE, PARENT, SKIPPED, SYSTEM_PROMPT, SYSTEM_PROMPT_SHA256
 
 # MLflow's own names are of the form selective-ram-123
 UNNAMED = re.compile(rf"([a-z]+-[a-z]+-\d+|{'|'.join(ENTRY_POINTS)})?")
+
+_under_way: dict[str, str] = {}  # the names of this process's runs that tell what goes on, by run id
 
 
 def log_dataset(prompt_set):
@@ -68,15 +70,29 @@ def runs_with(tags: dict[str, str], status: str = "") -> list:
 
 
 def name_run(run_id: str, name: str, description: str = "") -> None:
-    """Names a run by what it did, unless a person named it, and describes it. A child run keeps its name."""
+    """Names a run by what it did, unless a person named it, and describes it. A child run keeps its name.
+
+    A name that `name_run_under_way` gave stays in front.
+    """
     client = quiet_mlflow().MlflowClient()
     run = client.get_run(run_id)
     if PARENT in run.data.tags:
         return
-    if UNNAMED.fullmatch(run.info.run_name or ""):
+    before = _under_way.pop(run_id, None)
+    if before and run.info.run_name == before:
+        client.update_run(run_id, name=f"{before[:200]}, {name}"[:250])
+    elif UNNAMED.fullmatch(run.info.run_name or ""):
         client.update_run(run_id, name=name[:250])
     if description:
-        client.set_tag(run_id, "mlflow.note.content", description)
+        client.set_tag(run_id, NOTE, description)
+
+
+def name_run_under_way(run_id: str, name: str) -> None:
+    """Names a run by what it does until it ends, unless a person named it."""
+    client = quiet_mlflow().MlflowClient()
+    if UNNAMED.fullmatch(client.get_run(run_id).info.run_name or ""):
+        _under_way[run_id] = name[:250]
+        client.update_run(run_id, name=_under_way[run_id])
 
 
 def tag_active_run(tags: dict[str, str]) -> None:

@@ -32,6 +32,7 @@ ERROR = "error"
 PROCESS = "process"
 SEEN = "process.seen"
 PARENT = "mlflow.parentRunId"
+NOTE = "mlflow.note.content"  # the description on the page of a run or of a logged model
 
 # of a start with a slot
 SLOT = "slot"

@@ -422,6 +422,15 @@ def test_the_parent_shows_how_it_ended_without_a_click(run, tmp_path, store):
     assert parent.data.tags["mlflow.note.content"].startswith(
         "**Regress: score/mean fell by 0.30, and 0.05 is allowed.**"
     )
+    children = {
+        run.info.run_name: run.data.tags["mlflow.note.content"]
+        for run in client.search_runs([experiment])
+        if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    }
+    assert [told.split(", 95 %")[0] for _, told in sorted(children.items())] == [
+        "**Regress. models:/copier/3 scores 0.60",
+        "**Baseline. models:/copier@champion scores 0.90",
+    ]
     metrics = parent.data.metrics
     assert (metrics["score/mean"], metrics["difference/score/mean"]) == (pytest.approx(0.6), pytest.approx(-0.3))
     assert metrics["rows"] == 300 and "exact_match/mean" not in metrics  # the headline alone

@@ -51,13 +51,15 @@ def test_pipeline_from_a_git_url(git_server, tracking_server, server, tmp_path):
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["mlflow.source.git.commit"] == git_server.commit
     assert parent.data.params["model"] == "smollm2-135m-instruct" and "cfg.model" not in parent.data.params
+    assert parent.data.params["save_weights"] == "true" and "cfg.save_weights" not in parent.data.params
     assert parent.data.params.get("cfg.stop", parent.data.params["stop"]) == ""
     logged, _ = check_child(server, children["pipeline"], prompts=8)
     assert (logged.name, logged.source_run_id) == ("smollm2-135m-instruct-pipeline", parent.info.run_id)
     assert logged.status == "READY"
     version = server.get_model_version("from-git", "1")
     assert version.source == logged.model_uri
-    assert version.description.startswith("smollm2-135m-instruct, as a transformers pipeline. From embedded:")
+    told = "smollm2-135m-instruct, as a transformers pipeline. From embedded:smollm2-135m-instruct at "
+    assert version.description == logged.tags["mlflow.note.content"] == f"{told}{version.tags['revision'][:12]}."
     assert {"source", "revision", "model.sha256", "prompts.sha256", "score", "gate"} <= version.tags.keys()
     answer = mlflow.pyfunc.load_model("models:/from-git/1").predict(
         {"messages": [{"role": "user", "content": "What is the capital of France?"}]}

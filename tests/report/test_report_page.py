@@ -182,6 +182,24 @@ def test_a_broken_rule_names_its_model_where_several_were_judged():
     assert html_page.headline(both).startswith("Regress: new: score/mean is 0.00, below 0.5; 1 more")
 
 
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (report(RIGHT, RIGHT), "No gate. new scores 1.00, 95 % interval 0.98 to 1.00, on 200 prompts"),
+        (report(RIGHT, thresholds="contains/mean: {min: 0.9}"), "Pass. new scores 1.00, 95 % interval 0.98 to 1.00"),
+        (report(WRONG, RIGHT, "contains/mean: {min: 0.9}"), "Regress. new scores 0.00, 95 % interval 0.00 to 0.02"),
+        (report(values(None)), "No gate. new: no answer was scored"),
+    ],
+)
+def test_a_model_alone_is_told_with_its_verdict_and_its_score(made, told):
+    assert html_page.model_headline(made, 0).startswith(told)
+    if made.baseline == 1:
+        assert html_page.model_headline(made, 1).startswith("Baseline. old scores 1.00")
+    cut = replace(made.models[0], metrics=made.models[0].metrics | {"rows_cut": 2.0, "rows": 9.0})
+    cut_too = replace(made, models=(cut, *made.models[1:]))
+    assert html_page.model_headline(cut_too, 0).endswith("; 2 of 9 answers are cut at max_tokens")
+
+
 def test_the_top_tells_prompt_set_and_facts():
     told = words(html_page.render(report(FEW)))
     assert "new: new on smoke No gate." in told and "prompt set smoke, 4 prompts date 2026-01-02" in told

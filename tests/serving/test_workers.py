@@ -180,7 +180,9 @@ def test_a_killed_process_costs_its_own_requests_alone_and_is_replaced(tracked, 
         [(place, str(killed.pid), "SIGKILL")] for place in "12"
     )
     assert said.count("the server has stopped, after SIGTERM") == 1 and "Traceback" not in said, said
-    assert mlflow.get_run(run.info.run_id).info.status == "FINISHED"
+    ended = mlflow.get_run(run.info.run_id).info
+    assert ended.status == "FINISHED"
+    assert re.fullmatch(r"serve \w+@champion, stopped by SIGTERM", ended.run_name)
     traces = mlflow.search_traces(locations=[experiment], max_results=5000, return_type="list")
     assert {trace.info.trace_metadata["mlflow.sourceRun"] for trace in traces} == {run.info.run_id}
 

@@ -15,6 +15,8 @@ import pytest
 from support.commands import REPOSITORY, call, free_port, serving, started
 from support.databases import database, sqlite_store
 
+from slm.base import parameters
+from slm.base.errors import Unavailable
 from slm.base.parameters import Parameters
 from slm.base.stopping import Stopped
 from slm.scorers.confined import CHECKS
@@ -459,3 +461,43 @@ def test_a_server_that_is_stopped_tells_of_no_answers(capsys):
 
     assert lifecycle.exit_code(story, stopped_by="the server has stopped, after {}") == 143
     assert capsys.readouterr().err == "the server has stopped, after SIGTERM\n"
+
+
+def waiting_run(tracking, monkeypatch, name: str, **params: str) -> str:
+    """The run that `mlflow run` makes for a process, with its parameters as the shell gets them."""
+    client = tracking.MlflowClient()
+    run = client.create_run(tracking.create_experiment(name), run_name="selective-ram-123").info.run_id
+    for key, value in params.items():
+        client.log_param(run, key, value)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run)
+    return run
+
+
+def test_a_parameter_is_logged_twice_only_where_mlflow_logged_it_in_quotes(tracking, monkeypatch):
+    run = waiting_run(tracking, monkeypatch, "parameters", resume="true", check="false", stop="'a b'", seed="0")
+    with lifecycle.run("evaluate", parameters.parse("evaluate", "", ["--stop=a b"])):
+        pass
+    logged = tracking.MlflowClient().get_run(run).data.params
+    assert {name: value for name, value in logged.items() if name.startswith("cfg.")} == {"cfg.stop": "a b"}
+    assert (logged["resume"], logged["force"]) == ("true", "false")  # by MLflow, and by this project
+
+
+@pytest.mark.parametrize("ending", ["stopped by SIGINT", "error: out of memory"])
+def test_a_run_that_was_named_under_way_tells_what_it_did_and_how_it_ended(tracking, monkeypatch, ending):
+    run = waiting_run(tracking, monkeypatch, f"named {ending}")
+    read = tracking.MlflowClient().get_run
+    error = Stopped(signal.SIGINT, "") if "SIGINT" in ending else Unavailable("out of memory")
+    with pytest.raises(type(error)), lifecycle.run("serve", parameters.parse("serve", "", [])):
+        run_records.name_run_under_way(run, "serve bot@champion")
+        assert read(run).info.run_name == "serve bot@champion"
+        raise error
+    assert read(run).info.run_name == f"serve bot@champion, {ending}"
+
+
+def test_the_name_that_a_person_gave_a_run_is_kept_under_way_and_at_the_end(tracking, monkeypatch):
+    run = waiting_run(tracking, monkeypatch, "a person's")
+    client = tracking.MlflowClient()
+    client.update_run(run, name="monday")
+    run_records.name_run_under_way(run, "serve bot@champion")
+    run_records.name_run(run, "stopped by SIGINT")
+    assert client.get_run(run).info.run_name == "monday"
