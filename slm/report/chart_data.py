@@ -264,9 +264,17 @@ def latency_curves(report: Report) -> list[Curve]:
 
 
 def trends(report: Report) -> list[Trend]:
-    """A trend for each model and each metric of earlier runs. The overall score comes first."""
+    """A trend for each model and each metric of earlier runs. The overall score comes first.
+
+    The history of a registered model has all of its versions. So a baseline with the name of a candidate has the
+    candidate's history, and gets no trend of its own.
+    """
     found = []
+    drawn = {report.models[place].model.name for place in report.candidates}
     for place, earlier in enumerate(report.history):
+        name = report.models[place].model.name
+        if place == report.baseline and name and name in drawn:
+            continue
         for name in sorted((name for name in earlier if earlier[name]), key=_overall_first):
             moments = [
                 Moment(_date(point.start), point.run_id, point.version, _state(point.gate), *_interval(point))

@@ -447,6 +447,17 @@ def test_history_ends_with_this_run_and_is_there_only_if_there_is_any():
 # That it does no harm ------------------------------------------------------------------------------------------------
 
 
+def test_a_baseline_with_the_name_of_the_candidate_has_no_trend_of_its_own():
+    made = report(FEW_WORSE, FEW, history=({"score": history(0.5)}, {"score": history(0.5)}))
+
+    def drawn(*names: str) -> list[int]:
+        models = [replace(m, model=replace(m.model, name=name)) for m, name in zip(made.models, names, strict=True)]
+        return [trend.model for trend in chart_data.trends(replace(made, models=tuple(models)))]
+
+    assert drawn("supportbot", "supportbot") == [0]
+    assert drawn("smollm2, onnx int4", "smollm2, pipeline") == [0, 1]
+
+
 def hostile_report() -> Report:
     made = report(FEW_WORSE, FEW, "score/mean: {max_drop: 0.1}")
     messages = ({"role": "system", "content": HOSTILE}, {"role": "user", "content": HOSTILE})
@@ -822,9 +833,9 @@ def test_the_page_is_dark_where_that_is_preferred_fits_a_phone_and_prints(opened
         assert page.execute_script(background) == "rgb(20, 23, 27)"
         emulate(page)
         assert page.execute_script(background) == "rgb(255, 255, 255)"
-        size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        size = {"width": 360, "height": 800, "deviceScaleFactor": 1, "mobile": False}
         page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        assert page.execute_script("return document.documentElement.scrollWidth") <= 400
+        assert page.execute_script("return document.documentElement.scrollWidth") <= 360
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         emulate(page, media="print", scheme="dark")
         assert page.execute_script(background) == "rgb(255, 255, 255)"
@@ -860,16 +871,20 @@ return rows.map((row) => [...row.querySelectorAll(".numbers")].map(end));
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [500, 800, 1200])
+@pytest.mark.parametrize("width", [360, 500, 800, 1200])
 def test_the_costs_of_the_models_end_under_one_another(opened, sized, width):
     made = report(FEW, FEW)
-    costs = ({"output_tokens_per_second": 1453.1, "model_bytes": 104e6}, {"output_tokens_per_second": 9.4})
+    speeds = ({"output_tokens_per_second": 1453.1, "model_bytes": 104e6}, {"output_tokens_per_second": 9.4})
+    costs = [speed | {"peak_memory_bytes": memory} for speed, memory in zip(speeds, (11_179e6, 11_528e6), strict=True)]
+    models = [
+        replace(m, metrics=m.metrics | cost, model=replace(m.model, label=f"models:/supportbot/{place}"))
+        for place, (m, cost) in enumerate(zip(made.models, costs, strict=True))
+    ]
     sized(width)
-    page = opened(
-        replace(made, models=tuple(replace(m, metrics=m.metrics | c) for m, c in zip(made.models, costs, strict=True)))
-    )
+    page = opened(replace(made, models=tuple(models)))
     ends = page.execute_script(AMOUNT_ENDS)
     assert ends and all(len(set(row)) == 1 for row in ends), ends
+    assert page.execute_script("return document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.slow
