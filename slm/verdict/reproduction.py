@@ -166,11 +166,12 @@ def again(
 ) -> str:
     """The command that does a run again, from its tags and parameters: what they resolved to, and nothing promoted.
 
-    The command names the resolved versions and the commit. It registers and promotes no model, and it reuses no kept
-    answers. Without a git URL, the command is `mlflow run .`, for a clone of the repository.
+    The command names the resolved versions. It registers and promotes no model, and it reuses no kept answers. A run
+    of a git URL has the URL and the commit in its command. A run of a folder has the folder: the folder may hold what
+    is in no commit, and `mlflow run FOLDER -v COMMIT` would check the commit out in the folder.
     """
     chosen = {name: value for name, value in given.items() if value != defaults.get(name)}
-    for name in ("alias", "registered_model_name", "slot", "force"):
+    for name in ("alias", "registered_model_name", "slot"):
         chosen.pop(name, None)
     if chosen.get("model_uris"):  # an alias may point to another version now
         uris = [one["known_as"]["uri"] for one in records]
@@ -183,10 +184,15 @@ def again(
         chosen["revision"] = records[0]["known_as"]["revision"]
     if "resume" in given:
         chosen["resume"] = "false"
-    url, commit = tags.get("mlflow.source.git.repoURL"), tags.get("mlflow.source.git.commit", "")
-    command = ["mlflow", "run", *((url, "-v", commit) if url else (".",))]
+    name, url, commit = (tags.get(f"mlflow.source.{key}", "") for key in ("name", "git.repoURL", "git.commit"))
+    folder = PurePath(name.removeprefix("file://"))  # of a run by hand, the entry script
+    command = ["mlflow", "run"]
+    if folder.is_absolute():
+        command += [str(folder.parent.parent if folder.suffix == ".py" else folder)]
+    else:  # MLflow gives a folder the URL of its git remote too
+        command += [url, "-v", commit] if url else ["."]
     command += ["--env-manager", tags.get("mlflow.project.env", "local")]  # MLflow sets no tag for `local`
-    command += ["-e", tags.get("mlflow.project.entryPoint") or PurePath(tags.get("mlflow.source.name", "main")).stem]
+    command += ["-e", tags.get("mlflow.project.entryPoint") or folder.stem or "main"]
     return shlex.join([*command, *(word for name, value in chosen.items() for word in ("-P", f"{name}={value}"))])
 
 

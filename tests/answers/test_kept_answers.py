@@ -94,6 +94,20 @@ def test_the_speed_of_answers_of_which_some_are_reused_is_told_as_unknown(cache,
     assert found.metrics["rows"] == second and "model_load_seconds" in found.metrics
 
 
+def test_figures_are_of_one_run_that_ended(cache):
+    """The first run breaks off after its answer. The second one takes over this answer, and ends."""
+    with kept_answers.opened("model", "all") as kept:
+        kept.add("first", {"text": "a"}, 0.1)
+    with kept_answers.opened("model", "all") as kept:
+        assert kept.measured(["first"]) is None
+        kept.add("second", {"text": "b"}, 0.2)
+        kept.finish(100)
+    with kept_answers.opened("model", "all") as kept:
+        assert kept.measured(["first"]) is None
+        assert kept.measured(["first", "second"]) is None
+        assert kept.measured(["second"]) == kept_answers.Measured(0.2, 100)
+
+
 def test_an_interrupted_run_is_what_came_after_the_last_end(cache):
     """Of three runs, two ended; only the answers of the third, which broke off, may be used again."""
     for key, ends in (("first", True), ("second", True), ("third", False)):

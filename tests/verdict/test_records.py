@@ -210,7 +210,7 @@ def test_an_evaluations_record_has_its_models_and_its_gate():
     [
         (
             {},
-            {"model": "a/b", "alias": "champion", "registered_model_name": "m", "slot": "8:00", "force": "true"},
+            {"model": "a/b", "alias": "champion", "registered_model_name": "m", "slot": "8:00"},
             [{"source": "hf:a/b", "revision": "1234", "uri": "models:/m-1"}],
             "mlflow run . --env-manager local -e main -P model=a/b -P revision=1234",
         ),
@@ -218,7 +218,18 @@ def test_an_evaluations_record_has_its_models_and_its_gate():
             {"mlflow.source.name": "/there/entrypoints/onnx.py", "mlflow.project.env": "virtualenv"},
             {"model": "/a/folder", "resume": "true", "max_tokens": "8"},
             [{"source": "file:/a/folder", "revision": "1234"}],
-            "mlflow run . --env-manager virtualenv -e onnx -P model=/a/folder -P resume=false",
+            "mlflow run /there --env-manager virtualenv -e onnx -P model=/a/folder -P resume=false",
+        ),
+        (
+            {
+                "mlflow.project.entryPoint": "evaluate",
+                "mlflow.source.name": "file:///my clone",
+                "mlflow.source.git.repoURL": "https://host/p",  # of the clone's remote
+                "mlflow.source.git.commit": "c0ffee",
+            },
+            {},
+            [{}],
+            "mlflow run '/my clone' --env-manager local -e evaluate",
         ),
         (
             {"mlflow.project.entryPoint": "evaluate", "mlflow.source.name": "main.py"},
@@ -233,10 +244,17 @@ def test_an_evaluations_record_has_its_models_and_its_gate():
             "mlflow run . --env-manager local -e evaluate -P model_uris=models:/a/1",
         ),
         (
-            {"mlflow.source.git.repoURL": "git://host/p"},
+            {"mlflow.source.name": "entrypoints/evaluate.py"},
+            {"model_uris": "models:/a/1", "force": "true", "stop": 'it\'s "so" $HOME'},  # a model beside itself
+            [{"uri": "models:/a/1"}],
+            "mlflow run . --env-manager local -e evaluate -P model_uris=models:/a/1 -P force=true "
+            "-P 'stop=it'\"'\"'s \"so\" $HOME'",
+        ),
+        (
+            {"mlflow.source.name": "git://host/p", "mlflow.source.git.repoURL": "git://host/p"},
             {},
             [{}],
-            "mlflow run git://host/p -v '' --env-manager local -e main",
+            "mlflow run git://host/p -v '' --env-manager local -e p",
         ),
     ],
 )
