@@ -503,6 +503,12 @@ def test_a_row_that_fails_is_a_row_with_an_error_and_alone_is_asked_again(run, t
     assert second[uri].data.metrics["rows_failed"] == 0
     assert "39 of 40 answers are reused" in out
     assert asked(tmp_path, "model")[40:] == [7]
+    measured = {"output_tokens_per_second", "latency_seconds/p50", "latency_seconds/p95", "peak_memory_bytes"}
+    assert not measured & set(second[uri].data.metrics)
+    assert "no speed, latency or memory, because 39 of 40 answers are reused; resume=false measures them" in out
+    _, out, third = run(**options)  # all answers are kept now, of two runs
+    assert not measured & set(third[uri].data.metrics)
+    assert "no speed, latency or memory, because no one run gave exactly these answers" in out
     run(**options, resume="false")
     assert sorted(asked(tmp_path, "model")[41:]) == list(range(40))
 

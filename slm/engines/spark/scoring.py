@@ -20,6 +20,7 @@ from dataclasses import replace
 from slm.answers import kept_answers
 from slm.answers.asking import ModelFacts
 from slm.base.errors import BadInput
+from slm.base.wording import part_of
 from slm.engines.spark.job import Job
 from slm.engines.spark.prompt_frame import SparkPromptSet
 from slm.engines.spark.spark_session import _spark_errors
@@ -75,23 +76,29 @@ def score(
     listed = (scored_model.Sample(**json.loads(row.content)) for row in found if row.kind == "sample")
     samples = tuple(sorted(listed, key=lambda sample: (places[sample.id], sample.repeat)))
     buckets = tuple(sorted(marker["bucket"] for marker in markers))
+    reused, rows = (sum(marker[name] for marker in markers) for name in ("reused", "rows"))
+    unmeasured = ""
+    if not all(marker["measured"] for marker in markers):  # of a bucket, the failed rows alone were answered now
+        few = reused < rows
+        unmeasured = f"{part_of(reused, rows, 'answer')} reused" if few else "no one run gave exactly these answers"
     if prompt_set.is_whole:
         estimates = estimation.estimate(samples, prompt_set)
-        metrics = scored_model.metrics_of(model, samples, estimates)
+        metrics = scored_model.metrics_of(model, samples, estimates, latencies=not unmeasured)
     else:
         estimates, latencies = _estimates(prompt_set, told, buckets)
-        metrics = scored_model.metrics_of(model, samples, estimates) | latencies
+        metrics = scored_model.metrics_of(model, samples, estimates, latencies=False)
+        metrics |= {} if unmeasured else latencies
         metrics |= {name: float(sum(marker[name] for marker in markers)) for name in COUNTS}
         metrics["rows_cut/share"] = metrics["rows_cut"] / metrics["rows"]
         if "output_tokens/mean" in metrics:  # of the listed answers
             answered = max(metrics["rows"] - metrics["rows_failed"], 1.0)
             metrics["output_tokens/mean"] = sum(marker["output_tokens"] for marker in markers) / answered
     metrics["model_load_seconds"] = max(marker["model_load_seconds"] for marker in markers)
-    metrics["peak_memory_bytes"] = max(marker["peak_memory_bytes"] for marker in markers)
+    peak = max(marker["peak_memory_bytes"] for marker in markers)
+    metrics |= {"peak_memory_bytes": peak} if peak and not unmeasured else {}
     spent = [(marker["output_tokens"], marker["elapsed"]) for marker in markers if marker["elapsed"]]
-    if spent and len(spent) == sum(marker["rows"] > marker["rows_failed"] for marker in markers):
+    if not unmeasured and spent and len(spent) == sum(marker["rows"] > marker["rows_failed"] for marker in markers):
         metrics["output_tokens_per_second"] = sum(tokens for tokens, _ in spent) / sum(seconds for _, seconds in spent)
-    reused = sum(marker["reused"] for marker in markers)
     lines = {line[0]: line[1:] for line in (json.loads(row.content) for row in found if row.kind == "sent")}
     return SparkScoredModel(
         model,
@@ -104,6 +111,7 @@ def score(
         prompt_set=prompt_set,
         sent={prompt.id: tuple(lines[prompt.id][:2]) for prompt in prompt_set.prompts},
         generated={prompt.id: tuple(lines[prompt.id][2]) for prompt in prompt_set.prompts},
+        unmeasured=unmeasured,
     )
 
 

@@ -74,6 +74,7 @@ def _answered(batches: Iterable, job: Job) -> Iterator:
             "reused": scored.reused,
             "output_tokens": tokens,
             "elapsed": tokens / speed if speed else 0.0,
+            "measured": not scored.unmeasured,
             "peak_memory_bytes": scored.metrics.get("peak_memory_bytes", 0.0),
             "model_load_seconds": model.facts.load_seconds,
             "model_fetched": fetched,
@@ -120,6 +121,7 @@ def _take_over(
             return
         rows = pyarrow.parquet.read_table(file).to_pylist()
         seconds, peak = told["elapsed"] / max(told["rows"], 1), int(told["peak_memory_bytes"])
+        measured = told["measured"]
     except (mlflow.exceptions.MlflowException, OSError, ValueError, KeyError):
         return
     with kept_answers.opened(answering.identity(facts, job.generation), "none") as kept:
@@ -129,7 +131,8 @@ def _take_over(
                 continue
             answer = {name: row[name] for name in ("finish_reason", "prompt_tokens", "output_tokens")}
             kept.add(key, answer | {"text": row["output"], "seconds": row["latency_seconds"], "error": ""}, seconds)
-        kept.finish(peak)
+        if measured:
+            kept.finish(peak)
 
 
 def _model(job: Job) -> tuple[asking.LoadedModel, bool]:
