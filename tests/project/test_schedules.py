@@ -20,7 +20,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.commands import REPOSITORY, Finished, call, python_with
+from support.commands import REPOSITORY, Finished, call, in_process, python_with
+from support.commands import store as store_of
 from support.databases import sqlite_store
 from support.python_models import COPIER
 
@@ -483,6 +484,25 @@ def test_a_model_folder_is_known_by_its_content_and_an_endpoint_never(tmp_path):
     (tmp_path / "MLmodel").write_text("b")
     assert schedule.identity(str(tmp_path)) != before
     assert schedule.identity("http://127.0.0.1:1/v1#phi3") == ""
+
+
+def test_the_page_s_lines_tell_a_typo_from_a_regress(tmp_path, capsys):
+    """The typo ends the run that `mlflow run` made, before this project opens the run."""
+    import mlflow
+
+    page = (REPOSITORY / "docs" / "schedules.md").read_text("utf-8")
+    [lines] = re.findall(r"(?s)```python\n(.*?)```", page)
+    [slot] = re.findall(r"slot = '(\S+)'", lines)
+    uri = sqlite_store(tmp_path)
+    client = mlflow.MlflowClient(uri)
+    run_id = client.create_run(client.create_experiment("nights")).info.run_id
+    client.log_param(run_id, "slot", shlex.quote(slot))
+    done = in_process("evaluate", "--promts=x", f"--slot={slot}", MLFLOW_RUN_ID=run_id, MLFLOW_TRACKING_URI=uri)
+    assert done.code == 2
+    with store_of({"MLFLOW_TRACKING_URI": uri}):
+        exec(lines, {})
+    line = "promts: there is no such parameter; did you mean prompts?"
+    assert capsys.readouterr().out == f"error: {line} None {line}\n"
 
 
 # The files' commands, run
