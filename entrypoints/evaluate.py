@@ -51,11 +51,13 @@ def evaluate(args: parameters.Parameters) -> str:
         source = checkpoints.find(args.model, args.revision, args.subfolder)
 
     if args.check:
+        same = ""
         if source is None:
             named, baseline, _ = resolved(args, uris)
+            same = promotion.unchanged(args, named, baseline)
         else:
             named, baseline = [(f"onnx {args.precision}", ""), ("pipeline", "")], 1
-        forecast.show(args, prompt_set, thresholds, named, baseline, source.name if source else "")
+        forecast.show(args, prompt_set, thresholds, named, baseline, source.name if source else "", same)
         return "none"
 
     with schedule.run("evaluate", args) as settled:
@@ -67,7 +69,8 @@ def evaluate(args: parameters.Parameters) -> str:
         if source is None:
             named, baseline, is_first = resolved(args, uris)
             subject = prompt_set.name
-            if len(uris) == 1 and baseline and not args.force and promotion.is_unchanged(*named[0], *named[1]):
+            if same := promotion.unchanged(args, named, baseline):
+                promotion.skip(same)
                 schedule.mark_done(args, "none")
                 return "none"
         else:

@@ -31,18 +31,24 @@ def show(
     named: list[tuple[str, str]],
     baseline: int | None,
     checkpoint: str = "",
+    skipped: str = "",
 ) -> None:
     """Prints one line per question.
 
     `named` has (label, resolved URI). A wrapper that is to be logged has no URI, and `checkpoint` is what it is made
-    of. `baseline` is the place of the baseline.
+    of. `baseline` is the place of the baseline. `skipped` says why nothing would be evaluated.
     """
     clusters = _clusters(prompt_set)
     scorers = Counter(call.name for prompt in prompt_set.prompts for call in prompt.scorers)
     told = [counted(prompt_set.count, "row")]
     told += [counted(clusters, "cluster")] if clusters < len(prompt_set.prompts) else []
+    told += [f"{args.repeats} answers to each"] if args.repeats > 1 else []
     told += [f"{name} {number}" for name, number in sorted(scorers.items())]
     _line("prompts", f"{prompt_set.name}: {', '.join(told)}")
+    if prompt_set.texts:
+        _line("texts", f"{prompt_set.texts.name}: {counted(len(prompt_set.texts.documents), 'text')}")
+    if args.judge:
+        _line("judge", args.judge)
     if prompt_set.system:
         _line("system", prompt_set.system.source)
     for place, (label, uri) in enumerate(named):
@@ -53,9 +59,12 @@ def show(
     if args.alias:
         now = promotion.alias_version(named[0][1], args.alias)
         _line("alias", f"{args.alias} is {f'version {now}' if now else 'not set'}")
-    earlier = earlier_runs.newest(prompt_set.sha256)
-    _line("can find", _finds(args, prompt_set, earlier, baseline is not None))
-    _line("takes", _takes(args, prompt_set, thresholds, named, earlier, checkpoint))
+    if skipped:
+        _line("skipped", skipped)
+    else:
+        earlier = earlier_runs.newest(prompt_set.sha256)
+        _line("can find", _finds(args, prompt_set, earlier, baseline is not None))
+        _line("takes", _takes(args, prompt_set, thresholds, named, earlier, checkpoint))
     console.out.print("check: nothing was generated", markup=False)
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
         run_records.name_run(run_id, f"checked: {', '.join(label for label, _ in named)} on {prompt_set.name}")

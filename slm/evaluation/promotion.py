@@ -32,18 +32,22 @@ def is_first(args: Parameters, uri: str) -> bool:
     return True
 
 
-def is_unchanged(uri: str, resolved: str, baseline: str, resolved_baseline: str) -> bool:
-    """Whether candidate and baseline are the same model. Says so, and tags the active run."""
-    if not registry.have_same_files(resolved, resolved_baseline):
-        return False
-    told = [
-        given if given == found else f"{given} ({found})"
-        for given, found in ((uri, resolved), (baseline, resolved_baseline))
-    ]
-    line = f"skipped: {told[0]} and {told[1]} are the same model; there is nothing to evaluate"
+def unchanged(args: Parameters, named: list[tuple[str, str]], baseline: int | None) -> str:
+    """Says that the only candidate and the baseline are the same model. "" if they aren't, or with `force`.
+
+    `named` has (label, resolved URI), and `baseline` is the place of the baseline in it.
+    """
+    if baseline is None or len(named) != 2 or args.force or not registry.have_same_files(named[0][1], named[1][1]):
+        return ""
+    told = [given if given == found else f"{given} ({found})" for given, found in named]
+    return f"{told[0]} and {told[1]} are the same model; there is nothing to evaluate"
+
+
+def skip(reason: str) -> None:
+    """Prints and tags that the active run evaluates nothing."""
+    line = f"skipped: {reason}"
     console.out.print(line, markup=False)
     run_records.tag_active_run({tags.GATE: "none", tags.SKIPPED: line})
-    return True
 
 
 def promote(uri: str, alias: str, before: str, manifest_sha256: str) -> None:

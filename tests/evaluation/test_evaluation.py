@@ -349,6 +349,24 @@ def test_check_says_what_would_run_find_and_take_and_generates_nothing(run, tmp_
     assert re.search(found, out), out
 
 
+def test_check_says_that_a_model_beside_itself_is_not_evaluated(run):
+    code, out, children = run("1", check="true", baseline="models:/copier@champion")
+    told = "models:/copier/1 and models:/copier@champion (models:/copier/1) are the same model"
+    assert code == 0 and children == {}, out
+    assert f"skipped   {told}; there is nothing to evaluate" in out.splitlines() and "takes" not in out
+    _, out, _ = run("1", check="true", force="true", baseline="models:/copier@champion")
+    assert "skipped" not in out and "takes" in out
+
+
+def test_check_names_texts_and_repeats(run, tmp_path):
+    (tmp_path / "manual.txt").write_text("Turn it on.")
+    _, out, _ = run("2", check="true", repeats=3, texts=tmp_path / "manual.txt")
+    assert out.splitlines()[:2] == [
+        "prompts   numbers: 300 rows, 3 answers to each, exact_match 300",
+        "texts     manual: 1 text",
+    ]
+
+
 def test_a_run_says_what_it_can_find_and_take_before_it_generates(run):
     unknown = "The time to generate is unknown: no earlier run of this experiment has measured a speed"
     _, out, _ = run("3")
