@@ -10,6 +10,10 @@ from rich.console import Console
 from slm.base import console
 
 
+def test_a_log_is_told_every_15_seconds():
+    assert console.LINE_SECONDS == 15
+
+
 @pytest.fixture
 def log(monkeypatch):
     file = io.StringIO()

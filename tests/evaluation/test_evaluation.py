@@ -251,6 +251,11 @@ def test_a_first_champion_keeps_the_rules_that_need_no_baseline(run, without_cha
         champion()
 
 
+def test_a_gate_of_rules_against_a_baseline_alone_makes_a_first_champion(run, without_champion, tmp_path):
+    code, out, _ = run("1", thresholds=gate(tmp_path, "score/mean: {max_drop: 0.05}"), **AGAINST_CHAMPION)
+    assert code == 0 and "gate: none" in out and "copier@champion is now version 1, the first" in out, out
+
+
 def test_a_first_champion_needs_the_alias_that_is_set(run, without_champion, tmp_path):
     rules = gate(tmp_path, "score/mean: {min: 0.5}")
     code, out, _ = run("1", thresholds=rules, baseline="models:/copier@chmpion", alias="champion")

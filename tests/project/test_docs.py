@@ -137,11 +137,12 @@ def test_the_example_rows_of_scorers_are_valid(tmp_path):
     file = tmp_path / "set.jsonl"
     file.write_text(blocks(PAGES["scorers-and-judges.md"], "jsonl")[0])
     prompts = read_prompt_set(file, "", CHECKS).prompts
-    asked = {call.name: call.options for prompt in prompts for call in prompt.scorers}
-    with_options = {
-        name for name in CHECKS if set(inspect.signature(BUILT_IN[name]).parameters) - {"output", "expected"}
+    asked = {(call.name, option) for prompt in prompts for call in prompt.scorers for option in call.options}
+    assert asked == {
+        (name, option)
+        for name in CHECKS
+        for option in set(inspect.signature(BUILT_IN[name]).parameters) - {"output", "expected"}
     }
-    assert with_options == {name for name, options in asked.items() if options}
 
 
 def test_every_block_of_data_or_code_can_be_read():

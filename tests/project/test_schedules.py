@@ -503,6 +503,7 @@ def test_the_page_s_lines_tell_a_typo_from_a_regress(tmp_path, capsys):
         exec(lines, {})
     line = "promts: there is no such parameter; did you mean prompts?"
     assert capsys.readouterr().out == f"error: {line} None {line}\n"
+    assert client.get_run(run_id).data.tags["mlflow.note.content"] == f"**error**\n\n    {line}\n"  # on its page
 
 
 # The files' commands, run

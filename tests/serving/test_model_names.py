@@ -1,8 +1,9 @@
 """By which names clients may ask for the served model."""
 
 import pytest
+from support.openai_servers import NAME
 
-from slm.serving import protocol
+from slm.serving import protocol, versions
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,11 @@ from slm.serving import protocol
 )
 def test_a_model_has_its_registered_name_its_checkpoint_s_and_one_that_was_chosen(uri, resolved, chosen, names):
     assert protocol.model_names(uri, resolved, "smollm2", chosen) == names
+
+
+@pytest.mark.usefixtures("logged")
+def test_a_served_model_has_the_name_that_was_chosen(store):
+    assert versions.load(store[1]["chat"], served_model_name="mine").names == ("mine", NAME)
 
 
 def test_another_name_is_refused_with_the_first_one():

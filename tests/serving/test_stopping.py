@@ -77,6 +77,21 @@ def test_every_request_that_was_taken_is_answered_logged_and_traced(store, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.fault("serving: Ctrl-C under mlflow run")
+def test_ctrl_c_ends_the_run_of_mlflow_run_killed_and_tells_of_no_answers(store, tmp_path):
+    mlflow.set_tracking_uri(store[0])
+    client = mlflow.MlflowClient()
+    run_id = client.create_run(client.create_experiment("ctrl-c")).info.run_id
+    told = tmp_path / "told"
+    with told.open("w") as output, serving(store, output=output, MLFLOW_RUN_ID=run_id) as (process, _):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert told.read_text().splitlines()[-1] == "the server has stopped, after SIGINT"
+    assert client.get_run(run_id).info.status == "KILLED"
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.mark.slow
 @pytest.mark.fault("serving: SIGTERM while the registry does not answer")
 def test_a_follower_that_waits_for_the_registry_does_not_keep_the_server(tmp_path, int4_export):
     from support.commands import serving as tracking_server

@@ -519,6 +519,9 @@ def test_a_single_scored_row_is_judged_too():
     gap = paired_difference([1.0], [1.0])
     verdict = decide(rule("s/mean", max_drop=0.98), {"s": one, "rows": 1.0}, {"s": gap}, {})
     assert verdict.state == "pass", verdict.checks
+    assert verdict.checks[0].reason.endswith(" from 1 pair")
+    [check] = decide(rule("s/mean", min=0.02), {"s": one, "rows": 1.0}, {}).checks
+    assert check.reason.endswith(" from 1 prompt")
 
 
 def test_a_regress_against_the_baseline_names_the_limit():
