@@ -446,6 +446,8 @@ def test_no_detectable_difference_is_above_the_range_of_the_score(n):
         (0.3, (0.0, 0.5), 0.3),  # some differ, more of them up
         (0.1, (0.0, 1.0), 0.0),  # a few differ by anything
         (0.2, (0.25, 0.25), -0.4),  # a few differ by a quarter, more of them down
+        (0.1, (0.0, 1.0), 1.0),  # a few differ by anything, all up: Student's interval misses 8 to 10 times in 100
+        (0.2, (0.0, 1.0), 1.0),
     ],
 )
 def test_the_interval_of_graded_pairs_holds_the_truth_about_95_times_in_100(n, rate, sizes, lean):
