@@ -305,7 +305,7 @@ def _ids(how: str, ids: tuple[str, ...]) -> str:
 
 def table(report: Report) -> Table:
     drawn = Table(title=report.title, title_justify="left", title_style="bold", header_style="bold")
-    drawn.add_column("")
+    drawn.add_column("", overflow="fold")
     for model in report.models:
         drawn.add_column(model.model.label.removeprefix("models:/"), justify="right", overflow="fold")
     for line in lines(report.models):

@@ -286,6 +286,16 @@ def test_a_long_name_is_folded_in_the_console_s_table_and_not_cut():
     assert "".join(cells) == "a-very-long-name-of-a-model/12345"
 
 
+def test_a_long_scorer_is_folded_too():
+    name = "word-problems/exact_match/flexible-extract"
+    model = scored([{name: 1.0}], prompts(1))
+    console = Console(file=io.StringIO(), width=50)
+    console.print(summary.table(report([model] * 2, prompts(1), gate.Verdict("none", ()))))
+    cells = [line.split("│")[1].strip() for line in console.file.getvalue().splitlines() if line.startswith("│")]
+    assert "".join(cells).startswith(f"{name} (1)")
+    assert "…" not in console.file.getvalue()
+
+
 def test_the_console_s_table_has_short_names_and_is_never_cut():
     console = Console(file=io.StringIO(), width=70)
     console.print(summary.table(pair()))
