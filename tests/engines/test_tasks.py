@@ -147,6 +147,8 @@ def test_a_comparison_has_pairs_fidelity_and_a_page(wrappers, ours):
 
 
 def test_a_killed_run_goes_on_where_it_stopped(wrappers, tmp_path):
+    import mlflow
+
     uri, uris = wrappers
     options = [f"--tasks={SCIENCE},{WORDS}", "--limit=3", f"--model_uris={uris['onnx int4']}", "--traces=false"]
     names = {"MLFLOW_TRACKING_URI": uri, "PHI3_MLFLOW_CACHE": str(tmp_path), "MLFLOW_EXPERIMENT_NAME": "killed tasks"}
@@ -162,6 +164,11 @@ def test_a_killed_run_goes_on_where_it_stopped(wrappers, tmp_path):
     whole = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
     assert done.code == 0, done.err
     assert f": {len(kept)} of 15 requests are reused" in done.out
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("killed tasks").experiment_id
+    [scored] = [run for run in client.search_runs([experiment]) if "rows_cut" in run.data.metrics]
+    measured = ("latency_seconds", "output_tokens_per_second", "peak_memory_bytes")
+    assert not [name for name in scored.data.metrics if name.startswith(measured)]
     assert sum("asked" in line for line in whole) == 15  # 12 choices and 3 texts, and none asked twice
 
 
