@@ -363,6 +363,16 @@ def test_check_says_that_a_model_beside_itself_is_not_evaluated(run):
     assert "skipped" not in out and "takes" in out
 
 
+def test_check_names_the_run_that_mlflow_run_made(run, tmp_path, monkeypatch):
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    run_id = client.create_run(client.get_experiment_by_name(tmp_path.name).experiment_id).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    run("2", check="true")
+    assert client.get_run(run_id).info.run_name == "checked: models:/copier/2 on numbers"
+
+
 def test_check_names_texts_and_repeats(run, tmp_path):
     (tmp_path / "manual.txt").write_text("Turn it on.")
     _, out, _ = run("2", check="true", repeats=3, texts=tmp_path / "manual.txt")
@@ -420,6 +430,8 @@ def test_the_time_to_generate_is_the_likely_one(run, tmp_path, store):
         ({"thresholds": "score/mean: {max_drop: 0.1}"}, "`max_drop` compares with a baseline; add baseline="),
         ({"alias": "champion"}, "alias: needs a gate; add thresholds=gates/default.yaml"),
         ({"thresholds": "score/mean: {min: 0.1}", "alias": "x", "model_uris": ""}, "alias: needs one registered"),
+        ({"thresholds": "score/mean: {min: 0.1}", "alias": "x", "model_uris": "models:/a/1,models:/a/2"}, "names 2"),
+        ({"thresholds": "score/mean: {min: 0.1}", "alias": "x", "model_uris": "runs:/a/b"}, "needs a registered"),
         ({"model_uris": "copier"}, "copier: there is no such model (did you mean models:/copier/"),
         ({"model_uris": "models:/copier"}, "there is no such model (did you mean models:/copier/"),
     ],
