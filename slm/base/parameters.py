@@ -178,7 +178,12 @@ PARAMETERS = (  # a name that means something else to `serve` has a second row
         remedy="write letters, digits and : . + - / @, such as 2026-11-22T03:00Z",
     ),
     Parameter("check", False, ("evaluate",), "say what would run, what it can find and how long it takes; run nothing"),
-    Parameter("force", False, ("evaluate",), "evaluate a slot that is done, or one in which nothing changed, again"),
+    Parameter(
+        "force",
+        False,
+        ("evaluate",),
+        "evaluate although the slot is done, nothing changed, or the model is its own baseline",
+    ),
     Parameter(
         "trust_code",
         False,
