@@ -8,7 +8,8 @@ Agreement is the share of answers that equal fp32's, and of its text before the 
 the change of ln PPL are `evaluate`'s fidelity over fp32's answers, with its intervals (slm/verdict/fidelity.py).
 
 Beside the project's exports and the model builder's, the table has onnxruntime's own quantizers, on the fp32 export:
-rounding to nearest, HQQ and GPTQ (arXiv:2210.17323), in blocks of 32.
+rounding to nearest, HQQ and GPTQ (arXiv:2210.17323), in blocks of 32. Olive's are its passes of the same kind. They
+rename the output of a quantized head, so the head stays in fp32.
 """
 
 import json
@@ -66,10 +67,24 @@ def gptq(folder: Path, target: Path) -> None:
     quantize(folder, target, GPTQWeightOnlyQuantConfig(Prompts(folder), block_size=BLOCK))
 
 
-QUANTIZERS: dict[str, Callable[[Path, Path], None]] = {  # onnxruntime's own
+def olive_rounded(folder: Path, target: Path) -> None:
+    from olive.passes.onnx.rtn_quantization import OnnxBlockWiseRtnQuantization
+
+    with_olive(folder, target, OnnxBlockWiseRtnQuantization)
+
+
+def olive_k_quant(folder: Path, target: Path) -> None:
+    from olive.passes.onnx.kquant_quantization import OnnxKQuantQuantization
+
+    with_olive(folder, target, OnnxKQuantQuantization)
+
+
+QUANTIZERS: dict[str, Callable[[Path, Path], None]] = {  # onnxruntime's own, and Olive's
     "int4, onnxruntime's RTN": rounded,
     "int4, onnxruntime's HQQ": hqq,
     "int4, onnxruntime's GPTQ": gptq,
+    "int4, Olive's RTN": olive_rounded,
+    "int4, Olive's k-quant": olive_k_quant,
 }
 
 
@@ -86,6 +101,24 @@ def quantize(folder: Path, target: Path, algorithm) -> None:
     for file in target.glob("model.onnx*"):
         file.unlink()
     quantizer.model.save_model_to_file(str(target / "model.onnx"), use_external_data_format=True)
+
+
+def with_olive(folder: Path, target: Path, algorithm) -> None:
+    """Quantizes the products of the fp32 export in `folder`, all but the head, with one of Olive's passes."""
+    from olive.model import ONNXModelHandler
+    from olive.passes.olive_pass import create_pass_from_dict
+
+    shutil.copytree(folder, target)
+    settings = {"block_size": BLOCK, "accuracy_level": 4, "nodes_to_exclude": ["/lm_head/MatMul"]}
+    made = target / "quantized"
+    create_pass_from_dict(algorithm, settings, disable_search=True).run(
+        ONNXModelHandler(str(target / "model.onnx")), str(made)
+    )
+    for file in target.glob("model.onnx*"):
+        file.unlink()
+    for file in made.iterdir():
+        file.rename(target / file.name)
+    made.rmdir()
 
 
 class Prompts:
