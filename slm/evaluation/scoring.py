@@ -123,13 +123,13 @@ def score_model(
             whole = scored.reused == rows and not scored.unmeasured
             measured = "; speed, latency and memory were measured when they were generated" if whole else ""
             console.out.print(f"{label}: {part_of(scored.reused, rows, 'answer')} reused (resume=true){measured}")
-        found = {
-            tags.PROMPTS_SHA256: prompt_set.sha256,
-            **run_records.system_prompt(prompt_set),
-            tags.MODEL_SHA256: model.sha256,
-            tags.MODEL_URI: model.uri,
+        found = {  # MLflow's pages keep this order, so hashes come last
             tags.MODEL_NAME: model.name,
+            tags.MODEL_URI: model.uri,
+            **run_records.system_prompt(prompt_set),
             **({tags.JUDGE: scorers.judge.uri} if scorers.judge else {}),
+            tags.PROMPTS_SHA256: prompt_set.sha256,
+            tags.MODEL_SHA256: model.sha256,
             tags.FINGERPRINT: record["fingerprint"],
             tags.OUTPUTS_SHA256: record["outputs"]["sha256"],
         }

@@ -30,6 +30,12 @@ def shape(line: str) -> str:
     return re.sub(r"(?<![\w/@-])[+-]?\d[\d,.]*\d|(?<![\w/@-])[+-]?\d", "#", line)
 
 
+def test_a_line_between_those_of_the_page_is_seen():
+    assert_printed("a 1\nb", "first\na 2\nb\nlast")
+    with pytest.raises(AssertionError, match="isn't in"):
+        assert_printed("a 1\nb", "a 2\nnew\nb")
+
+
 def test_the_shape_of_a_line_keeps_its_words_and_states():
     assert shape("  pass         rows_failed max 0: 0") == "  pass         rows_failed max #: #"
     assert shape("x/2: 0 worse; 3 better (a-1, b-2)") == "x/2: # worse; # better"
@@ -103,7 +109,7 @@ def serving(command: str, clone, port: int, environment: dict[str, str]):
 
 
 def assert_printed(block: str, printed: str) -> None:
-    """Every line of the page's block was printed, in this order."""
-    lines = iter(shape(line.rstrip()) for line in printed.splitlines())
-    for line in block.splitlines():
-        assert shape(line.rstrip()) in lines, f"{line!r} isn't in:\n{printed}"
+    """The lines of the page's block were printed one after another, and none between them."""
+    shown, found = ([shape(line.rstrip()) for line in text.splitlines()] for text in (block, printed))
+    begins = [at for at in range(len(found)) if found[at : at + len(shown)] == shown]
+    assert begins, f"{block!r} isn't in:\n{printed}"
