@@ -120,7 +120,7 @@ def test_a_run_from_a_git_url_is_read_back_whole(request, tracking_uri, git_serv
     name, folder = f"model-{kind}", tmp_path / kind
     folder.mkdir()
     prompts = few_prompts(tmp_path)
-    options = ("schema=chat", "max_tokens=8", f"prompts={prompts}", f"registered_model_name={name}")
+    options = ("schema=chat", "precision=int8", "max_tokens=8", f"prompts={prompts}", f"registered_model_name={name}")
     done, experiment = run_from_git(git_server, tracking_uri, folder, "onnx", *options)
     assert done.code == 0, done.err
 
@@ -137,13 +137,13 @@ def test_a_run_from_a_git_url_is_read_back_whole(request, tracking_uri, git_serv
     mlflow.set_tracking_uri(uri)
     client = mlflow.MlflowClient()
     parent, children = parent_and_children(client, experiment)
-    assert (parent.info.status, children["onnx int4"].info.status) == ("FINISHED", "FINISHED")
+    assert (parent.info.status, children["onnx int8"].info.status) == ("FINISHED", "FINISHED")
     assert parent.data.tags["mlflow.source.git.commit"] == git_server.commit
     assert parent.data.params["max_tokens"] == "8"
-    logged, samples = check_child(client, children["onnx int4"], 8)  # metrics, tags, dataset, LoggedModel, artifacts
+    logged, samples = check_child(client, children["onnx int8"], 8)  # metrics, tags, dataset, LoggedModel, artifacts
     version = client.get_model_version_by_alias(name, "champion")
     assert (str(version.version), version.source) == ("1", logged.model_uri)
-    assert version.tags["model.sha256"] == children["onnx int4"].data.tags["model.sha256"]
+    assert version.tags["model.sha256"] == children["onnx int8"].data.tags["model.sha256"]
     assert version.tags["gate"] == "pass"
     [answer] = mlflow.pyfunc.load_model(f"models:/{name}@champion").predict(QUESTION)
     [asked] = [sample for sample in samples if sample["id"] == "capitals-france"]
