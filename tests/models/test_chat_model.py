@@ -19,7 +19,7 @@ from slm.scorers.confined import CHECKS
 chat_wrappers = pytest.mark.parametrize("name", ["pipeline", "onnx int4"])
 
 
-@chat_wrappers
+@pytest.mark.parametrize("name", ["pipeline", "onnx fp32"])  # int4's words depend on the CPU
 def test_a_conversation_is_answered_with_one_openai_chat_completion(models, name):
     [completion] = models[name].predict({"messages": PARIS})
     assert completion["object"] == "chat.completion"
