@@ -1,6 +1,8 @@
 """Reads the file formats of prompt sets. Each reader yields rows as plain data, with their places in the file.
 
 To add a format, write a function that takes the text and the file's name. Then put the function into READERS.
+Readers take UTF-8 text. A binary format, such as Parquet, also needs a change of `text_of`. With engine=spark,
+slm/engines/spark/prompt_frame.py reads Parquet.
 """
 
 import csv

@@ -1,4 +1,7 @@
-"""The part of OpenAI's chat API that this server accepts: requests, errors, keys and host names."""
+"""The part of OpenAI's chat API that this server accepts: requests, errors and host names.
+
+slm/models/chat_parts/fields.py checks a request field by field. slm/serving/keys.py has the keys.
+"""
 
 import ipaddress
 import re

@@ -31,6 +31,7 @@ PRECISION = "precision"
 ERROR = "error"
 PROCESS = "process"
 SEEN = "process.seen"
+UPLOADED = "uploaded"  # later: slm/tracking/unsent.py sent the scores after the server came back
 PARENT = "mlflow.parentRunId"
 NOTE = "mlflow.note.content"  # the description on the page of a run or of a logged model
 

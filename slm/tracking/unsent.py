@@ -18,6 +18,7 @@ from pathlib import Path
 from slm.base import cache
 from slm.base.errors import BadInput, Unavailable
 from slm.tracking import lifecycle, mlflow_client
+from slm.tracking.tags import UPLOADED
 
 
 @contextmanager
@@ -59,7 +60,7 @@ def upload(folder: Path) -> str:
     mlflow = mlflow_client.quiet_mlflow()
     with mlflow.start_run(run_id=run_id):  # ends it FINISHED
         mlflow.log_metrics(metrics, model_id=content["model_id"])
-        mlflow.set_tags(tags | {"uploaded": "later"})
+        mlflow.set_tags(tags | {UPLOADED: "later"})
         mlflow.log_artifact(str(folder / "samples.jsonl"), "evaluation")
     shutil.rmtree(folder)
     return run_id
