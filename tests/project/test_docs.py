@@ -93,6 +93,12 @@ def test_the_parameter_page_is_what_its_script_writes():
     assert tables.page("parameters.md") == PAGES["parameters.md"], "run python -m docs.tables"
 
 
+def test_the_page_on_trust_counts_the_attempts_to_load_a_changing_model():
+    from slm.models import wrappers
+
+    assert f"After {wrappers.TRIES} attempts, the model is refused." in PAGES["trust.md"]
+
+
 def test_every_scorer_is_described():
     from slm.scorers.built_in import BUILT_IN
     from slm.scorers.judges import JUDGES

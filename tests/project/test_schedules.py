@@ -486,6 +486,14 @@ def test_a_model_folder_is_known_by_its_content_and_an_endpoint_never(tmp_path):
     assert schedule.identity("http://127.0.0.1:1/v1#phi3") == ""
 
 
+def test_the_command_of_the_page_evaluates_as_the_files_do():
+    page = (REPOSITORY / "docs" / "schedules.md").read_text("utf-8")
+    [command] = re.findall(r"^mlflow run .* -P slot=.*$", page, re.MULTILINE)
+    option = re.compile(r"""(?:-P |--)((?:model_uris|baseline|prompts|thresholds|alias)=[^\s"']+)""")
+    for name in ("phi3-evaluate.service", "cronjob.yaml", "github-workflow.yaml", "airflow_dag.py"):
+        assert sorted(option.findall((SCHEDULES / name).read_text("utf-8"))) == sorted(option.findall(command)), name
+
+
 def test_the_page_s_lines_tell_a_typo_from_a_regress(tmp_path, capsys):
     """The typo ends the run that `mlflow run` made, before this project opens the run."""
     import mlflow
