@@ -13,6 +13,9 @@ from slm.base.wording import one_line
 from slm.tracking.mlflow_client import download, is_infrastructure, quiet_mlflow
 from slm.tracking.tags import NOTE
 
+# MLflow's codes for a model, version or alias that isn't there, the last one for an alias
+ABSENT = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
+
 
 @contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
@@ -216,13 +219,13 @@ def has_version(name: str, version: str) -> bool:
 
 
 def _found(ask: Callable[[], Any]) -> Any:
-    """What the registry answers; None if it has no such thing."""
+    """What the registry answers; None if it says that it has no such thing. Any other failure is raised."""
     try:
         return ask()
     except quiet_mlflow().exceptions.MlflowException as error:
-        if is_infrastructure(error):
-            raise
-        return None
+        if error.error_code in ABSENT or "_DOES_NOT_EXIST" in str(error):
+            return None
+        raise
 
 
 def have_same_files(first: str, second: str) -> bool:

@@ -1,11 +1,13 @@
 """A proxy in front of a real tracking server that does to requests what networks, servers and operators do.
 
-A fault is (method, part of the path, which of the requests that match) and an action: a status to answer with, "cut"
-(the connection is closed unanswered), a float (so many seconds pass first), or a function, which is called before the
-request is passed on, or has what it returns done to it.
+A fault is (method, part of the path, which of the requests that match) and an action: a status to answer with, a dict
+(status 400 with this JSON, as MLflow tells its own errors), "cut" (the connection is closed unanswered), a float (so
+many seconds pass first), or a function, which is called before the request is passed on, or has what it returns done to
+it.
 """
 
 import http.client
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +24,7 @@ class Fault:
     method: str
     path: str
     which: range
-    action: int | float | str | Callable[[], int | str | None]
+    action: int | dict | float | str | Callable[[], int | str | None]
     seen: int = 0
 
 
@@ -69,6 +71,9 @@ class Proxy(BaseHTTPRequestHandler):
             return
         elif isinstance(action, int):
             self.answer(action, [("Content-Type", "text/plain")], b"the proxy says so")
+            return
+        elif isinstance(action, dict):
+            self.answer(400, [("Content-Type", "application/json")], json.dumps(action).encode())
             return
         upstream = http.client.HTTPConnection(self.server.target, timeout=60)
         kept = {name: value for name, value in self.headers.items() if name.lower() not in ("transfer-encoding",)}

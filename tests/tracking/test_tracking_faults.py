@@ -200,6 +200,22 @@ def test_scores_that_the_server_does_not_take_are_kept_and_uploaded_later(run, p
     assert asked < 200
 
 
+@pytest.mark.fault("tracking: the registry fails when it is asked for the champion")
+def test_an_alias_that_can_not_be_read_does_not_count_as_one_that_is_not_set(run, proxy, server, tmp_path):
+    """Without a champion, the candidate would become the first one, and no rule would compare it."""
+    server.set_registered_model_alias("faulty", "current", "1")
+    fault = {"error_code": "BAD_REQUEST", "message": "QueuePool limit of size 5 overflow 10 reached"}  # a busy server's
+    proxy.add(fault, "GET", "registered-models/alias", range(1))
+    (tmp_path / "gate.yaml").write_text("score/mean: {max_drop: 0.02}\n")
+    given = {"baseline": "models:/faulty@current", "alias": "current", "thresholds": tmp_path / "gate.yaml"}
+    code, out = run(**given)
+    assert code == 4, out
+    assert "QueuePool limit" in error_line(out) and "the first current" not in out
+    assert newest(server).info.status == "FAILED"
+    code, out = run(**given)
+    assert code == 0 and "are the same model" in out, out
+
+
 @pytest.mark.fault("tracking: an artifact that fails, file k of n")
 @pytest.mark.parametrize("k", [0, 2])
 def test_an_artifact_that_is_not_taken_ends_the_run_failed_with_the_reason(run, proxy, server, k):
