@@ -53,7 +53,7 @@ def evaluate(args: parameters.Parameters) -> str:
     if args.check:
         same = ""
         if source is None:
-            named, baseline, _ = resolved(args, uris)
+            named, baseline, *_ = resolved(args, uris)
             same = promotion.unchanged(args, named, baseline)
         else:
             named, baseline = [(f"onnx {args.precision}", ""), ("pipeline", "")], 1
@@ -65,9 +65,9 @@ def evaluate(args: parameters.Parameters) -> str:
             return settled
 
         # The models: those named, or both wrappers of `model`, the pipeline being the baseline
-        is_first = False
+        is_first, before = False, ""
         if source is None:
-            named, baseline, is_first = resolved(args, uris)
+            named, baseline, is_first, before = resolved(args, uris)
             subject = prompt_set.name
             if same := promotion.unchanged(args, named, baseline):
                 promotion.skip(same)
@@ -83,7 +83,6 @@ def evaluate(args: parameters.Parameters) -> str:
 
         # Each scored as logged, compared, gated
         forecast.tell(args, prompt_set, thresholds, named, baseline is not None)
-        before = promotion.alias_version(named[0][1], args.alias)
         results = scoring.score_models(named, prompt_set, args, thresholds, baseline)
         verdict = conclusion.finish(subject, results, args, prompt_set, thresholds, baseline, is_first)
         # of a first champion, a gate may have no rule that applies
@@ -95,16 +94,18 @@ def evaluate(args: parameters.Parameters) -> str:
         return verdict.state
 
 
-def resolved(args: parameters.Parameters, uris: list[str]) -> tuple[list[tuple[str, str]], int | None, bool]:
+def resolved(args: parameters.Parameters, uris: list[str]) -> tuple[list[tuple[str, str]], int | None, bool, str]:
     """The models that are named, as (label, resolved URI); the place of the baseline; whether this is the first version
-    with the alias, which has no baseline."""
+    with the alias, which has no baseline; the version that has the alias."""
     from slm.evaluation import promotion
 
+    # read before the baseline is resolved: if the alias moves in between, nothing is promoted
+    before = promotion.alias_version(uris[0], args.alias)
     named = [(uri, registry.resolve(uri, args.trust_code)) for uri in uris]
-    is_first = promotion.is_first(args, uris[0])
+    is_first = promotion.is_first(args, uris[0], before)
     if not args.baseline or is_first:
-        return named, None, is_first
-    return [*named, (args.baseline, registry.resolve(args.baseline, args.trust_code))], len(uris), False
+        return named, None, is_first, before
+    return [*named, (args.baseline, registry.resolve(args.baseline, args.trust_code))], len(uris), False, before
 
 
 def log_both(source: checkpoints.Source, args: parameters.Parameters) -> list[tuple[str, str]]:

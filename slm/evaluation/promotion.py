@@ -12,19 +12,20 @@ from slm.tracking import mlflow_client, registry, run_records, tags
 
 def alias_version(uri: str, alias: str) -> str:
     """The version that `alias` points to now, in the registered model of `uri`. "" if there is no such alias."""
-    version = model_uri.registered_version(uri)
-    return registry.alias_version(version[0], alias) if version and alias else ""
+    named = model_uri.registered_version(uri) or model_uri.registered_alias(uri)
+    return registry.alias_version(named[0], alias) if named and alias else ""
 
 
-def is_first(args: Parameters, uri: str) -> bool:
+def is_first(args: Parameters, uri: str, before: str) -> bool:
     """Whether the alias that `baseline` names is the one to be set, and isn't set yet. Says so.
 
     Then the model of `uri` may become the first version with this alias. Its gate has nothing to compare with.
+    `before` is the version that has the alias, "" if none has it.
     """
     name, alias = model_uri.registered_alias(args.baseline) or ("", "")
     if not alias or alias != args.alias or not uri.startswith((f"models:/{name}/", f"models:/{name}@")):
         return False
-    if registry.alias_version(name, alias) or not registry.has_model(name):
+    if before or not registry.has_model(name):
         return False
     console.out.print(
         f"{name}@{alias} isn't set: the first {alias}; rules against a baseline don't apply", markup=False
@@ -54,10 +55,11 @@ def promote(uri: str, alias: str, before: str, manifest_sha256: str) -> None:
     """Moves the registry alias to the version that `uri` names.
 
     `before` is the alias's version at the start of the run. The tracking server must have recorded the manifest of the
-    scored files for this version.
+    scored files for this version. If somebody else moved the alias to this version since, it stays there.
 
     Raises:
-        Unavailable: somebody else moved the alias since, or recorded other files. The alias does not move.
+        Unavailable: somebody else moved the alias to another version since, or recorded other files. The alias does
+            not move.
     """
     registered = model_uri.registered_version(uri)
     assert registered is not None  # checked before anything was scored
@@ -68,10 +70,10 @@ def promote(uri: str, alias: str, before: str, manifest_sha256: str) -> None:
             f"{manifest_sha256[:12]}); nothing was moved: run again"
         )
     now = registry.alias_version(name, alias)
-    if now != before:
+    if now not in (before, version):
         moved = f"was {before or 'not set'} when this run began and is {now or 'not set'} now"
         raise Unavailable(f"alias: {name}@{alias} {moved}; version {version} passed and nothing was moved: run again")
-    _move(name, alias, version, before)
+    _move(name, alias, version, now)
 
 
 def set_back(name: str, alias: str, version: str) -> None:

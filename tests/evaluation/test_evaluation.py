@@ -131,6 +131,38 @@ def test_an_alias_that_somebody_moved_meanwhile_is_left_alone(run, tmp_path):
     assert champion() == "3"
 
 
+@pytest.mark.fault("process: the alias moved while the models were resolved")
+def test_an_alias_that_somebody_moves_after_it_was_resolved_is_left_alone(run, tmp_path, monkeypatch):
+    """The candidate is compared with version 1, so it may not replace the version 3 that it was not compared with."""
+    meanwhile(monkeypatch, "resolve", "3", lambda uri, *_: uri.endswith("@champion"))
+    code, out, _ = run("2", thresholds=gate(tmp_path, "score/mean: {max_drop: 0.05}"), **AGAINST_CHAMPION)
+    assert code == 4, out
+    assert "copier@champion was 1 when this run began and is 3 now; version 2 passed and nothing was moved" in out
+    assert champion() == "3"
+
+
+def test_an_alias_that_somebody_moves_to_the_version_that_passes_stays_there(run, tmp_path, monkeypatch):
+    meanwhile(monkeypatch, "resolve", "2", lambda uri, *_: uri.endswith("@champion"))
+    code, out, _ = run("2", thresholds=gate(tmp_path, "score/mean: {max_drop: 0.05}"), **AGAINST_CHAMPION)
+    assert code == 0 and "copier@champion stays version 2" in out, out
+    assert champion() == "2"
+
+
+def meanwhile(monkeypatch, name: str, version: str, when=lambda *_: True) -> None:
+    """Somebody moves the alias to `version` right after the registry has answered the function `name`."""
+    from slm.tracking import registry
+
+    ask = getattr(registry, name)
+
+    def answered(*given):
+        found = ask(*given)
+        if when(*given):
+            registry.set_alias("copier", "champion", version)
+        return found
+
+    monkeypatch.setattr(registry, name, answered)
+
+
 def test_an_unchanged_run_reuses_all_answers_and_a_gate_on_speed_none(run, tmp_path):
     told = (
         "models:/copier/1: 300 of 300 answers are reused (resume=true); "
@@ -254,6 +286,14 @@ def test_a_first_champion_keeps_the_rules_that_need_no_baseline(run, without_cha
 def test_a_gate_of_rules_against_a_baseline_alone_makes_a_first_champion(run, without_champion, tmp_path):
     code, out, _ = run("1", thresholds=gate(tmp_path, "score/mean: {max_drop: 0.05}"), **AGAINST_CHAMPION)
     assert code == 0 and "gate: none" in out and "copier@champion is now version 1, the first" in out, out
+
+
+def test_a_first_champion_takes_the_alias_from_nobody(run, without_champion, tmp_path, monkeypatch):
+    """Somebody sets the alias after it was found to be free: no rule compared the candidate with that version."""
+    meanwhile(monkeypatch, "has_model", "2")
+    code, out, _ = run("3", thresholds=gate(tmp_path, "score/mean: {max_drop: 0.05}"), **AGAINST_CHAMPION)
+    assert code == 4, out
+    assert "copier@champion was not set when this run began and is 2 now" in out and champion() == "2"
 
 
 def test_a_first_champion_needs_the_alias_that_is_set(run, without_champion, tmp_path):
