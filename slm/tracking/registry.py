@@ -8,7 +8,7 @@ from typing import Any
 
 from slm.answers import endpoints
 from slm.base.errors import BadInput, exhausted
-from slm.base.model_uri import registered_alias, registered_version
+from slm.base.model_uri import registered_alias, registered_version, registered_word
 from slm.base.wording import one_line
 from slm.tracking.mlflow_client import download, is_infrastructure, quiet_mlflow
 from slm.tracking.tags import NOTE
@@ -37,6 +37,7 @@ def local_copy(uri: str) -> Iterator[Path]:
 def resolve(uri: str, trust_code: bool = False) -> str:
     """Checks a model URI, and replaces an alias with its present version. Reads descriptions, and loads no model.
 
+    `latest` and the name of a stage, as in `models:/name/latest`, are replaced too.
     An endpoint must generate one token, and its URI gets the model's name. `trust_code` accepts code that was logged
     with a model and that this project does not know.
 
@@ -47,6 +48,8 @@ def resolve(uri: str, trust_code: bool = False) -> str:
     if endpoints.is_endpoint(uri):
         return endpoints.connect(uri).uri
     mlflow = quiet_mlflow()
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
+
     from slm.answers import forms
     from slm.models import wrappers
 
@@ -54,6 +57,8 @@ def resolve(uri: str, trust_code: bool = False) -> str:
     try:
         if named:
             uri = f"models:/{named[0]}/{mlflow.MlflowClient().get_model_version_by_alias(*named).version}"
+        elif registered_word(uri):
+            uri = "models:/{}/{}".format(*get_model_name_and_version(mlflow.MlflowClient(), uri))
         described = mlflow.models.get_model_info(uri)
         state = _state(uri)
     except Exception as error:

@@ -227,6 +227,22 @@ def test_the_report_looks_back_on_earlier_runs_of_the_same_prompts_and_name(run,
     assert 'id="history"' in page
 
 
+@pytest.mark.parametrize("word", ["latest", "None"])
+def test_the_newest_version_is_known_by_its_number(run, store, word):
+    """MLflow's `latest` and stages name another version tomorrow. `None` is the stage of versions without a stage."""
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    newest = max(int(one.version) for one in client.search_model_versions("name = 'copier'"))
+    code, out, children = run("", model_uris=f"models:/copier/{word}")
+    assert code == 0, out
+    [child] = children.values()
+    assert child.data.tags["model.uri"] == f"models:/copier/{newest}"
+    assert (
+        client.get_model_version("copier", str(newest)).tags["evaluation.run"] == child.data.tags["mlflow.parentRunId"]
+    )
+
+
 def test_a_prompt_set_may_be_an_artifact_of_a_run(run, store):
     import mlflow
 
