@@ -6,7 +6,8 @@ asked for.
 
 The baseline's distributions are in a file without a name, in float32. So the space is free again when this process
 ends, however it ends. The file has at most SCRATCH_BYTES, and at most half of the free space: if the answers have more
-tokens, fewer are compared. Every model of this project can be read that has `token_scores`.
+tokens, fewer are compared. Every model of this project can be read that has `token_scores`. A model whose
+probabilities are no finite numbers, such as one whose fp16 overflows, is not compared.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ import numpy as np
 from slm.answers import asking
 from slm.answers.asking import LoadedModel, NoTokenScores
 from slm.base import cache
+from slm.base.wording import counted
 from slm.prompts.prompt_rows import Prompt
 from slm.verdict import fidelity
 from slm.verdict.fidelity import Fidelity, LikelyTokens, TokenFidelity
@@ -31,6 +33,7 @@ SAMPLE_ANSWERS = 50
 WORST = 8  # prompts whose tokens are shown
 SHOWN_TOKENS = 256  # of one prompt
 LIKELY = 3  # tokens that are shown at one place
+ENDLESS = "gives no probability (NaN), or the probability 0, for"  # the words before what has no finite -log p
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,9 @@ class Reference:
 
         for _ in model.token_scores([(text.context, text.continuation) for text in self._texts], see):
             pass
+        if missing := int(np.isnan(held[:, 0]).sum()):  # a logit that is no number leaves none at its place
+            self.reason = f"the baseline, {label}, {ENDLESS} {missing:,} of {counted(places, 'token')}"
+            return
         self._held, self.reason = held, ""
 
     def compared(self, model: LoadedModel) -> Fidelity:
@@ -124,6 +130,10 @@ class Reference:
         for _ in model.token_scores([(text.context, text.continuation) for text in self._texts], see):
             pass
         prompts = tuple(found.values())
+        endless = sum(int(np.sum(~np.isfinite(prompt.kl + prompt.nll_difference))) for prompt in prompts)
+        if endless:
+            tokens = sum(prompt.kl.size for prompt in prompts)
+            return Fidelity(reason=f"it {ENDLESS} {endless:,} of {counted(tokens, 'token')}")
         worst = list(fidelity.prompt_means(prompts))[:WORST]
         return Fidelity(prompts, self._left_out, self._why_left_out, self._likely(model, worst, found))
 

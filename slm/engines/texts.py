@@ -8,6 +8,7 @@ token of the window before. The last window takes so many tokens of the windows 
 Not covered: endpoints and models of others.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -18,7 +19,7 @@ from slm.answers.asking import LoadedModel, NoTokenScores
 from slm.base.hashing import digest
 from slm.base.parameters import HARDWARE
 from slm.engines import answering
-from slm.engines.distributions import Reference, Text
+from slm.engines.distributions import ENDLESS, Reference, Text
 from slm.prompts.texts import Document, TextSet, read_texts
 from slm.tracking import downloads
 from slm.verdict import fidelity, perplexity
@@ -62,7 +63,8 @@ def measured(
 ) -> TextScores:
     """Reads the texts. With `reference`, also holds the baseline's distributions, or compares the model with them.
 
-    Texts that were read before are not read again (slm/answers/kept_answers.py). Distributions are not kept.
+    Texts that were read before are not read again (slm/answers/kept_answers.py). Distributions are not kept. If a token
+    has no finite -log p, nothing is measured, and the result has the reason.
     """
     try:
         model.vocabulary()
@@ -74,6 +76,12 @@ def measured(
     hardware = {name: generation.get(name) for name in HARDWARE}
     with kept_answers.opened(["texts", answering.identity(model.facts, hardware)], reuse) as kept:
         sums = _sums(model, texts.documents, kept)
+    endless = [document.id for document, (nll, _) in zip(texts.documents, sums, strict=True) if not math.isfinite(nll)]
+    if endless:
+        told = f"{ENDLESS} a token of {endless[0]}"
+        if reference and is_baseline:
+            reference.reason = f"the baseline, {model.facts.label}, {told}"
+        return TextScores(texts.name, reason=f"it {told}")
     clusters = tuple(document.cluster for document in texts.documents)
     found = TextScores(texts.name, tuple(nll for nll, _ in sums), tuple(count for _, count in sums), clusters)
     if reference is None:

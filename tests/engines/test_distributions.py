@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import special
 from support.commands import REPOSITORY
+from support.damage import not_a_number
 from support.scored import prompts
 
 from benchmarks import llama_perplexity
@@ -174,6 +175,34 @@ def test_what_cannot_be_compared_says_why(own, texts):
 
     foreign = Foreign(pipeline.facts, pipeline.wrapper, 0.0, lambda: None)
     assert compared(pipeline, foreign, texts).reason == "it has another vocabulary than the baseline"
+
+
+def test_a_model_without_finite_probabilities_is_not_compared_and_the_report_says_why(own, texts):
+    """As an fp16 that overflows: a NaN in the last norm makes every logit NaN."""
+    tokens = sum(len(text.continuation) for text in texts)
+    why = f"gives no probability (NaN), or the probability 0, for {tokens} of {tokens} tokens"
+    with not_a_number(own["pipeline"]):
+        found = compared(own["onnx fp32"], own["pipeline"], texts)
+        assert found == fidelity.Fidelity(reason=f"it {why}")
+        assert compared(own["pipeline"], own["onnx fp32"], texts).reason == f"the baseline, pipeline, {why}"
+    assert fidelity.estimates(found, {}) == {} == fidelity.plain_figures(found)
+    assert compared(own["onnx fp32"], own["pipeline"], texts).reason == ""
+
+
+def test_a_probability_of_0_that_the_baseline_does_not_have_is_not_compared(own, texts):
+    class Never(loading.OwnModel):
+        """Gives token 5 the probability 0, as a model that masks it."""
+
+        def token_scores(self, rows, see):
+            def masked(row, first, log_probabilities):
+                log_probabilities[:, 5] = -np.inf
+                see(row, first, log_probabilities)
+
+            return super().token_scores(rows, masked)
+
+    model = own["pipeline"]
+    found = compared(model, Never(model.facts, model.wrapper, 0.0, lambda: None), texts)
+    assert found.reason.startswith("it gives no probability (NaN), or the probability 0, for ")
 
 
 def test_vocabularies_that_differ_by_padding_are_cut_to_the_shorter_one():

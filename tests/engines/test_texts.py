@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.damage import not_a_number
 from support.scored import prompts, report, scored
 
 from slm.base import parameters
@@ -84,6 +85,20 @@ def test_the_figures_are_those_of_transformers_own_forward_pass(
             expected -= float(every[begin - start :].double().sum())
         assert count == len(ids)
         assert nll / count == pytest.approx(expected / count, abs=close)
+
+
+def test_a_model_without_finite_probabilities_has_no_perplexity_and_the_report_says_why(own, cache):
+    why = "gives no probability (NaN), or the probability 0, for a token of line 1"
+    reference = distributions.Reference()
+    with not_a_number(own["pipeline"]):
+        found = measured(own["pipeline"])
+        measured(own["pipeline"], reference=reference, is_baseline=True)
+    assert found == TextScores("weather", reason=f"it {why}")
+    assert perplexity.estimates(found) == {} == perplexity.plain_figures(found)
+    said = report([scored([{}], prompts(1), texts=found)], prompts(1), gate.Verdict("none", ())).remarks
+    assert f"m: perplexity is not measured, because it {why}" in said
+    beside = measured(own["onnx fp32"], reference=reference)
+    assert beside.compared.reason == f"the baseline, m, {why}" and perplexity.plain_figures(beside)
 
 
 def test_read_texts_are_not_read_again_and_others_are(own, cache, monkeypatch):
