@@ -80,7 +80,7 @@ def failed(reason: str, seconds: float) -> Answer:
         "prompt_tokens": None,
         "output_tokens": None,
         "seconds": seconds,
-        "error": reason,
+        "error": forms.whole(reason),
     }
 
 

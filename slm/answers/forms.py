@@ -13,6 +13,7 @@ with columns that only their author knows. Also not covered: a template that beg
 tokenizer then adds a second BOS token.
 """
 
+import numbers
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,7 +232,8 @@ def answer_of(output) -> dict:
     output = output.model_dump() if hasattr(output, "model_dump") else output
     if not isinstance(output, dict):
         return _answer(output)
-    usage = output.get("usage") or {}
+    usage = output.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
     counts = (
         usage.get("prompt_tokens", usage.get("input_tokens")),
         usage.get("completion_tokens", usage.get("output_tokens")),
@@ -262,10 +264,23 @@ def _answer(text, finish_reason=None, prompt_tokens=None, output_tokens=None) ->
     if not isinstance(text, str):
         raise ValueError(f"the answer holds no text, but {text!r:.80} (finish reason {finish_reason})")
     return {
-        "text": text,
+        "text": whole(text),
         "finish_reason": "length" if finish_reason in ("length", "max_tokens") else "stop",
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": output_tokens,
+        "prompt_tokens": _count(prompt_tokens),
+        "output_tokens": _count(output_tokens),
         "seconds": 0.0,
         "error": "",
     }
+
+
+def whole(text: str) -> str:
+    """A text that a file can hold: half of a character becomes U+FFFD. A server may cut an answer inside an emoji."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _count(tokens: object) -> int | None:
+    """A number of tokens, of numpy too, as an int. None for anything else: the model does not count."""
+    if not isinstance(tokens, numbers.Real) or isinstance(tokens, bool):
+        return None
+    number = float(tokens)
+    return int(number) if number >= 0 and number.is_integer() else None

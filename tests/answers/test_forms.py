@@ -353,6 +353,16 @@ PARTS = [{"type": "output_text", "text": "a"}, {"type": "refusal", "text": "x"},
         ),
         ({"output": [{"type": "message", "content": PARTS}], "status": "incomplete"}, answer("ab", "length")),
         (SimpleNamespace(model_dump=lambda: {"answer": "x"}), answer("x")),
+        ("a\ud83d", answer("a\ufffd")),  # cut inside an emoji
+        ("\ude00b", answer("\ufffdb")),
+        ("\ud83d\ude00", answer("\U0001f600")),
+        (
+            {"text": "x", "usage": {"prompt_tokens": np.int64(3), "completion_tokens": np.float64(4)}},
+            answer("x", "stop", 3, 4),
+        ),
+        ({"text": "x", "usage": {"prompt_tokens": "3", "completion_tokens": float("nan")}}, answer("x")),
+        ({"text": "x", "usage": {"prompt_tokens": -1, "completion_tokens": True}}, answer("x")),
+        ({"text": "x", "usage": float("nan")}, answer("x")),  # a row without usage in a table
     ],
 )
 def test_the_text_is_found_in_the_schemas_of_openai_and_mlflow_and_in_known_fields(output, expected):

@@ -243,6 +243,45 @@ def test_the_newest_version_is_known_by_its_number(run, store, word):
     )
 
 
+HALVES = """
+import numpy
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+class Halves(PythonModel):
+    def predict(self, context, model_input, params=None):
+        if model_input["prompt"][0] == "fail":
+            raise ValueError("no \\ud83d")
+        return [{"text": "7 \\ud83d", "usage": {"completion_tokens": numpy.int64(3)}}]
+
+set_model(Halves())
+"""
+
+
+@pytest.mark.fault("models: an answer that ends inside a character, and a token count of numpy's")
+def test_an_answer_that_ends_inside_a_character_and_a_count_of_numpy_s_end_no_evaluation(run, tmp_path):
+    import mlflow
+    from support.python_models import signature
+
+    (tmp_path / "model.py").write_text(HALVES, encoding="utf-8")
+    with mlflow.start_run():
+        model = mlflow.pyfunc.log_model(
+            name="halves",
+            python_model=str(tmp_path / "model.py"),
+            pip_requirements=[],
+            signature=signature(("string", "prompt", True)),
+        )
+    rows = [{"id": text, "prompt": text, "expected": "7", "scorers": ["contains"]} for text in ("ask", "fail")]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    code, out, children = run("", model_uris=model.model_uri, prompts=tmp_path / "two.jsonl", traces="true")
+    assert code == 0 and "evaluation view" not in out, out  # which is said of rows that it lacks
+    [child] = children.values()
+    lines = mlflow.artifacts.load_text(f"{child.info.artifact_uri}/evaluation/samples.jsonl").splitlines()
+    answered, failed = map(json.loads, lines)
+    assert (answered["output"], answered["output_tokens"], answered["scores"]) == ("7 \ufffd", 3, {"contains": 1.0})
+    assert failed["error"]["message"] == "no \ufffd"
+
+
 def test_a_prompt_set_may_be_an_artifact_of_a_run(run, store):
     import mlflow
 
