@@ -110,11 +110,11 @@ def test_stderr_has_the_lines_and_every_end_is_named(wrapper, capfd):
         with pytest.raises(openai.APITimeoutError):
             ask(client, LONG, max_tokens=3000, timeout=0.3)
         assert wait_for(address, 'slm_requests_total{outcome="cancelled"}', 1)
-        ask(client, PARIS, max_tokens=40)
+        ask(client, PARIS, max_tokens=1)
         assert wait_for(address, 'slm_requests_total{outcome="ok"}', 1)
     found = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
     ends = [(line["status"], line["finish_reason"]) for line in found if line["path"].startswith("/v1")]
-    assert ends == [(504, "timeout"), (200, "timeout"), (499, "cancelled"), (200, "stop")]
+    assert ends == [(504, "timeout"), (200, "timeout"), (499, "cancelled"), (200, "length")]
 
 
 def test_the_version_is_that_of_the_registry(wrapper, tmp_path):
