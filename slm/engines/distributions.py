@@ -96,8 +96,8 @@ class Reference:
 
         for _ in model.token_scores([(text.context, text.continuation) for text in self._texts], see):
             pass
-        if missing := int(np.isnan(held[:, 0]).sum()):  # a logit that is no number leaves none at its place
-            self.reason = f"the baseline, {label}, {ENDLESS} {missing:,} of {counted(places, 'token')}"
+        if lacking := int(np.isnan(held[:, 0]).sum()):  # a logit that is no number leaves none at its place
+            self.reason = f"the baseline, {label}, {ENDLESS} {lacking:,} of {counted(places, 'token')}"
             return
         self._held, self.reason = held, ""
 
