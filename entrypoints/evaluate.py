@@ -51,13 +51,13 @@ def evaluate(args: parameters.Parameters) -> str:
         source = checkpoints.find(args.model, args.revision, args.subfolder)
 
     if args.check:
-        same = ""
+        same = before = ""
         if source is None:
-            named, baseline, *_ = resolved(args, uris)
+            named, baseline, _, before = resolved(args, uris)
             same = promotion.unchanged(args, named, baseline)
         else:
             named, baseline = [(f"onnx {args.precision}", ""), ("pipeline", "")], 1
-        forecast.show(args, prompt_set, thresholds, named, baseline, source.name if source else "", same)
+        forecast.show(args, prompt_set, thresholds, named, baseline, source.name if source else "", same, before)
         return "none"
 
     with schedule.run("evaluate", args) as settled:

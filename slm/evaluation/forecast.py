@@ -15,7 +15,7 @@ from slm.base import console
 from slm.base.parameters import Parameters
 from slm.base.wording import counted, part_of
 from slm.engines import answering
-from slm.evaluation import promotion, requests, scoring
+from slm.evaluation import requests, scoring
 from slm.prompts.prompt_sets import PromptSet
 from slm.tracking import earlier_runs, run_records
 from slm.verdict import gate
@@ -32,11 +32,13 @@ def show(
     baseline: int | None,
     checkpoint: str = "",
     skipped: str = "",
+    before: str = "",
 ) -> None:
     """Prints one line per question.
 
     `named` has (label, resolved URI). A wrapper that is to be logged has no URI, and `checkpoint` is what it is made
     of. `baseline` is the place of the baseline. `skipped` says why nothing would be evaluated.
+    `before` is the version that has the alias now, "" if none has it.
     """
     clusters = _clusters(prompt_set)
     scorers = Counter(call.name for prompt in prompt_set.prompts for call in prompt.scorers)
@@ -57,8 +59,7 @@ def show(
     rules = [f"{one.metric} {keyword} {limit:g}" for one in thresholds for keyword, limit in one.rules.items()]
     _line("gate", "; ".join(rules) or "none")
     if args.alias:
-        now = promotion.alias_version(named[0][1], args.alias)
-        _line("alias", f"{args.alias} is {f'version {now}' if now else 'not set'}")
+        _line("alias", f"{args.alias} is {f'version {before}' if before else 'not set'}")
     if skipped:
         _line("skipped", skipped)
     else:

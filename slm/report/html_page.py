@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +126,19 @@ def heading(report: Report) -> str:
 
 def headline(report: Report) -> str:
     """The verdict in words. Without a gate, the first finding. It says if answers are cut."""
-    cut = sum(int(model.metrics.get("rows_cut", 0)) for model in report.models)
-    rows = sum(int(model.metrics.get("rows", 0)) for model in report.models)
-    return _verdict(report) + (f"; {part_of(cut, rows, 'answer')} cut at max_tokens" if cut else "")
+    return _verdict(report) + _cut(report.models)
 
 
 def model_headline(report: Report, place: int) -> str:
     """The verdict on one model and its score, in words. It says if its answers are cut."""
     model, state = report.models[place], report.verdicts[place].state
     first = "Baseline" if place == report.baseline else "No gate" if state == "none" else state.capitalize()
-    cut, rows = (int(model.metrics.get(name, 0)) for name in ("rows_cut", "rows"))
-    return f"{first}. {_alone(model)}" + (f"; {part_of(cut, rows, 'answer')} cut at max_tokens" if cut else "")
+    return f"{first}. {_alone(model)}{_cut([model])}"
+
+
+def _cut(models: Sequence[ScoredModel]) -> str:
+    cut, rows = (sum(int(model.metrics.get(name, 0)) for model in models) for name in ("rows_cut", "rows"))
+    return f"; {part_of(cut, rows, 'answer')} cut at max_tokens" if cut else ""
 
 
 def _verdict(report: Report) -> str:

@@ -238,9 +238,8 @@ def test_the_newest_version_is_known_by_its_number(run, store, word):
     assert code == 0, out
     [child] = children.values()
     assert child.data.tags["model.uri"] == f"models:/copier/{newest}"
-    assert (
-        "evaluation.run" in client.get_model_version("copier", str(newest)).tags
-    )  # of a run with a gate, if there is one
+    version = client.get_model_version("copier", str(newest))
+    assert "evaluation.run" in version.tags  # of a run with a gate, if there is one
 
 
 HALVES = """

@@ -251,10 +251,14 @@ def test_an_evaluations_record_has_its_models_and_its_gate():
             "-P 'stop=it'\"'\"'s \"so\" $HOME'",
         ),
         (
-            {"mlflow.source.name": "git://host/p", "mlflow.source.git.repoURL": "git://host/p"},
+            {
+                "mlflow.project.entryPoint": "main",
+                "mlflow.source.name": "git://host/p",
+                "mlflow.source.git.repoURL": "git://host/p",
+            },
             {},
             [{}],
-            "mlflow run git://host/p -v '' --env-manager local -e p",
+            "mlflow run git://host/p -v '' --env-manager local -e main",
         ),
     ],
 )
